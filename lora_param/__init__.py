@@ -1,0 +1,46 @@
+"""LoRA for any parameter of any `torch.nn.Module`: `W` becomes `W + (B @ A) * alpha / rank`.
+
+>>> import torch
+>>> from lora_param import lora_parameters, register_lora, remove_lora
+>>> model = torch.nn.LSTM(8, 16)
+>>> register_lora(model, rank=4)
+['weight_ih_l0', 'weight_hh_l0']
+>>> optimizer = torch.optim.AdamW(lora_parameters(model))
+>>> remove_lora(model)
+"""
+
+from .base import assert_frozen, base_frozen, fingerprint
+from .errors import AdapterError, FrozenError, LoRAError, StateDictError, TargetError
+from .merge import merge_lora
+from .parametrization import LoRAParametrization
+from .register import disable_lora, enable_lora, lora_disabled, register_lora, remove_lora
+from .state import load_lora_state_dict, lora_parameters, lora_state_dict, named_lora_parameters
+from .summary import AdapterSummary, LoRASummary, WeightSummary, lora_summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "AdapterSummary",
+    "FrozenError",
+    "LoRAError",
+    "LoRAParametrization",
+    "LoRASummary",
+    "StateDictError",
+    "TargetError",
+    "WeightSummary",
+    "assert_frozen",
+    "base_frozen",
+    "disable_lora",
+    "enable_lora",
+    "fingerprint",
+    "load_lora_state_dict",
+    "lora_disabled",
+    "lora_parameters",
+    "lora_state_dict",
+    "lora_summary",
+    "merge_lora",
+    "named_lora_parameters",
+    "register_lora",
+    "remove_lora",
+]

@@ -1,0 +1,167 @@
+"""The base beneath the adapters: its parameters, freezing them, and proof that they stayed."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .errors import FrozenError, LoRAError
+from .parametrization import LoRAParametrization
+from .surgery import original_of, tensor_names
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield name, owner, name in the owner and tensor of every parameter that is no adapter's.
+
+    The name is the one that the plain model gives it: `"linear1.weight"`, adapted or not.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAParametrization):
+            continue
+        for name in tensor_names(module):
+            # A chain's one original goes by its owner's name.
+            if isinstance(module, ParametrizationList) and name == "original":
+                continue
+            if (tensor := original_of(module, name)) is not None:
+                yield f"{path}.{name}" if path else name, module, name, tensor
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze every parameter that is no adapter's, clear its gradient and remember its flag.
+
+    The gradient is cleared because an optimizer built earlier would still apply it.
+    """
+    for _, owner, name, tensor in base_parameters(model):
+        if tensor.requires_grad:
+            owner.__dict__["_lora_frozen"] = (*owner.__dict__.get("_lora_frozen", ()), name)
+            tensor.requires_grad_(False)
+        tensor.grad = None
+
+
+def thaw(model: nn.Module) -> None:
+    """Give every parameter that `freeze` froze its flag back."""
+    for module in list(model.modules()):
+        for name in module.__dict__.pop("_lora_frozen", ()):
+            if (tensor := original_of(module, name)) is not None:
+                tensor.requires_grad_(True)
+
+
+def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
+    """Return the SHA-256 digest of each original, over its bytes, dtype and shape.
+
+    Args:
+        model: A plain or an adapted model, on any device but meta. Adapters are left out, so the
+            fingerprint is the same before `register_lora`, after it and after `remove_lora`.
+        buffers: Include buffers, such as the running statistics of a batch norm, which move
+            whenever the model runs in training mode.
+
+    Returns:
+        Hexadecimal digests by the parameters' names in the plain model, `"linear1.weight"`.
+
+    Raises:
+        LoRAError: A tensor is on the meta device and has no bytes.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> before = fingerprint(model)
+        >>> sorted(before), len(before["weight"])
+        (['bias', 'weight'], 64)
+
+    Source:
+        FIPS 180-4 for SHA-256.
+    """
+    originals = _originals(model, buffers)
+    return {name: _digest(name, tensor) for name, tensor in originals.items()}
+
+
+def assert_frozen(model: nn.Module, fingerprint: dict[str, str]) -> None:
+    """Raise unless every original in a fingerprint still has the same bytes, dtype and shape.
+
+    Args:
+        model: The model, adapted or plain.
+        fingerprint: What `fingerprint(model)` returned earlier.
+
+    Raises:
+        FrozenError: Names every original that changed and every one that is gone.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> before = fingerprint(model)
+        >>> assert_frozen(model, before)
+        >>> _ = model.bias.data.add_(1)
+        >>> assert_frozen(model, before)
+        Traceback (most recent call last):
+        ...
+        lora_param.errors.FrozenError: 1 of 2 originals changed: bias
+    """
+    now = _originals(model, buffers=True)
+    gone = [name for name in fingerprint if name not in now]
+    changed = [
+        name
+        for name, digest in fingerprint.items()
+        if name in now and _digest(name, now[name]) != digest
+    ]
+    complaints = []
+    if changed:
+        complaints.append(
+            f"{len(changed)} of {len(fingerprint)} originals changed: {', '.join(changed)}"
+        )
+    if gone:
+        complaints.append(
+            f"{len(gone)} of {len(fingerprint)} originals are gone: {', '.join(gone)}"
+        )
+    if complaints:
+        raise FrozenError("; ".join(complaints))
+
+
+@contextmanager
+def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
+    """Check that a block leaves every original as it was, to the bit.
+
+    Args:
+        model: The model, adapted or plain; it may gain or lose adapters in the block.
+        buffers: Check buffers too.
+
+    Raises:
+        FrozenError: Names every original that changed. An exception of the block's own passes
+            through instead.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import lora_parameters, register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
+        >>> with base_frozen(model):
+        ...     model(torch.ones(1, 3)).sum().backward()
+        ...     optimizer.step()
+    """
+    before = fingerprint(model, buffers=buffers)
+    yield
+    assert_frozen(model, before)
+
+
+def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
+    tensors = {name: tensor for name, _, _, tensor in base_parameters(model)}
+    return tensors | dict(model.named_buffers(remove_duplicate=False)) if buffers else tensors
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    if tensor.is_meta:
+        raise LoRAError(
+            f"{name}: a tensor on the meta device has no bytes to take a fingerprint of"
+        )
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    size = flat.numel() * flat.element_size()
+    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)} ".encode())
+    if size:
+        # The bytes themselves, without a copy and without numpy, which torch doesn't require.
+        digest.update((ctypes.c_char * size).from_address(flat.data_ptr()))
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""The layer table: which tensors of a layer multiply activations, and their matrix view."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+Shape = tuple[int, ...]
+"""`(*batch, fan_out, fan_in)` of a weight's matrix view."""
+
+
+def kernel(shape: Shape) -> Shape:
+    """View a weight as one matrix: its first dimension by all the others."""
+    return shape[0], math.prod(shape[1:])
+
+
+def stack(shape: Shape) -> Shape:
+    """View a weight as a stack of matrices over its last two dimensions."""
+    return shape
+
+
+def _never_refused(module: nn.Module) -> None:
+    return None
+
+
+def _embedding_rule(module: nn.Module) -> str | None:
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm renormalises the original at every forward; build it without max_norm"
+    if getattr(module, "sparse", False):
+        return "sparse gradients can't pass through W + B @ A; build it with sparse=False"
+    return None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of the table.
+
+    Attributes:
+        kind: The type, or where importing it would be too much, its `module.qualname`.
+        tensors: Globs over the names of the module's own tensors, or a child's tensor by path.
+        view: From a weight's shape to the shape of its matrix view.
+        default: Whether `target=None` adapts it.
+        refusal: From a module to why it can't be adapted, or `None`.
+    """
+
+    kind: type[nn.Module] | str
+    tensors: tuple[str, ...] = ("weight",)
+    view: Callable[[Shape], Shape] = kernel
+    default: bool = True
+    refusal: Callable[[nn.Module], str | None] = _never_refused
+
+
+TABLE: tuple[Layer, ...] = (
+    Layer(nn.Linear),
+    Layer(nn.Conv1d),
+    Layer(nn.Conv2d),
+    Layer(nn.Conv3d),
+    Layer(nn.ConvTranspose1d),
+    Layer(nn.ConvTranspose2d),
+    Layer(nn.ConvTranspose3d),
+    Layer(nn.Bilinear),
+    Layer(nn.MultiheadAttention, ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")),
+    Layer(nn.RNNBase, ("weight_*",)),
+    Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
+    Layer("transformers.pytorch_utils.Conv1D"),
+    Layer(nn.Embedding, default=False, refusal=_embedding_rule),
+    Layer(nn.EmbeddingBag, default=False, refusal=_embedding_rule),
+)
+
+UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
+"""Any other module: each of its tensors of two or more dimensions, where the caller names it."""
+
+
+def layer_of(module: nn.Module) -> Layer:
+    """Return the table's row for a module; a subclass has its base's row."""
+    for base in type(module).__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        for layer in TABLE:
+            if layer.kind is base or layer.kind == name:
+                return layer
+    return UNLISTED
+
+
+def listed(module: nn.Module, present: list[str]) -> list[str]:
+    """Return the tensors of a module that its row names.
+
+    Args:
+        module: Any module.
+        present: Names of the module's own tensors.
+
+    Returns:
+        The names that the row's globs find, and dotted names as they stand. A row that finds
+        nothing gives its first name, for the caller to say why that tensor can't be adapted.
+    """
+    layer = layer_of(module)
+    found = [
+        name
+        for glob in layer.tensors
+        for name in ([glob] if "." in glob else present)
+        if fnmatch.fnmatchcase(name, glob)
+    ]
+    return found if found and found[0] in present else [*layer.tensors[:1], *found]

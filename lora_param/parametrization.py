@@ -1,0 +1,162 @@
+"""The formula: one low-rank update of one tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoRAError
+
+Init = Literal["kaiming", "gaussian"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that weights and factors can have."""
+
+
+class LoRAParametrization(nn.Module):
+    """Add a low-rank update to a weight: `W + (B @ A).view_as(W) * scale`, `scale = alpha / rank`.
+
+    `W` is any tensor that reads as a matrix `(fan_out, fan_in)` in row-major order, or with `batch`
+    as a stack of such matrices. There is no `right_inverse`: registering leaves the original as it
+    is, and assigning to the weight is refused.
+
+    Args:
+        fan_out: Rows of the weight's matrix view.
+        fan_in: Columns of the weight's matrix view.
+        rank: Rank of the update, `1 <= rank <= min(fan_out, fan_in)`.
+        alpha: Finite numerator of the scale; `None` means `rank`, a scale of one.
+        batch: Leading dimensions of a stack of matrices, each of which gets a pair of its own.
+        adapter: The adapter's name, by which `enable_lora` and the like find it.
+        init: How `lora_A` is drawn: `"kaiming"`, uniform with a = sqrt(5), that is in
+            ±1/sqrt(fan_in), or `"gaussian"` with a standard deviation of 1/rank.
+            `lora_B` is zero, so a fresh adapter changes nothing.
+        generator: Source of the draws; the global one of the device if `None`.
+        device: Device of both factors.
+        dtype: Dtype of both factors, one of float16, bfloat16, float32 and float64.
+
+    Attributes:
+        lora_A: Parameter `[*batch, rank, fan_in]`.
+        lora_B: Parameter `[*batch, fan_out, rank]`.
+        scale: `alpha / rank`.
+        enabled: While `False`, the weight passes through untouched, as the same object.
+
+    Raises:
+        LoRAError: `rank` or `alpha` is out of range, `init` or `dtype` unknown.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> layer = torch.nn.Linear(20, 10)
+        >>> lora = LoRAParametrization(10, 20, rank=2, alpha=4)
+        >>> _ = register_parametrization(layer, "weight", lora)
+        >>> layer.parametrizations.weight[0] is lora
+        True
+        >>> lora.lora_A.shape, lora.lora_B.shape, lora.scale
+        (torch.Size([2, 20]), torch.Size([10, 2]), 2.0)
+        >>> torch.equal(layer.weight, layer.parametrizations.weight.original)
+        True
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
+        section 4.1, equation 3.
+    """
+
+    def __init__(
+        self,
+        fan_out: int,
+        fan_in: int,
+        rank: int = 8,
+        alpha: float | None = None,
+        *,
+        batch: tuple[int, ...] = (),
+        adapter: str = "default",
+        init: Init = "kaiming",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_rank(rank, fan_out, fan_in)
+        check_alpha(alpha)
+        if init not in ("kaiming", "gaussian"):
+            raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
+        check_dtype(dtype or torch.get_default_dtype())
+        self.rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.adapter = adapter
+        self.enabled = True
+        self.lora_A = nn.Parameter(torch.empty(*batch, rank, fan_in, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(*batch, fan_out, rank, device=device, dtype=dtype))
+        self._draw(init, generator)
+
+    @property
+    def scale(self) -> float:
+        """The factor `alpha / rank` of the update."""
+        return self.alpha / self.rank
+
+    def _draw(self, init: Init, generator: torch.Generator | None) -> None:
+        device = self.lora_A.device if generator is None else generator.device
+        # torch reads fan_in off a matrix, so a stack is drawn as the tall matrix of its slices.
+        tall = torch.empty_like(self.lora_A, device=device).flatten(0, -2)
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(tall, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.normal_(tall, std=1 / self.rank, generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(tall.view_as(self.lora_A))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, in the weight's shape and dtype.
+
+        The update is computed in the wider of the two dtypes, also inside autocast, and the sum is
+        rounded once, to the weight's dtype. In bfloat16 that rounding loses what is smaller than
+        about 1/256 of the weight's entry.
+        """
+        if not self.enabled:
+            return weight
+        if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
+            with torch.autocast(weight.device.type, enabled=False):
+                return self._adapted(weight)
+        return self._adapted(weight)
+
+    def _adapted(self, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
+        update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+        return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Name, rank, scale and state, for `print(model)`."""
+        state = "enabled" if self.enabled else "disabled"
+        return f"{self.adapter!r}, rank={self.rank}, alpha={self.alpha:g}, {state}"
+
+
+def check_rank(rank: object, fan_out: int, fan_in: int) -> None:
+    """Raise unless `rank` is an integer that a `(fan_out, fan_in)` matrix can have."""
+    limit = min(fan_out, fan_in)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+        raise LoRAError(
+            f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit} and be an integer, "
+            f"got {rank!r}"
+        )
+
+
+def check_alpha(alpha: object) -> None:
+    """Raise unless `alpha` is `None` or a finite real number."""
+    if alpha is None:
+        return
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise LoRAError(f"alpha must be a finite number or None, got {alpha!r}")
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise unless `dtype` is one that factors can be trained in."""
+    if dtype not in FLOATS:
+        raise LoRAError(f"an adapter's dtype must be one of {show_dtypes(*FLOATS)}, got {dtype}")
+
+
+def show_dtypes(*dtypes: torch.dtype) -> str:
+    """Return the dtypes' names without `torch.`, comma-separated."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

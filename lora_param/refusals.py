@@ -1,0 +1,173 @@
+"""What can't be adapted, and why: each rule is a row that gives a reason or `None`."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .base import base_parameters
+from .errors import AdapterError, LoRAError, TargetError
+from .layers import layer_of
+from .parametrization import FLOATS, LoRAParametrization, show_dtypes
+from .surgery import chain_of, original_of
+from .targets import Weight
+
+WRAPPERS = {
+    "DistributedDataParallel": "its gradients are synchronised for the parameters of then",
+    "FullyShardedDataParallel": "its parameters are sharded",
+    "FSDPModule": "its parameters are sharded",
+}
+"""Torch's classes around or on a model after which a parameter can't be added or taken away."""
+
+
+def check_model(model: object, call: str) -> None:
+    """Raise unless the structure of a model can be changed here and now."""
+    if not isinstance(model, nn.Module):
+        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise LoRAError(
+            f"{call} can't be called in torch.inference_mode: what is made there never gets a "
+            "gradient; call it outside"
+        )
+    for path, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in WRAPPERS and base.__module__.startswith("torch."):
+                raise LoRAError(
+                    f"{path or 'model'}: {call} can't change a model in {base.__name__}, "
+                    f"{WRAPPERS[base.__name__]}; call it first and wrap or shard afterwards"
+                )
+
+
+def check_adapter(adapter: object) -> None:
+    """Raise unless `adapter` can be an adapter's name."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise AdapterError(
+            f"an adapter's name must be a non-empty string without dots, got {adapter!r}"
+        )
+
+
+def check_weights(weights: Sequence[Weight], adapter: str) -> None:
+    """Raise for the first weight that can't be adapted, naming the rule and the fix."""
+    for weight in weights:
+        tensor = original_of(weight.module, weight.tensor)
+        for rule in RULES:
+            if reason := rule(weight, tensor):
+                raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
+        for entry in chain_of(weight.module, weight.tensor):
+            if isinstance(entry, LoRAParametrization) and entry.adapter == adapter:
+                raise AdapterError(
+                    f'{weight.name}: there is an adapter "{adapter}" on this weight already; '
+                    "choose another name, or remove that one first"
+                )
+
+
+def partners(model: nn.Module, weights: Sequence[Weight]) -> list[list[tuple[str, nn.Module]]]:
+    """List for each weight the other names and owners that its Parameter has in the model."""
+    places: defaultdict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, owner, _, tensor in base_parameters(model):
+        places[id(tensor)].append((name, owner))
+    originals = [original_of(weight.module, weight.tensor) for weight in weights]
+    return [
+        [place for place in places[id(original)] if place[0] != weight.name]
+        for weight, original in zip(weights, originals, strict=True)
+    ]
+
+
+def check_unshared(model: nn.Module, weights: Sequence[Weight], consequence: str) -> None:
+    """Raise for the first weight whose Parameter is another module's too."""
+    for weight, others in zip(weights, partners(model, weights), strict=True):
+        if others:
+            names = ", ".join(name for name, _ in others)
+            raise TargetError(
+                f"{weight.name}: {names} is the same Parameter, and {consequence}; give each "
+                "place a Parameter of its own, or exclude this weight"
+            )
+
+
+def without_tied(model: nn.Module, weights: Sequence[Weight]) -> list[Weight]:
+    """Leave out, with a warning that names them, the weights that are tied to an embedding."""
+    tied = {
+        weight.name: ", ".join(name for name, _ in others)
+        for weight, others in zip(weights, partners(model, weights), strict=True)
+        if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for _, owner in others)
+    }
+    if tied:
+        listing = "; ".join(f"{name} (is {others})" for name, others in tied.items())
+        warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=3)
+    return [weight for weight in weights if weight.name not in tied]
+
+
+def _normed_by_hook(weight: Weight, tensor: Tensor | None) -> str | None:
+    for hook in weight.module._forward_pre_hooks.values():
+        kind = type(hook)
+        if not kind.__module__.startswith("torch.nn.utils."):
+            continue
+        name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
+        if name and weight.tensor in (name, f"{name}_g", f"{name}_v", f"{name}_orig"):
+            return (
+                f"the forward hook {kind.__name__} sets this tensor before every forward; make it "
+                "permanent (remove_weight_norm, remove_spectral_norm, prune.remove), or use "
+                "torch.nn.utils.parametrizations"
+            )
+    return None
+
+
+def _not_there(weight: Weight, tensor: Tensor | None) -> str | None:
+    if chain_of(weight.module, weight.tensor) or tensor is not None:
+        return None
+    if weight.tensor in weight.module._parameters:
+        return "it is None; give the module a Parameter"
+    return "it is no Parameter of its module; make it one"
+
+
+def _lazy(weight: Weight, tensor: Tensor | None) -> str | None:
+    if tensor is not None and is_lazy(tensor):
+        return "it is lazy and has no shape yet; run one forward first"
+    return None
+
+
+def _scripted(weight: Weight, tensor: Tensor | None) -> str | None:
+    if isinstance(weight.module, torch.jit.ScriptModule):
+        return "a scripted module can't be parametrized; adapt the module before scripting"
+    return None
+
+
+def _not_floating(weight: Weight, tensor: Tensor | None) -> str | None:
+    if tensor is not None and tensor.dtype not in FLOATS:
+        allowed, got = show_dtypes(*FLOATS), show_dtypes(tensor.dtype)
+        return f"its dtype must be one of {allowed}, got {got}; convert it"
+    return None
+
+
+def _not_dense(weight: Weight, tensor: Tensor | None) -> str | None:
+    if tensor is not None and tensor.layout is not torch.strided:
+        return f"its layout must be strided, got {tensor.layout}; make it dense"
+    return None
+
+
+def _distributed(weight: Weight, tensor: Tensor | None) -> str | None:
+    if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
+        return "it is a DTensor, already sharded; adapt the model before sharding it"
+    return None
+
+
+def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
+    return layer_of(weight.module).refusal(weight.module)
+
+
+RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
+    _normed_by_hook,
+    _not_there,
+    _scripted,
+    _lazy,
+    _not_floating,
+    _not_dense,
+    _distributed,
+    _layer_rule,
+)
+"""In this order: a later rule may rely on what an earlier one refuses."""

@@ -1,0 +1,274 @@
+"""The verbs: register, enable, disable, remove. Each does all of its work or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .base import freeze, thaw
+from .errors import AdapterError, LoRAError, TargetError
+from .layers import layer_of
+from .parametrization import Init, LoRAParametrization, check_alpha, check_dtype, check_rank
+from .refusals import check_adapter, check_model, check_unshared, check_weights, without_tied
+from .surgery import (
+    all_or_nothing,
+    attach,
+    base_modules,
+    chain_of,
+    detach,
+    template_of,
+    tensor_names,
+)
+from .targets import Target, Weight, resolve, spread
+
+
+def register_lora(
+    model: nn.Module,
+    *,
+    rank: int | Mapping[str, int] = 8,
+    alpha: float | Mapping[str, float | None] | None = None,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    adapter: str = "default",
+    freeze: bool = True,
+    init: Init = "kaiming",
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Adapt a model in place: each chosen weight reads `W + (B @ A).view_as(W) * alpha / rank`.
+
+    Modules keep their names and stay instances of their types, originals stay the same objects with
+    the same bits, and the output is equal to what it was until `lora_B` has been trained. An
+    optimizer built earlier doesn't know the adapters: give it `lora_parameters(model)`.
+
+    Args:
+        model: Any module; the model itself may be the layer.
+        rank: An integer from 1 to the smaller side of the weight's matrix view, or a mapping from
+            pattern to integer; the first pattern that matches a weight decides.
+        alpha: A finite number or a mapping from pattern to number; `None` means `rank`.
+        target: What to adapt: a glob over a parameter's full name, over its module's path, or over
+            a dotted suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a
+            predicate `(module's path, module) -> bool`; or several of these. `None` means every
+            weight that multiplies activations: linear, convolution, bilinear, attention and
+            recurrent layers. Embeddings and other parameters are adapted only when named.
+        exclude: The same, for what is left out.
+        adapter: The adapter's name, without dots. Several adapters on one weight add up.
+        freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
+            gives the flags back. `False` leaves them as they are.
+        init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
+        generator: Source of the draws, made in model order; the global one if `None`.
+        dtype: The factors' dtype; `None` means each weight's own. With float32 factors on a
+            bfloat16 or float16 weight the update is computed in float32 and rounded once.
+
+    Returns:
+        The adapted parameters' names in model order, such as `["linear1.weight"]`.
+
+    Raises:
+        LoRAError: `rank`, `alpha`, `init` or `dtype` is out of range; the model is wrapped or
+            sharded; or the call is made in `torch.inference_mode`.
+        TargetError: A pattern matches nothing, or a weight can't be adapted.
+        AdapterError: The adapter's name is unusable, or taken on one of the weights.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Linear(10, 4))
+        >>> register_lora(model, rank=2)
+        ['0.weight', '1.weight']
+        >>> [p.shape for p in model.parameters() if p.requires_grad][:2]
+        [torch.Size([2, 20]), torch.Size([10, 2])]
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
+        section 4.
+    """
+    check_model(model, "register_lora")
+    check_adapter(adapter)
+    if dtype is not None:
+        check_dtype(dtype)
+    weights = resolve(model, target, exclude)
+    check_weights(weights, adapter)
+    if target is None:
+        weights = without_tied(model, weights)
+    check_unshared(model, weights, "an adapter here would not act there")
+    if not weights:
+        raise TargetError("every weight is tied to an embedding; name other weights with target")
+    ranks, alphas = spread("rank", rank, weights), spread("alpha", alpha, weights)
+    plans = [_plan(weight, r, a) for weight, r, a in zip(weights, ranks, alphas, strict=True)]
+    with all_or_nothing(model):
+        if freeze:
+            _freeze(model)
+        for weight, (shape, value), r, a in zip(weights, plans, ranks, alphas, strict=True):
+            *batch, fan_out, fan_in = shape
+            parametrization = LoRAParametrization(
+                fan_out,
+                fan_in,
+                r,
+                a,
+                batch=tuple(batch),
+                adapter=adapter,
+                init=init,
+                generator=generator,
+                device=value.device,
+                dtype=dtype or value.dtype,
+            )
+            attach(weight.module, weight.tensor, parametrization)
+    return [weight.name for weight in weights]
+
+
+_freeze = freeze  # `register_lora` has an argument of that name
+
+
+def adapters_of(
+    model: nn.Module, adapter: str | None = None
+) -> list[tuple[Weight, LoRAParametrization]]:
+    """List every weight's adapters, or those of one name, in model order and chain order.
+
+    Args:
+        model: Any module.
+        adapter: The adapter's name; `None` means all.
+
+    Returns:
+        Pairs of weight and parametrization.
+
+    Raises:
+        AdapterError: There is none.
+    """
+    found = [
+        (Weight(path, module, tensor), entry)
+        for path, module in base_modules(model)
+        for tensor in tensor_names(module)
+        for entry in chain_of(module, tensor)
+        if isinstance(entry, LoRAParametrization)
+    ]
+    wanted = [(weight, entry) for weight, entry in found if adapter in (None, entry.adapter)]
+    if not wanted:
+        names = sorted({entry.adapter for _, entry in found})
+        there = f"the model has {', '.join(map(repr, names))}" if names else "the model has none"
+        which = "an adapter" if adapter is None else f"an adapter {adapter!r}"
+        raise AdapterError(f"there is no weight with {which}; {there}")
+    return wanted
+
+
+def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
+    """Switch adapters on.
+
+    Args:
+        model: An adapted model.
+        adapter: The adapter's name; `None` means all.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> disable_lora(model)
+        >>> enable_lora(model)
+    """
+    for _, entry in adapters_of(model, adapter):
+        entry.enabled = True
+
+
+def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
+    """Switch adapters off: with none on, reading a weight returns the original tensor itself.
+
+    Args:
+        model: An adapted model.
+        adapter: The adapter's name; `None` means all.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> disable_lora(model)
+        >>> model.weight is model.parametrizations.weight.original
+        True
+    """
+    for _, entry in adapters_of(model, adapter):
+        entry.enabled = False
+
+
+@contextmanager
+def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
+    """Switch adapters off for a block, then give each the state back that it had before.
+
+    Args:
+        model: An adapted model.
+        adapter: The adapter's name; `None` means all.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with lora_disabled(model):
+        ...     base_output = model(torch.ones(1, 3))
+    """
+    states = [(entry, entry.enabled) for _, entry in adapters_of(model, adapter)]
+    try:
+        for entry, _ in states:
+            entry.enabled = False
+        yield
+    finally:
+        for entry, enabled in states:
+            entry.enabled = enabled
+
+
+def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
+    """Take adapters off; without its last adapter the model is as it was before `register_lora`.
+
+    Class, parameter objects and their order, `requires_grad`, state-dict keys and bits are what
+    they were. Parametrizations of others stay.
+
+    Args:
+        model: An adapted model.
+        adapter: The adapter's name; `None` means all.
+
+    Raises:
+        AdapterError: There is no such adapter.
+        LoRAError: The model is wrapped or sharded, or the call is made in `torch.inference_mode`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> remove_lora(model)
+        >>> type(model), [name for name, _ in model.named_parameters()]
+        (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
+    """
+    check_model(model, "remove_lora")
+    take_off(model, adapters_of(model, adapter))
+
+
+def _plan(weight: Weight, rank: int, alpha: float | None) -> tuple[tuple[int, ...], Tensor]:
+    """Return a weight's matrix view and a tensor of its dtype and device, all checked."""
+    value = template_of(weight.module, weight.tensor)
+    shape = layer_of(weight.module).view(tuple(value.shape))
+    try:
+        check_rank(rank, shape[-2], shape[-1])
+        check_alpha(alpha)
+    except LoRAError as error:
+        fix = "; lower the rank or exclude this weight" if "rank" in str(error)[:4] else ""
+        raise LoRAError(f"{weight.name}: {error}{fix}") from None
+    return shape, value
+
+
+def take_off(model: nn.Module, pairs: list[tuple[Weight, LoRAParametrization]]) -> None:
+    """Detach adapters; with the last one of the model, give the base its flags back."""
+    with all_or_nothing(model):
+        for weight, entry in pairs:
+            detach(weight.module, weight.tensor, entry)
+        if not any(isinstance(module, LoRAParametrization) for module in model.modules()):
+            thaw(model)

@@ -1,0 +1,133 @@
+"""The adapters' own tensors: for an optimizer, and as a strict state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import StateDictError
+from .register import adapters_of
+
+
+def named_lora_parameters(
+    model: nn.Module, adapter: str | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the adapters' parameters with names that don't depend on what else is registered.
+
+    Args:
+        model: An adapted model.
+        adapter: The adapter's name; `None` means all.
+
+    Yields:
+        `("<weight>.<adapter>.lora_A", A)` and `("<weight>.<adapter>.lora_B", B)` in model order,
+        such as `"linear1.weight.default.lora_A"`.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> [(name, tuple(p.shape)) for name, p in named_lora_parameters(model)]
+        [('weight.default.lora_A', (1, 3)), ('weight.default.lora_B', (2, 1))]
+    """
+    for weight, entry in adapters_of(model, adapter):
+        for name, parameter in entry.named_parameters():
+            yield f"{weight.name}.{entry.adapter}.{name}", parameter
+
+
+def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
+    """Yield the adapters' parameters: what an optimizer takes.
+
+    Args:
+        model: An adapted model.
+        adapter: The adapter's name; `None` means all.
+
+    Yields:
+        `lora_A` and `lora_B` of each weight, in model order.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
+    """
+    for _, parameter in named_lora_parameters(model, adapter):
+        yield parameter
+
+
+def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """Return the adapters' tensors, detached and not copied, as `state_dict` does.
+
+    Args:
+        model: An adapted model.
+        adapter: The adapter's name; `None` means all.
+
+    Returns:
+        Tensors by the names of `named_lora_parameters`.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> list(lora_state_dict(model))
+        ['weight.default.lora_A', 'weight.default.lora_B']
+    """
+    return {name: parameter.detach() for name, parameter in named_lora_parameters(model, adapter)}
+
+
+def load_lora_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str | None = None
+) -> None:
+    """Copy tensors into the adapters of a model that has them registered: all of them or none.
+
+    Args:
+        model: An adapted model.
+        state_dict: What `lora_state_dict` returned, for the same weights, ranks and names. Values
+            are converted to the adapters' dtype and device.
+        adapter: The adapter to load; `None` means all, and the state dict has to hold all.
+
+    Raises:
+        AdapterError: There is no such adapter.
+        StateDictError: Lists every missing, unexpected and misshapen entry, and what is no
+            floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> saved = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+        >>> load_lora_state_dict(model, saved)
+    """
+    parameters = dict(named_lora_parameters(model, adapter))
+    complaints = [f"missing: {name}" for name in parameters if name not in state_dict]
+    complaints += [f"unexpected: {name}" for name in state_dict if name not in parameters]
+    for name, parameter in parameters.items():
+        value = state_dict.get(name, parameter)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            complaints.append(f"no floating-point tensor: {name} is {kind}")
+        elif value.shape != parameter.shape:
+            complaints.append(
+                f"misshapen: {name} is {tuple(value.shape)}, should be {tuple(parameter.shape)}"
+            )
+    if complaints:
+        raise StateDictError(
+            f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state_dict[name])

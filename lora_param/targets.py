@@ -1,0 +1,249 @@
+"""Which weights: patterns, types and predicates, resolved to a list before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .errors import TargetError
+from .layers import UNLISTED, layer_of, listed
+from .surgery import base_modules, original_of, tensor_names
+
+Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+Selector: TypeAlias = str | type[nn.Module] | Predicate
+Target: TypeAlias = Selector | Iterable[Selector]
+Number = TypeVar("Number", int, float, float | None)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of one module of a model.
+
+    Attributes:
+        path: The module's path in the model; empty for the model itself.
+        module: The owner.
+        tensor: The tensor's name in its owner.
+    """
+
+    path: str
+    module: nn.Module
+    tensor: str
+
+    @property
+    def name(self) -> str:
+        """The full name, as `model.named_parameters()` gives it for the plain model."""
+        return _join(self.path, self.tensor)
+
+
+def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> list[Weight]:
+    """List the weights that `target` names and `exclude` doesn't, in model order.
+
+    Args:
+        model: Any module.
+        target: A glob over the parameter's full name, over its module's path, or over a dotted
+            suffix of either; a module type; a predicate `(module's path, module) -> bool`; several
+            of these; or `None` for the table's default. What names a module names the tensors of
+            its row, or of an unlisted module every tensor of two or more dimensions. A glob that
+            also covers biases and norms takes the weights among them.
+        exclude: The same, for what is left out.
+
+    Returns:
+        At least one weight. Whether each can be adapted is not checked here.
+
+    Raises:
+        TargetError: One of the selectors matches nothing, or nothing of two or more dimensions.
+    """
+    weights = {weight.name: weight for weight in _catalogue(model)}
+    if target is None:
+        chosen = {
+            name
+            for path, module in base_modules(model)
+            if layer_of(module).default
+            for name in _of_module(path, module)
+        }
+        if not chosen:
+            raise TargetError(
+                "target=None finds no linear, convolution, attention or recurrent layer; name the "
+                f"weights, for example {_nearest('', weights)}"
+            )
+    else:
+        chosen = set()
+        for selector in _selectors("target", target):
+            hits = _hits(selector, model, weights)
+            broad = {name for name in hits if not _is_flat(weights[name])}
+            if not broad:
+                raise TargetError(_unmatched("target", selector, hits, weights))
+            chosen |= broad
+    for selector in _selectors("exclude", exclude) if exclude is not None else ():
+        hits = _hits(selector, model, weights)
+        if not hits:
+            raise TargetError(_unmatched("exclude", selector, hits, weights))
+        chosen -= hits
+    if not chosen:
+        raise TargetError("exclude leaves nothing to adapt; narrow it, or drop the call")
+    return [weight for name, weight in weights.items() if name in chosen]
+
+
+def spread(
+    option: str, value: Number | Mapping[str, Number], weights: Sequence[Weight]
+) -> list[Number]:
+    """Give each weight its number.
+
+    Args:
+        option: What the number is, for error messages.
+        value: One number for all, or a mapping from pattern to number. The first pattern that
+            matches a weight decides.
+        weights: The weights.
+
+    Returns:
+        A number per weight.
+
+    Raises:
+        TargetError: A pattern decides for no weight, or a weight has no pattern.
+    """
+    if not isinstance(value, Mapping):
+        return [value] * len(weights)
+    names = {weight.name: weight for weight in weights}
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise TargetError(f"{option}: a pattern must be a string, got {pattern!r}")
+        if not any(_matches(pattern, weight) for weight in weights):
+            raise TargetError(_unmatched(option, pattern, set(), names))
+    deciders = [next((p for p in value if _matches(p, weight)), None) for weight in weights]
+    if None in deciders:
+        name = weights[deciders.index(None)].name
+        raise TargetError(
+            f'{option}: no pattern matches "{name}"; end the mapping with "*" for the rest'
+        )
+    if idle := [pattern for pattern in value if pattern not in deciders]:
+        raise TargetError(
+            f'{option}: "{idle[0]}" decides nothing, because earlier patterns match all its '
+            "weights; put it in front of them, or drop it"
+        )
+    return [value[pattern] for pattern in deciders if pattern is not None]
+
+
+def _catalogue(model: nn.Module) -> list[Weight]:
+    """List every parameter, and every tensor that the table expects, there or not."""
+    return [
+        Weight(path, module, tensor)
+        for path, module in base_modules(model)
+        for tensor in dict.fromkeys([*listed(module, tensor_names(module)), *tensor_names(module)])
+        if "." not in tensor
+    ]
+
+
+def _of_module(path: str, module: nn.Module) -> list[str]:
+    present = tensor_names(module)
+    if layer_of(module) is not UNLISTED:
+        return [_join(path, tensor) for tensor in listed(module, present)]
+    own = [Weight(path, module, tensor) for tensor in present]
+    return [weight.name for weight in own if not _is_flat(weight)]
+
+
+def _hits(selector: Selector, model: nn.Module, weights: Mapping[str, Weight]) -> set[str]:
+    hits = set()
+    if isinstance(selector, str):
+        hits |= {name for name in weights if _glob(selector, name)}
+    for path, module in base_modules(model):
+        if isinstance(selector, str):
+            hit = _glob(selector, path)
+        elif isinstance(selector, type):
+            hit = isinstance(module, selector)
+        else:
+            hit = bool(selector(path, module))
+        if hit:
+            hits |= {name for name in _of_module(path, module) if name in weights}
+    return hits
+
+
+def _selectors(option: str, target: Target) -> list[Selector]:
+    if isinstance(target, (str, type)) or (callable(target) and not isinstance(target, Iterable)):
+        target = [target]
+    if not isinstance(target, Iterable) or isinstance(target, (nn.Module, Mapping)):
+        raise TargetError(
+            f"{option} must be a pattern, a module type, a predicate or several of these, "
+            f"got {type(target).__name__}"
+        )
+    selectors = list(target)
+    if not selectors:
+        raise TargetError(
+            f"{option} is empty; give None, or at least one pattern, type or predicate"
+        )
+    for selector in selectors:
+        is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
+        is_predicate = callable(selector) and not isinstance(selector, (type, nn.Module))
+        if not (isinstance(selector, str) or is_type or is_predicate):
+            raise TargetError(
+                f"{option}: a selector must be a pattern, a subclass of torch.nn.Module or a "
+                f"predicate (path, module) -> bool, got {selector!r}"
+            )
+    return selectors
+
+
+def _matches(pattern: str, weight: Weight) -> bool:
+    return _glob(pattern, weight.name) or _glob(pattern, weight.path)
+
+
+def _glob(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _is_flat(weight: Weight) -> bool:
+    tensor = original_of(weight.module, weight.tensor)
+    return tensor is not None and not is_lazy(tensor) and tensor.ndim < 2
+
+
+def _unmatched(
+    option: str, selector: Selector, hits: set[str], weights: Mapping[str, Weight]
+) -> str:
+    if hits:
+        return (
+            f"{option} {_show(selector)} matches only {', '.join(sorted(hits))}: an adapter "
+            "needs a tensor of two or more dimensions"
+        )
+    if not isinstance(selector, str):
+        return f"{option} {_show(selector)} matches no weight; there are {_nearest('', weights)}"
+    below = any(
+        _glob(selector, path) for weight in weights.values() for path in _parents(weight.path)
+    )
+    if below:
+        hint = f'for all below it, write "{selector}.*"'
+        return f'{option} "{selector}" has no weight of its own; {hint}'
+    return f'{option} "{selector}" matches no weight; the nearest are {_nearest(selector, weights)}'
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _nearest(pattern: str, weights: Mapping[str, Weight]) -> str:
+    """Quote up to three names whose ends are the most like a pattern."""
+    length = pattern.count(".") + 1
+
+    def likeness(weight: Weight) -> float:
+        ends = [".".join(name.split(".")[-length:]) for name in (weight.name, weight.path)]
+        return max(
+            difflib.SequenceMatcher(None, pattern, end).ratio() for end in [*ends, weight.name]
+        )
+
+    candidates = [weight for weight in weights.values() if not _is_flat(weight)]
+    nearest = sorted(candidates, key=likeness, reverse=True)[:3]
+    return ", ".join(f'"{weight.name}"' for weight in nearest) or "none: the model has no weights"
+
+
+def _show(selector: Selector) -> str:
+    if isinstance(selector, str):
+        return f'"{selector}"'
+    return getattr(selector, "__qualname__", repr(selector))
+
+
+def _join(path: str, tensor: str) -> str:
+    return f"{path}.{tensor}" if path else tensor
