@@ -119,10 +119,9 @@ def attach(module: nn.Module, name: str, parametrization: LoRAParametrization) -
         stand_in = nn.Parameter(torch.empty(0), requires_grad=False)
         chain = parametrize.ParametrizationList([parametrization], stand_in, unsafe=True)
         chain._parameters["original"] = module._parameters.pop(name)
-        chains = module._modules.setdefault(
-            "parametrizations", nn.ModuleDict().train(module.training)
-        )
-        cast("nn.ModuleDict", chains)[name] = chain.train(module.training)
+        chains = module._modules.setdefault("parametrizations", nn.ModuleDict())
+        # Past ModuleDict's own check, which refuses a parameter called "keys" or "values".
+        cast("nn.ModuleDict", chains)._modules[name] = chain.train(module.training)
     module.__class__ = _parametrized_class(base, tuple(_chains(module)))
 
 
