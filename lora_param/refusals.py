@@ -17,12 +17,13 @@ from .parametrization import FLOATS, LoRAParametrization, show_dtypes
 from .surgery import chain_of, original_of
 from .targets import Weight
 
-WRAPPERS = {
-    "DistributedDataParallel": "its gradients are synchronised for the parameters of then",
-    "FullyShardedDataParallel": "its parameters are sharded",
+FIXED = {
+    "DistributedDataParallel": "it synchronises the gradients of the parameters it was given",
+    "FullyShardedDataParallel": "it has sharded its parameters",
     "FSDPModule": "its parameters are sharded",
+    "ScriptModule": "its code is compiled and can't be parametrized",
 }
-"""Torch's classes around or on a model after which a parameter can't be added or taken away."""
+"""Torch's classes around or on a model after which no parameter can be added or taken away."""
 
 
 def check_model(model: object, call: str) -> None:
@@ -36,10 +37,10 @@ def check_model(model: object, call: str) -> None:
         )
     for path, module in model.named_modules():
         for base in type(module).__mro__:
-            if base.__name__ in WRAPPERS and base.__module__.startswith("torch."):
+            if base.__name__ in FIXED and base.__module__.startswith("torch."):
                 raise LoRAError(
-                    f"{path or 'model'}: {call} can't change a model in {base.__name__}, "
-                    f"{WRAPPERS[base.__name__]}; call it first and wrap or shard afterwards"
+                    f"{path or 'model'}: {call} can't change a {base.__name__}: "
+                    f"{FIXED[base.__name__]}; call {call} before making it one"
                 )
 
 
@@ -131,12 +132,6 @@ def _lazy(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
-def _scripted(weight: Weight, tensor: Tensor | None) -> str | None:
-    if isinstance(weight.module, torch.jit.ScriptModule):
-        return "a scripted module can't be parametrized; adapt the module before scripting"
-    return None
-
-
 def _not_floating(weight: Weight, tensor: Tensor | None) -> str | None:
     if tensor is not None and tensor.dtype not in FLOATS:
         allowed, got = show_dtypes(*FLOATS), show_dtypes(tensor.dtype)
@@ -163,7 +158,6 @@ def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
 RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
     _normed_by_hook,
     _not_there,
-    _scripted,
     _lazy,
     _not_floating,
     _not_dense,

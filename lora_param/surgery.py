@@ -237,8 +237,11 @@ def _parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[n
 
 def _weight_property(name: str) -> property:
     def read(self: Any) -> Any:
-        if name not in self.parametrizations:
-            raise AttributeError(name)  # torch took it off; nn.Module finds the plain parameter
+        if name not in self.parametrizations:  # torch has taken it off this module
+            for table in (self._parameters, self._buffers, self.__dict__):
+                if name in table:
+                    return table[name]
+            raise AttributeError(name)
         if not parametrize._cache_enabled:
             return self.parametrizations[name]()
         key = (id(self), name)
@@ -247,13 +250,15 @@ def _weight_property(name: str) -> property:
         return parametrize._cache[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
-        chain = _chains(self)[name]
-        if any(isinstance(entry, LoRAParametrization) for entry in chain):
+        if name not in (chains := _chains(self)):
+            self.__dict__[name] = value
+        elif any(isinstance(entry, LoRAParametrization) for entry in chains[name]):
             raise LoRAError(
                 f"{name}: can't assign to an adapted weight, which is original + update; assign to "
                 f"parametrizations.{name}.original under no_grad, or call remove_lora first"
             )
-        chain.right_inverse(value)
+        else:
+            chains[name].right_inverse(value)
 
     return property(read, write)
 
@@ -261,12 +266,12 @@ def _weight_property(name: str) -> property:
 def _reduce(module: nn.Module, base: type[nn.Module], protocol: int) -> tuple[Any, ...]:
     with torch.no_grad():  # a recurrent layer reads its weights into its state; a graph has no copy
         reduced: Any = base.__reduce_ex__(module, protocol)
-    make, _, state, *rest = reduced
-    if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
+    if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         raise pickle.PicklingError(
             f"{base.__name__} pickles itself in a way of its own, which can't be followed while it "
             "is adapted; save its state dict, or call remove_lora first"
         )
+    state, *rest = reduced[2:]
     # A class that torch made for this one module can't be named in a pickle and suits no copy.
     if "_lora_found" in state:
         state = {**state, "_lora_found": _found(module)._replace(type=None)}

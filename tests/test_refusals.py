@@ -1,0 +1,149 @@
+"""What can't be adapted is refused with its reason, before anything is changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from lora_param import LoRAError, TargetError, merge_lora, register_lora, remove_lora
+
+
+class Holder(nn.Module):
+    """Holds one parameter under a name of its own."""
+
+    def __init__(self, parameter: nn.Parameter | None) -> None:
+        super().__init__()
+        self.table = parameter
+
+
+def hooked(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates its hooks
+            return norm(nn.Linear(6, 5))
+
+    return make
+
+
+def without_weight() -> nn.Module:
+    layer = nn.Linear(6, 5)
+    layer.register_parameter("weight", None)
+    return layer
+
+
+def sparse(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Embedding(7, 5, **options)
+
+
+def held(tensor: torch.Tensor) -> Callable[[], nn.Module]:
+    return lambda: Holder(nn.Parameter(tensor, requires_grad=False))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "integer": (held(torch.ones(4, 3, dtype=torch.int64)), "table", "float64, got int64; convert"),
+    "complex": (held(torch.ones(4, 3, dtype=torch.complex64)), "table", "got complex64; convert"),
+    "float8": (held(torch.ones(4, 3).to(torch.float8_e4m3fn)), "table", "got float8_e4m3fn"),
+    "boolean": (held(torch.ones(4, 3, dtype=torch.bool)), "table", "got bool"),
+    "sparse": (held(torch.eye(4).to_sparse()), "table", "layout must be strided, got torch.sparse"),
+    "None": (without_weight, None, "weight: it is None; give the module a Parameter"),
+    "None named": (without_weight, "weight", "weight: it is None; give the module a Parameter"),
+    "vector": (held(torch.ones(4)), "table", "matches only 0.table: an adapter needs a tensor of two"),
+    "lazy": (lambda: nn.LazyLinear(5), None, "weight: it is lazy and has no shape yet; run one"),
+    "weight_norm": (hooked(nn.utils.weight_norm), None, "the forward hook WeightNorm sets this"),
+    "weight_norm's v": (hooked(nn.utils.weight_norm), "weight_v", "the forward hook WeightNorm"),
+    "spectral_norm": (hooked(nn.utils.spectral_norm), None, "the forward hook SpectralNorm sets"),
+    "pruning": (lambda: prune.l1_unstructured(nn.Linear(6, 5), "weight", 0.5), None, "the forward hook L1Unstructured"),
+    "max_norm": (sparse(max_norm=1.0), "weight", "max_norm renormalises the original at every"),
+    "sparse gradient": (sparse(sparse=True), "weight", "sparse gradients can't pass through"),
+    "no weight": (lambda: nn.ReLU(), None, "target=None finds no linear, convolution"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_weight_that_cannot_be_adapted_is_refused(case: str) -> None:
+    make, target, message = REFUSED[case]
+    model = nn.Sequential(make(), *([nn.Linear(5, 4)] if case != "no weight" else []))
+    before = [(name, type(each), sorted(vars(each))) for name, each in model.named_modules()]
+    with pytest.raises(TargetError, match=message):
+        register_lora(model, rank=1, target=None if target is None else [target, "1"])
+    assert [(n, type(each), sorted(vars(each))) for n, each in model.named_modules()] == before
+
+
+def test_a_scripted_module_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates scripting
+        model = torch.jit.script(nn.Linear(6, 5))
+    with pytest.raises(LoRAError, match="can't change a ScriptModule: its code is compiled"):
+        register_lora(model, rank=1, target="weight")
+
+
+@pytest.mark.parametrize("verb", [register_lora, remove_lora, merge_lora])
+@pytest.mark.parametrize("model", [None, "net", torch.ones(2), nn.Linear])
+def test_what_is_no_module_is_refused(verb: Callable[[Any], Any], model: Any) -> None:
+    with pytest.raises(LoRAError, match=f"{verb.__name__} takes a torch.nn.Module, got"):
+        verb(model)
+
+
+@pytest.mark.parametrize("verb", [register_lora, remove_lora, merge_lora])
+def test_inference_mode_is_refused(verb: Callable[[nn.Module], Any]) -> None:
+    model = nn.Linear(9, 8)
+    with torch.inference_mode(), pytest.raises(LoRAError, match=r"torch\.inference_mode"):
+        verb(model)
+    assert type(model) is nn.Linear
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fully_sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(distributed, "DistributedDataParallel"), (fully_sharded, "FSDPModule")]
+)
+@pytest.mark.parametrize("verb", [register_lora, remove_lora, merge_lora])
+@pytest.mark.parametrize("outer", [lambda model: model, nn.Sequential])
+def test_a_wrapped_or_sharded_model_is_refused(wrap, name, verb, outer) -> None:
+    model = outer(wrap(nn.Linear(9, 8)))
+    with pytest.raises(
+        LoRAError, match=f"can't change a {name}: it.*; call {verb.__name__}"
+    ):
+        verb(model)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_sharded_tensor_in_an_unwrapped_module_is_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    model = distribute_module(nn.Linear(9, 8), init_device_mesh("cpu", (1,)))
+    with pytest.raises(TargetError, match="it is a DTensor, already sharded"):
+        register_lora(model)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_wrapping_after_registering_trains_the_adapters() -> None:
+    model = nn.Linear(9, 8)
+    register_lora(model, rank=2)
+    distributed(model)(torch.randn(3, 9)).sum().backward()
+    assert model.parametrizations.weight[0].lora_B.grad.count_nonzero() > 0

@@ -1,0 +1,364 @@
+"""What attaching and detaching do to a module: class, copies, pickles, order, and who else is there."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import pickle
+import weakref
+from abc import ABC
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lora_param import (
+    LoRAError,
+    fingerprint,
+    lora_disabled,
+    lora_parameters,
+    merge_lora,
+    register_lora,
+    remove_lora,
+    surgery,
+)
+
+from .cases import shake
+
+
+def adapted(module: nn.Module, **options: Any) -> nn.Module:
+    register_lora(module, **{"rank": 2} | options)
+    shake(module)
+    return module
+
+
+def test_an_adapted_layer_is_still_of_its_type() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    assert isinstance(layer, nn.Linear)
+    assert parametrize.is_parametrized(layer, "weight")
+    assert parametrize.type_before_parametrizations(layer) is nn.Linear
+
+
+def test_equal_layers_share_one_class() -> None:
+    first, second = adapted(nn.Linear(6, 5)), adapted(nn.Linear(3, 2))
+    assert type(first) is type(second)
+
+
+def test_a_class_with_a_metaclass_can_be_adapted() -> None:
+    class Abstract(nn.Linear, ABC):
+        pass
+
+    layer = adapted(Abstract(6, 5))
+    assert isinstance(layer, Abstract)
+    remove_lora(layer)
+    assert type(layer) is Abstract
+
+
+def test_torchs_own_removal_from_one_module_leaves_its_siblings_and_copies() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    twin, sibling = copy.deepcopy(layer), adapted(nn.Linear(6, 5))
+    expected, sibling_expected = layer.weight.clone(), sibling.weight.clone()
+    parametrize.remove_parametrizations(twin, "weight")
+    assert type(twin) is nn.Linear
+    assert torch.equal(twin.weight, expected)
+    assert torch.equal(layer.weight, expected)
+    assert torch.equal(sibling.weight, sibling_expected)
+
+
+def test_torchs_own_removal_of_one_of_two_tensors_leaves_the_other_adapted() -> None:
+    cell = adapted(nn.LSTMCell(4, 5))
+    expected = cell.weight_hh.clone()
+    parametrize.remove_parametrizations(cell, "weight_ih", leave_parametrized=False)
+    assert isinstance(cell.weight_ih, nn.Parameter)
+    assert torch.equal(cell.weight_hh, expected)
+    cell(torch.ones(2, 4))
+    remove_lora(cell)
+    assert type(cell) is nn.LSTMCell
+
+
+def test_registering_on_a_further_tensor_of_a_copy_leaves_the_first() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    twin, x = copy.deepcopy(layer), torch.ones(1, 6)
+    expected = layer(x)
+    parametrize.register_parametrization(twin, "bias", nn.Tanh())
+    assert torch.equal(twin.bias, layer.bias.tanh())
+    assert torch.equal(layer(x), expected)
+
+
+def test_copies_share_no_cache() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    twin = copy.deepcopy(layer)
+    shake(twin)
+    with parametrize.cached():
+        assert layer.weight is layer.weight
+        assert not torch.equal(layer.weight, twin.weight)
+
+
+def test_a_copy_does_not_keep_its_original_alive() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    twin, original = copy.deepcopy(layer), weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert original() is None
+    twin(torch.ones(1, 6))
+
+
+def test_an_encoder_built_from_an_adapted_layer_has_independent_layers() -> None:
+    layer = adapted(nn.TransformerEncoderLayer(8, 2, 12))
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(5, 2, 8)
+    with lora_disabled(encoder.layers[0]):
+        assert encoder.layers[1].linear1.weight is not encoder.layers[0].linear1.weight
+    remove_lora(encoder.layers[2])
+    assert type(encoder.layers[2].linear1) is nn.Linear
+    encoder(x)
+
+
+def test_an_averaged_model_follows_and_stays_apart() -> None:
+    model = adapted(nn.Linear(6, 5))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    before = average.module.weight.clone()
+    remove_lora(model)
+    assert torch.equal(average.module.weight, before)
+
+
+def test_an_lstm_can_be_copied_after_a_forward_with_gradients() -> None:
+    lstm, x = adapted(nn.LSTM(4, 5)), torch.randn(3, 2, 4)
+    expected = lstm(x)[0]
+    twin = copy.deepcopy(lstm)
+    assert torch.equal(twin(x)[0], expected)
+    shake(twin)
+    assert not torch.equal(twin(x)[0], expected)
+    assert torch.equal(lstm(x)[0], expected)
+
+
+def test_pickle_keeps_factors_state_and_frozen_flags() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5))
+    adapted(model, adapter="a")
+    model[0].parametrizations.weight[0].enabled = False
+    loaded = pickle.loads(pickle.dumps(model))
+    assert not loaded[0].parametrizations.weight[0].enabled
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+    remove_lora(loaded)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert [name for name, _ in loaded.named_parameters()][:2] == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_protocol_works(protocol: int) -> None:
+    layer = adapted(nn.Linear(6, 5))
+    assert torch.equal(pickle.loads(pickle.dumps(layer, protocol)).weight, layer.weight)
+
+
+def test_a_shallow_copy_reads_the_same_weight() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    assert torch.equal(copy.copy(layer).weight, layer.weight)
+
+
+def _total(layer: nn.Module, result: Any) -> None:
+    result.put(float(layer.weight.sum()))
+
+
+@pytest.mark.slow
+def test_a_spawned_process_takes_an_adapted_model() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    context = multiprocessing.get_context("spawn")
+    result = context.Queue()
+    process = context.Process(target=_total, args=(layer, result))
+    process.start()
+    assert result.get(timeout=120) == pytest.approx(float(layer.weight.sum()), abs=1e-5)
+    process.join()
+
+
+def test_a_class_that_pickles_itself_is_refused_while_adapted() -> None:
+    with pytest.raises(pickle.PicklingError, match="pickles itself in a way of its own"):
+        pickle.dumps(adapted(OwnPickle(6, 5)))
+
+
+class OwnPickle(nn.Linear):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnPickle, (self.in_features, self.out_features)
+
+
+def test_a_copy_of_a_foreign_parametrized_layer_is_independent() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(6, 5))
+    adapted(layer)
+    twin, expected = copy.deepcopy(layer), layer.weight.clone()
+    remove_lora(twin)
+    parametrize.remove_parametrizations(twin, "weight")
+    assert type(twin) is nn.Linear
+    assert torch.equal(layer.weight, expected)
+
+
+def test_assigning_to_an_adapted_weight_says_what_to_do_instead() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    before = fingerprint(layer)
+    with pytest.raises(
+        LoRAError, match=r"assign to parametrizations\.weight\.original under no_grad"
+    ):
+        layer.weight = torch.zeros(5, 6)
+    assert fingerprint(layer) == before
+
+
+def test_parameters_called_like_a_dictionarys_methods_can_be_adapted() -> None:
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys, self.values = (nn.Parameter(torch.randn(4, 3)) for _ in range(2))
+
+    memory = Memory()
+    before = memory.keys
+    adapted(memory, target="*")
+    assert not torch.equal(memory.keys, before)
+    remove_lora(memory)
+    assert memory.keys is before
+
+
+def test_registering_invalidates_no_graph() -> None:
+    layer = nn.Linear(6, 5)
+    x = torch.randn(2, 6, requires_grad=True)
+    loss = layer(x).sum()
+    adapted(layer)
+    loss.backward()
+    assert x.grad is not None
+
+
+def test_reading_for_a_check_does_not_advance_a_spectral_norm() -> None:
+    layer = parametrizations.spectral_norm(nn.Linear(6, 5))
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    register_lora(layer, rank=2)
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+@pytest.mark.parametrize("blocks", [24])
+def test_blocks_compiled_one_by_one_make_no_more_graphs_than_plain_ones(blocks: int) -> None:
+    def graphs(adapt: bool) -> int:
+        torch._dynamo.reset()
+        model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(blocks)])
+        model.requires_grad_(False)
+        if adapt:
+            adapted(model)
+        counter = torch._dynamo.testing.CompileCounter()
+        for block in model:
+            block.compile(backend=counter, fullgraph=True)
+        model(torch.randn(4, 8))
+        return int(counter.frame_count)
+
+    assert graphs(adapt=True) <= graphs(adapt=False) + 1
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_no_break_and_follows_switches_and_scale() -> None:
+    torch._dynamo.reset()
+    model, x = adapted(nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))), torch.ones(2, 6)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    with lora_disabled(model):
+        torch.testing.assert_close(compiled(x), model(x))
+    model[0].parametrizations.weight[0].alpha = 7.0
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+FAULTS = [
+    (verb, step)
+    for verb, steps in {"register": 4, "remove": 4, "merge": 4}.items()
+    for step in range(steps)
+]
+
+
+@pytest.mark.parametrize(("verb", "step"), FAULTS)
+@pytest.mark.parametrize("place", ["attach", "detach", "freeze", "thaw"])
+def test_a_fault_at_any_point_leaves_the_model_as_it_was(verb: str, step: int, place: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LSTM(5, 4), nn.Embedding(7, 5))
+    if verb != "register":
+        adapted(model, target="*")
+    model[0].bias.grad = torch.ones(5)
+    before = _state(model)
+    verbs = {"register": _register_all, "remove": remove_lora, "merge": merge_lora}
+    with _failing(place, step) as failed:
+        try:
+            verbs[verb](model)
+        except KeyboardInterrupt:
+            assert failed()
+    if failed():
+        assert _state(model) == before
+
+
+def _register_all(model: nn.Module) -> None:
+    register_lora(model, rank=2, target="*")
+
+
+def _state(model: nn.Module) -> list[Any]:
+    return [
+        [(name, type(each), sorted(vars(each))) for name, each in model.named_modules()],
+        [
+            (name, id(p), p.requires_grad, id(p.grad), p.detach().numpy().tobytes())
+            for name, p in model.named_parameters()
+        ],
+        list(model.state_dict()),
+    ]
+
+
+class _failing:
+    """Let the step-th call of a function of the library raise halfway through."""
+
+    def __init__(self, place: str, step: int) -> None:
+        from lora_param import base, register
+
+        module = base if place in ("freeze", "thaw") else surgery
+        self.calls, self.step, self.real = -1, step, getattr(module, place)
+        name = "_freeze" if place == "freeze" else place
+        self.patch = mock.patch.object(register, name, self)
+
+    def __call__(self, *args: Any) -> None:
+        self.calls += 1
+        self.real(*args)
+        if self.calls == self.step:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Any:
+        self.patch.start()
+        return lambda: self.calls >= self.step
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.stop()
+
+
+class Reader(nn.Module):
+    """Keeps what it computes from its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.linear.weight.T
+
+
+def test_functional_call_replaces_the_original_for_one_call() -> None:
+    model, x = adapted(Reader()), torch.randn(2, 4)
+    before = model(x)
+    name = "linear.parametrizations.weight.original"
+    zero = {name: torch.zeros(4, 4)}
+    update = torch.func.functional_call(model, zero, (x,))
+    assert not torch.equal(update, before)
+    assert torch.equal(model(x), before)
+
+
+def test_an_adapter_shows_in_the_output_of_every_factor() -> None:
+    model, x = adapted(Reader()), torch.randn(2, 4)
+    model(x).sum().backward()
+    assert all(factor.grad.count_nonzero() for factor in lora_parameters(model))
