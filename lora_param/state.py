@@ -102,7 +102,7 @@ def load_lora_state_dict(
     Raises:
         AdapterError: There is no such adapter.
         StateDictError: Lists every missing, unexpected and misshapen entry, and what is no
-            floating-point tensor.
+            finite floating-point tensor.
 
     Example:
         >>> import torch
@@ -113,6 +113,8 @@ def load_lora_state_dict(
         >>> load_lora_state_dict(model, saved)
     """
     parameters = dict(named_lora_parameters(model, adapter))
+    if not isinstance(state_dict, Mapping):
+        raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
     complaints = [f"missing: {name}" for name in parameters if name not in state_dict]
     complaints += [f"unexpected: {name}" for name in state_dict if name not in parameters]
     for name, parameter in parameters.items():
@@ -124,6 +126,8 @@ def load_lora_state_dict(
             complaints.append(
                 f"misshapen: {name} is {tuple(value.shape)}, should be {tuple(parameter.shape)}"
             )
+        elif not value.is_meta and not value.isfinite().all():
+            complaints.append(f"not finite: {name}")
     if complaints:
         raise StateDictError(
             f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"

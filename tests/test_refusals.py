@@ -125,9 +125,7 @@ def fully_sharded(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("outer", [lambda model: model, nn.Sequential])
 def test_a_wrapped_or_sharded_model_is_refused(wrap, name, verb, outer) -> None:
     model = outer(wrap(nn.Linear(9, 8)))
-    with pytest.raises(
-        LoRAError, match=f"can't change a {name}: it.*; call {verb.__name__}"
-    ):
+    with pytest.raises(LoRAError, match=f"can't change a {name}: it.*; call {verb.__name__}"):
         verb(model)
 
 

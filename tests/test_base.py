@@ -1,0 +1,157 @@
+"""The proof that the base was not changed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lora_param import (
+    FrozenError,
+    LoRAError,
+    assert_frozen,
+    base_frozen,
+    fingerprint,
+    lora_parameters,
+    register_lora,
+    remove_lora,
+)
+
+from .cases import shake
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.LSTM(5, 4))
+
+
+def test_a_digest_is_sha256_of_dtype_shape_and_bytes() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -2.0]]))
+    content = b"torch.float32 (1, 2) " + bytes.fromhex("0000803f000000c0")
+    assert fingerprint(layer) == {"weight": hashlib.sha256(content).hexdigest()}
+
+
+def test_it_is_the_same_before_during_and_after_adaptation() -> None:
+    model = net()
+    before = fingerprint(model)
+    register_lora(model, rank=2)
+    shake(model)
+    assert fingerprint(model) == before
+    remove_lora(model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_originals_under_a_foreign_parametrization_are_covered(norm) -> None:
+    layer = norm(nn.Linear(6, 5))
+    before = fingerprint(layer)
+    register_lora(layer, rank=2)
+    assert_frozen(layer, before)
+    with torch.no_grad():
+        next(p for p in layer.parametrizations.weight.parameters() if p.ndim == 2).add_(1)
+    with pytest.raises(FrozenError, match="1 of 2|1 of 3"):
+        assert_frozen(layer, before)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64]
+)
+def test_every_dtype_and_layout_has_a_digest(dtype: torch.dtype) -> None:
+    holder = nn.ParameterList([nn.Parameter(torch.ones(4, 3).to(dtype), requires_grad=False)])
+    turned = copy.deepcopy(holder)
+    turned[0].data = turned[0].data.t().contiguous().t()
+    assert fingerprint(turned) == fingerprint(holder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("0.weight", lambda t: t[4, 5].copy_(torch.nextafter(t[4, 5], torch.tensor(9.0)))),
+        ("0.bias", lambda t: t.neg_()),
+        ("1.weight", lambda t: t[0].fill_(float("nan"))),
+        ("2.weight_hh_l0", lambda t: t.zero_()),
+        ("2.bias_hh_l0", lambda t: t.mul_(2)),
+    ],
+)
+def test_one_changed_original_is_found_and_named(name, change) -> None:
+    model = net()
+    tensors = dict(model.named_parameters())
+    before = fingerprint(model)
+    register_lora(model, rank=2)
+    with torch.no_grad():
+        change(tensors[name])
+    with pytest.raises(FrozenError, match=rf"^1 of 8 originals changed: {name}$"):
+        assert_frozen(model, before)
+
+
+def test_every_changed_and_every_lost_original_is_named() -> None:
+    model = net()
+    before = fingerprint(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        model[0].bias.add_(1)
+    del model[1]
+    message = (
+        "^2 of 8 originals changed: 0.weight, 0.bias; 6 of 8 originals are gone: 1.weight, 1.b"
+    )
+    with pytest.raises(FrozenError, match=message):
+        assert_frozen(model, before)
+
+
+def test_a_negative_zero_is_a_change() -> None:
+    layer = nn.Linear(2, 1)
+    nn.init.zeros_(layer.bias)
+    before = fingerprint(layer)
+    layer.bias.data.neg_()
+    with pytest.raises(FrozenError, match="bias"):
+        assert_frozen(layer, before)
+
+
+def test_it_fails_as_an_assertion_too() -> None:
+    assert issubclass(FrozenError, AssertionError)
+
+
+def test_buffers_are_covered_when_asked_for() -> None:
+    model = net()
+    register_lora(model, rank=2)
+    parameters, all_of_it = fingerprint(model), fingerprint(model, buffers=True)
+    model(torch.randn(3, 6))
+    assert_frozen(model, parameters)
+    with pytest.raises(FrozenError, match=r"running_mean, 1\.running_var, 1\.num_batches"):
+        assert_frozen(model, all_of_it)
+
+
+def test_a_meta_tensor_has_no_fingerprint() -> None:
+    with pytest.raises(LoRAError, match="weight: a tensor on the meta device has no bytes"):
+        fingerprint(nn.Linear(3, 2, device="meta"))
+
+
+def test_an_empty_tensor_has_one() -> None:
+    assert len(fingerprint(nn.ParameterList([torch.empty(0, 3)]))) == 1
+
+
+def test_base_frozen_passes_when_only_adapters_train() -> None:
+    model = nn.Linear(6, 5)
+    register_lora(model, rank=2)
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    with base_frozen(model):
+        model(torch.randn(3, 6)).sum().backward()
+        optimizer.step()
+
+
+def test_base_frozen_names_what_moved() -> None:
+    model = nn.Linear(6, 5)
+    with pytest.raises(FrozenError, match="changed: weight"), base_frozen(model):
+        model.weight.data.add_(1)
+
+
+def test_base_frozen_lets_the_blocks_own_exception_through() -> None:
+    model = nn.Linear(6, 5)
+    with pytest.raises(ZeroDivisionError), base_frozen(model):
+        model.weight.data.add_(1)
+        raise ZeroDivisionError

@@ -1,0 +1,171 @@
+"""Folding adapters into the weights for good."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lora_param import (
+    AdapterError,
+    LoRAError,
+    TargetError,
+    disable_lora,
+    fingerprint,
+    lora_disabled,
+    merge_lora,
+    register_lora,
+)
+
+from .cases import shake
+
+
+def adapted(*adapters: str) -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5)
+    for adapter in adapters:
+        register_lora(layer, rank=2, adapter=adapter)
+    shake(layer)
+    return layer
+
+
+def test_the_merged_weight_is_exactly_what_was_read() -> None:
+    layer = adapted("a", "b")
+    weight, original = layer.weight.detach().clone(), layer.parametrizations.weight.original
+    merge_lora(layer)
+    assert layer.weight is original
+    assert torch.equal(layer.weight, weight)
+    assert layer.weight.requires_grad
+
+
+@pytest.mark.parametrize(("merged", "left"), [("a", "b"), ("b", "a")])
+def test_merging_one_of_two_keeps_the_other(merged: str, left: str) -> None:
+    layer, x = adapted("a", "b"), torch.randn(3, 6)
+    expected = layer(x)
+    with lora_disabled(layer, left):
+        without = layer(x)
+    merge_lora(layer, merged)
+    torch.testing.assert_close(layer(x), expected)
+    with lora_disabled(layer):
+        torch.testing.assert_close(layer(x), without)
+
+
+def test_merging_inside_autocast_bakes_in_no_rounding() -> None:
+    layer, twin = adapted("a"), adapted("a")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merge_lora(layer)
+    merge_lora(twin)
+    assert torch.equal(layer.weight, twin.weight)
+
+
+def test_merging_inside_a_cache_takes_the_current_factors() -> None:
+    layer, twin = adapted("a"), adapted("a")
+    with parametrize.cached():
+        assert layer.weight is not None
+        for each in (layer, twin):
+            torch.manual_seed(1)
+            shake(each)
+        merge_lora(layer)
+    merge_lora(twin)
+    assert torch.equal(layer.weight, twin.weight)
+
+
+def test_a_disabled_adapter_is_not_merged_in_silence() -> None:
+    layer = adapted("a", "b")
+    disable_lora(layer, "b")
+    before = fingerprint(layer)
+    with pytest.raises(
+        AdapterError, match="weight: adapter 'b' is disabled, so merging would change"
+    ):
+        merge_lora(layer)
+    assert fingerprint(layer) == before
+    merge_lora(layer, "a")
+
+
+def test_a_merge_that_overflows_is_refused() -> None:
+    layer = nn.Linear(6, 5).half()
+    register_lora(layer, rank=2, dtype=torch.float32)
+    for factor in layer.parametrizations.weight[0].parameters():
+        nn.init.constant_(factor, 1e3)
+    before = fingerprint(layer)
+    with pytest.raises(
+        LoRAError, match=r"weight: the merged weight would not be finite in torch\.float16"
+    ):
+        merge_lora(layer)
+    assert fingerprint(layer) == before
+
+
+def test_a_weight_tied_since_registering_is_refused() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 6), "head": adapted("a")})
+    model["embed"].weight = model["head"].parametrizations.weight.original
+    before = fingerprint(model)
+    with pytest.raises(
+        TargetError, match=r"head.weight: embed.weight is the same Parameter, and merging"
+    ):
+        merge_lora(model)
+    assert fingerprint(model) == before
+
+
+def test_a_norm_in_front_that_cannot_hold_the_sum_is_refused() -> None:
+    layer = parametrizations.spectral_norm(nn.Linear(6, 5)).eval()
+    register_lora(layer, rank=2)
+    shake(layer)
+    state = copy.deepcopy(layer.state_dict())
+    with pytest.raises(
+        LoRAError, match="_SpectralNorm, in front of the adapter, can't take the merged"
+    ):
+        merge_lora(layer)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+class OneWay(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.tanh()
+
+
+def test_a_parametrization_in_front_without_an_inverse_is_refused() -> None:
+    layer = parametrize.register_parametrization(nn.Linear(6, 5), "weight", OneWay())
+    register_lora(layer, rank=2)
+    with pytest.raises(
+        LoRAError, match="OneWay, in front of the adapter, can't take the merged weight"
+    ):
+        merge_lora(layer)
+
+
+def test_a_parametrization_behind_is_applied_to_the_merged_weight() -> None:
+    layer = adapted("a")
+    parametrize.register_parametrization(layer, "weight", OneWay())
+    weight = layer.weight.detach().clone()
+    merge_lora(layer)
+    assert torch.equal(layer.weight, weight)
+    assert [type(entry) for entry in layer.parametrizations.weight] == [OneWay]
+
+
+def test_one_of_two_adapters_around_a_parametrization_is_refused() -> None:
+    layer = adapted("a")
+    parametrize.register_parametrization(layer, "weight", Halved())
+    register_lora(layer, rank=2, adapter="b")
+    shake(layer)
+    with pytest.raises(LoRAError, match="Halved stands between the adapters"):
+        merge_lora(layer, "b")
+    weight = layer.weight.detach().clone()
+    merge_lora(layer)
+    torch.testing.assert_close(layer.weight, weight)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def test_merging_on_the_meta_device_leaves_a_plain_module() -> None:
+    layer = nn.Linear(6, 5, device="meta")
+    register_lora(layer, rank=2)
+    merge_lora(layer)
+    assert type(layer) is nn.Linear

@@ -1,0 +1,77 @@
+"""The public names, the README's code, and what importing costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_param
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_public_names_are_these() -> None:
+    assert lora_param.__all__ == [
+        "AdapterError",
+        "AdapterSummary",
+        "FrozenError",
+        "LoRAError",
+        "LoRAParametrization",
+        "LoRASummary",
+        "StateDictError",
+        "TargetError",
+        "WeightSummary",
+        "assert_frozen",
+        "base_frozen",
+        "disable_lora",
+        "enable_lora",
+        "fingerprint",
+        "load_lora_state_dict",
+        "lora_disabled",
+        "lora_parameters",
+        "lora_state_dict",
+        "lora_summary",
+        "merge_lora",
+        "named_lora_parameters",
+        "register_lora",
+        "remove_lora",
+    ]
+    assert all(hasattr(lora_param, name) for name in lora_param.__all__)
+
+
+def test_every_error_is_a_lora_error_and_a_value_error() -> None:
+    errors = [getattr(lora_param, name) for name in lora_param.__all__ if name.endswith("Error")]
+    assert all(issubclass(error, (lora_param.LoRAError, ValueError)) for error in errors)
+
+
+def test_the_core_imports_nothing_but_torch() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import lora_param; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new - {'lora_param', 'torch'} - set(sys.stdlib_module_names)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def readme_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", readme_examples(), ids=lambda code: code.splitlines()[0])
+def test_the_readmes_examples_run_as_they_stand(code: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_no_file_is_longer_than_350_lines_and_the_library_stays_small() -> None:
+    files = [*ROOT.glob("lora_param/**/*.py"), *ROOT.glob("experiments/**/*.py")]
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
+    assert {path: length for path, length in lengths.items() if length > 350} == {}
+    assert sum(length for path, length in lengths.items() if path.parts[0] == "lora_param") < 2500
