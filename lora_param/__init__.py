@@ -14,7 +14,13 @@ from .errors import AdapterError, FrozenError, LoRAError, StateDictError, Target
 from .merge import merge_lora
 from .parametrization import LoRAParametrization
 from .register import disable_lora, enable_lora, lora_disabled, register_lora, remove_lora
-from .state import load_lora_state_dict, lora_parameters, lora_state_dict, named_lora_parameters
+from .state import (
+    base_state_dict,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    named_lora_parameters,
+)
 from .summary import AdapterSummary, LoRASummary, WeightSummary, lora_summary
 
 __version__ = "0.1.0"
@@ -31,6 +37,7 @@ __all__ = [
     "WeightSummary",
     "assert_frozen",
     "base_frozen",
+    "base_state_dict",
     "disable_lora",
     "enable_lora",
     "fingerprint",

@@ -45,6 +45,7 @@ class Layer:
         view: From a weight's shape to the shape of its matrix view.
         default: Whether `target=None` adapts it.
         refusal: From a module to why it can't be adapted, or `None`.
+        rereads: Whether its forward reads one weight several times.
     """
 
     kind: type[nn.Module] | str
@@ -52,6 +53,7 @@ class Layer:
     view: Callable[[Shape], Shape] = kernel
     default: bool = True
     refusal: Callable[[nn.Module], str | None] = _never_refused
+    rereads: bool = False
 
 
 TABLE: tuple[Layer, ...] = (
@@ -63,8 +65,12 @@ TABLE: tuple[Layer, ...] = (
     Layer(nn.ConvTranspose2d),
     Layer(nn.ConvTranspose3d),
     Layer(nn.Bilinear),
-    Layer(nn.MultiheadAttention, ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")),
-    Layer(nn.RNNBase, ("weight_*",)),
+    Layer(
+        nn.MultiheadAttention,
+        ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight"),
+        rereads=True,
+    ),
+    Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer("transformers.pytorch_utils.Conv1D"),
     Layer(nn.Embedding, default=False, refusal=_embedding_rule),
@@ -75,9 +81,9 @@ UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
 """Any other module: each of its tensors of two or more dimensions, where the caller names it."""
 
 
-def layer_of(module: nn.Module) -> Layer:
-    """Return the table's row for a module; a subclass has its base's row."""
-    for base in type(module).__mro__:
+def layer_of(cls: type[nn.Module]) -> Layer:
+    """Return the table's row for a type of module; a subclass has its base's row."""
+    for base in cls.__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         for layer in TABLE:
             if layer.kind is base or layer.kind == name:
@@ -96,7 +102,7 @@ def listed(module: nn.Module, present: list[str]) -> list[str]:
         The names that the row's globs find, and dotted names as they stand. A row that finds
         nothing gives its first name, for the caller to say why that tensor can't be adapted.
     """
-    layer = layer_of(module)
+    layer = layer_of(type(module))
     found = [
         name
         for glob in layer.tensors

@@ -152,7 +152,7 @@ def _distributed(weight: Weight, tensor: Tensor | None) -> str | None:
 
 
 def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
-    return layer_of(weight.module).refusal(weight.module)
+    return layer_of(type(weight.module)).refusal(weight.module)
 
 
 RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (

@@ -255,7 +255,7 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
 def _plan(weight: Weight, rank: int, alpha: float | None) -> tuple[tuple[int, ...], Tensor]:
     """Return a weight's matrix view and a tensor of its dtype and device, all checked."""
     value = template_of(weight.module, weight.tensor)
-    shape = layer_of(weight.module).view(tuple(value.shape))
+    shape = layer_of(type(weight.module)).view(tuple(value.shape))
     try:
         check_rank(rank, shape[-2], shape[-1])
         check_alpha(alpha)

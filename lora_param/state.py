@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import StateDictError
+from .parametrization import LoRAParametrization
 from .register import adapters_of
+from .surgery import base_modules, chain_of, detach, snapshot, tensor_names
 
 
 def named_lora_parameters(
@@ -135,3 +137,32 @@ def load_lora_state_dict(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state_dict[name])
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict that the model would have without adapters: keys, order and bits.
+
+    Args:
+        model: A plain or an adapted model. Its adapters are lifted off for the moment of the call.
+
+    Returns:
+        What `model.state_dict()` gives after `remove_lora(model)`: tensors detached and not copied.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> list(model.state_dict())[:2], list(base_state_dict(model))
+        (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
+    """
+    bring_back = snapshot(model)
+    try:
+        for _, module in base_modules(model):
+            for tensor in tensor_names(module):
+                for entry in chain_of(module, tensor):
+                    if isinstance(entry, LoRAParametrization):
+                        detach(module, tensor, entry)
+        return model.state_dict()
+    finally:
+        bring_back()

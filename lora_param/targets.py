@@ -64,7 +64,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
         chosen = {
             name
             for path, module in base_modules(model)
-            if layer_of(module).default
+            if layer_of(type(module)).default
             for name in _of_module(path, module)
         }
         if not chosen:
@@ -141,7 +141,7 @@ def _catalogue(model: nn.Module) -> list[Weight]:
 
 def _of_module(path: str, module: nn.Module) -> list[str]:
     present = tensor_names(module)
-    if layer_of(module) is not UNLISTED:
+    if layer_of(type(module)) is not UNLISTED:
         return [_join(path, tensor) for tensor in listed(module, present)]
     own = [Weight(path, module, tensor) for tensor in present]
     return [weight.name for weight in own if not _is_flat(weight)]

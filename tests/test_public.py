@@ -27,6 +27,7 @@ def test_the_public_names_are_these() -> None:
         "WeightSummary",
         "assert_frozen",
         "base_frozen",
+        "base_state_dict",
         "disable_lora",
         "enable_lora",
         "fingerprint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lora_param import (
     StateDictError,
+    base_state_dict,
     load_lora_state_dict,
     lora_parameters,
     lora_state_dict,
@@ -114,3 +117,139 @@ def test_a_state_dict_that_does_not_fit_is_refused_whole(
 def test_what_is_no_mapping_is_refused(state: Any) -> None:
     with pytest.raises(StateDictError, match="a state dict must be a mapping, got"):
         load_lora_state_dict(net(), state)
+
+
+def noisy(model: nn.Module) -> dict[str, Tensor]:
+    """Return another checkpoint of the same model: the same keys, other values."""
+    return {
+        name: torch.rand_like(t) if t.is_floating_point() else t + 1
+        for name, t in model.state_dict().items()
+    }
+
+
+def zoo() -> nn.ModuleDict:
+    normed = parametrizations.spectral_norm(parametrizations.weight_norm(nn.Linear(5, 4)))
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(6, 5),
+            "deep": nn.Sequential(nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4))),
+            "attention": nn.MultiheadAttention(8, 2),
+            "lstm": nn.LSTM(4, 5),
+            "normed": normed,
+        }
+    )
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in base_state_dict(model).items()}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_plain_checkpoint_loads_into_the_adapted_model(assign: bool) -> None:
+    model = zoo()
+    checkpoint = noisy(model)
+    register_lora(model, rank=2, adapter="a")
+    register_lora(model, rank=2, adapter="b")
+    shake(model)
+    factors = {name: (id(p), p.clone()) for name, p in named_lora_parameters(model)}
+    model.load_state_dict(checkpoint, strict=True, assign=assign)
+    assert base_state_dict(model).keys() == checkpoint.keys()
+    assert all(torch.equal(t, checkpoint[name]) for name, t in base_state_dict(model).items())
+    for name, parameter in named_lora_parameters(model):
+        assert id(parameter) == factors[name][0]
+        assert torch.equal(parameter, factors[name][1])
+
+
+def test_a_plain_checkpoint_of_a_submodule_loads_too() -> None:
+    model = zoo()
+    checkpoint = noisy(model["deep"])
+    register_lora(model, rank=2)
+    model["deep"].load_state_dict(checkpoint, strict=True)
+    assert torch.equal(
+        model["deep"][0][0].parametrizations.weight.original, checkpoint["0.0.weight"]
+    )
+
+
+def test_strict_false_loads_a_plain_checkpoint_as_well() -> None:
+    model = nn.Linear(6, 5)
+    checkpoint = noisy(model)
+    register_lora(model, rank=2)
+    result = model.load_state_dict(checkpoint, strict=False)
+    assert result == ([], [])
+    assert torch.equal(model.parametrizations.weight.original, checkpoint["weight"])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_full_checkpoint_loads_into_an_adapted_model(assign: bool) -> None:
+    source, model = zoo(), zoo()
+    for each in (source, model):
+        register_lora(each, rank=2, adapter="a")
+        register_lora(each, rank=2, adapter="b")
+        shake(each)
+    model.load_state_dict(source.state_dict(), strict=True, assign=assign)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+def test_a_copy_loads_a_plain_checkpoint() -> None:
+    model = nn.Linear(6, 5)
+    checkpoint = noisy(model)
+    register_lora(model, rank=2)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(checkpoint)
+    assert torch.equal(twin.parametrizations.weight.original, checkpoint["weight"])
+    assert not torch.equal(model.parametrizations.weight.original, checkpoint["weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("0.bias"), "Missing key.*0.bias"),
+        (lambda s: s.update({"0.junk": torch.ones(1)}), "Unexpected key.*0.junk"),
+        (lambda s: s.update({"0.weight": torch.ones(2, 2)}), r"size mismatch for 0\..*original"),
+    ],
+)
+def test_a_plain_checkpoint_that_does_not_fit_is_still_refused(change, message: str) -> None:
+    checkpoint = noisy(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)))
+    change(checkpoint)
+    with pytest.raises(RuntimeError, match=message):
+        net().load_state_dict(checkpoint, strict=True)
+
+
+def test_a_full_checkpoint_that_lacks_an_adapter_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="Missing key.*weight.1.lora_A"):
+        net("a", "b").load_state_dict(net("a").state_dict(), strict=True)
+
+
+def test_base_state_dict_is_the_one_from_before_registering() -> None:
+    model = zoo()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    register_lora(model, rank=2)
+    shake(model)
+    adapted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after = base_state_dict(model)
+    assert list(after) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert list(model.state_dict()) == list(adapted)
+    assert all(torch.equal(t, adapted[name]) for name, t in model.state_dict().items())
+
+
+def test_base_state_dict_of_a_plain_model_is_its_state_dict() -> None:
+    assert list(base_state_dict(zoo())) == list(zoo().state_dict())
+
+
+def test_a_plain_checkpoint_reaches_a_parametrization_registered_behind_an_adapter() -> None:
+    model = nn.Linear(6, 5)
+    register_lora(model, rank=2)
+    parametrizations.spectral_norm(model)
+    checkpoint = {name: torch.rand_like(t) for name, t in base_state_dict(model).items()}
+    assert list(checkpoint) == [
+        "bias",
+        "parametrizations.weight.original",
+        "parametrizations.weight.0._u",
+        "parametrizations.weight.0._v",
+    ]
+    model.load_state_dict(checkpoint, strict=True)
+    assert torch.equal(
+        model.parametrizations.weight[1]._u, checkpoint["parametrizations.weight.0._u"]
+    )

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from lora_param import (
     LoRAError,
+    LoRAParametrization,
     fingerprint,
     lora_disabled,
     lora_parameters,
@@ -362,3 +363,34 @@ def test_an_adapter_shows_in_the_output_of_every_factor() -> None:
     model, x = adapted(Reader()), torch.randn(2, 4)
     model(x).sum().backward()
     assert all(factor.grad.count_nonzero() for factor in lora_parameters(model))
+
+
+READ_OFTEN = {
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+    "attention kdim vdim": lambda: nn.MultiheadAttention(8, 2, kdim=8, vdim=8),
+    "lstm": lambda: nn.LSTM(8, 5, 2, bidirectional=True),
+    "gru": lambda: nn.GRU(8, 5),
+}
+
+
+@pytest.mark.parametrize("layer", READ_OFTEN)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_computes_each_weight_once(layer: str, grad: bool) -> None:
+    model, x = adapted(READ_OFTEN[layer]()), torch.randn(3, 2, 8)
+    calls = []
+    for entry in model.modules():
+        if isinstance(entry, LoRAParametrization):
+            entry.register_forward_hook(lambda *args: calls.append(args))
+    with torch.set_grad_enabled(grad):
+        model(x, x, x) if "attention" in layer else model(x)
+    assert len(calls) == len(list(lora_parameters(model))) // 2
+
+
+def test_between_forwards_a_weight_is_computed_anew() -> None:
+    lstm, x = adapted(nn.LSTM(4, 5)), torch.randn(3, 2, 4)
+    with torch.no_grad():
+        before = lstm(x)[0]
+    shake(lstm)
+    after = lstm(x)[0]
+    assert not torch.equal(after, before)
+    assert after.requires_grad

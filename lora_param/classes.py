@@ -1,0 +1,192 @@
+"""The class of a module with parametrized tensors, one for all modules that are alike.
+
+`torch.nn.utils.parametrize` gives every module a class of its own, with properties that close over
+the module. Copies then share a class that belongs to one of them, nothing can be pickled, and a
+compiler sees a new type at every layer. Here a module's class depends on its original class and on
+the names of its parametrized tensors alone; its properties close over nothing, and pickling names
+the original class.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import pickle
+import threading
+from collections.abc import Callable, MutableMapping
+from typing import Any, NamedTuple, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import LoRAError
+from .layers import layer_of
+from .parametrization import LoRAParametrization
+
+
+class Found(NamedTuple):
+    """How a module was before its first adapter; kept on the module as `_lora_found`."""
+
+    type: type[nn.Module] | None
+    order: tuple[str, ...]
+
+
+def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
+    """Return a module's chains of parametrizations by tensor; empty where there are none."""
+    chains: object = (
+        module._modules["parametrizations"] if parametrize.is_parametrized(module) else {}
+    )
+    return cast("MutableMapping[str, Any]", chains)
+
+
+def found_of(module: nn.Module) -> Found:
+    """Return how a module was before its first adapter."""
+    found: Found = module.__dict__.get("_lora_found", Found(None, ()))
+    return found
+
+
+def properties_of(cls: type) -> set[str]:
+    """Return the names of the properties that a class itself defines."""
+    return {name for name, value in vars(cls).items() if isinstance(value, property)}
+
+
+class _SharedClass(type):
+    """Type of a class that many modules share: what torch does to one must not reach the rest."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        # torch's register_parametrization, on one more tensor of one module.
+        super().__setattr__(name, _weight_property(name) if isinstance(value, property) else value)
+
+    def __delattr__(cls, name: str) -> None:
+        # torch's remove_parametrizations, on one module.
+        if name not in properties_of(cls):
+            super().__delattr__(name)
+
+
+_classes: WeakValueDictionary[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = (
+    WeakValueDictionary()
+)
+
+
+def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the class of a module of type `base` whose tensors `names` are parametrized."""
+    key = (base, tuple(sorted(names)))
+    cls = _classes.get(key)
+    if cls is None:
+        meta: type = _SharedClass
+        if not issubclass(meta, type(base)):
+            meta = type(meta.__name__, (meta, type(base)), {})
+        body: dict[str, Any] = {name: _weight_property(name) for name in names}
+        body["__reduce_ex__"] = _reduction(base)
+        body["_load_from_state_dict"] = _loading(base)
+        if layer_of(base).rereads:
+            body["forward"] = _reading_once(base)
+        cls = meta(f"Parametrized{base.__name__}", (base,), body)
+        _classes[key] = cls
+    return cls
+
+
+def _weight_property(name: str) -> property:
+    def read(self: Any) -> Any:
+        if name not in self.parametrizations:  # torch has taken it off this module
+            for table in (self._parameters, self._buffers, self.__dict__):
+                if name in table:
+                    return table[name]
+            raise AttributeError(name)
+        chain, store = self.parametrizations[name], _store()
+        if store is None:
+            return chain()
+        key = (id(self), name)
+        if key not in store:
+            store[key] = chain()
+        return store[key]
+
+    def write(self: nn.Module, value: Tensor) -> None:
+        if name not in (chains := chains_of(self)):
+            self.__dict__[name] = value
+        elif any(isinstance(entry, LoRAParametrization) for entry in chains[name]):
+            raise LoRAError(
+                f"{name}: can't assign to an adapted weight, which is original + update; assign to "
+                f"parametrizations.{name}.original under no_grad, or call remove_lora first"
+            )
+        else:
+            chains[name].right_inverse(value)
+
+    return property(read, write)
+
+
+_during_forward = threading.local()
+
+
+def _store() -> dict[tuple[int, str], Any] | None:
+    """Return where values are kept: torch's own cache, or that of a forward that is running."""
+    if parametrize._cache_enabled:
+        return parametrize._cache
+    # A compiler merges equal expressions itself.
+    return None if torch.compiler.is_compiling() else getattr(_during_forward, "store", None)
+
+
+def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _store() is not None:
+            return base.forward(self, *args, **kwargs)
+        _during_forward.store = {}
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            _during_forward.store = None
+
+    return forward
+
+
+def _loading(base: type[nn.Module]) -> Callable[..., None]:
+    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, chain in chains_of(self).items():
+            _accept_base_keys(chain, name, state_dict, prefix)
+        base._load_from_state_dict(self, state_dict, prefix, *args)
+
+    return load
+
+
+def _accept_base_keys(chain: Any, name: str, state_dict: dict[str, Any], prefix: str) -> None:
+    """Translate a base's keys to the adapted model's; its adapters then keep their values."""
+    stem = f"{prefix}parametrizations.{name}."
+    ours = {i: entry for i, entry in enumerate(chain) if isinstance(entry, LoRAParametrization)}
+    others = [index for index in range(len(chain)) if index not in ours]
+    if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
+        state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
+    elif not others or any(f"{stem}{index}.lora_A" in state_dict for index in range(len(chain))):
+        return
+    for plain, index in reversed(list(enumerate(others))):
+        for key in [key for key in state_dict if key.startswith(f"{stem}{plain}.")]:
+            state_dict[f"{stem}{index}.{key.removeprefix(f'{stem}{plain}.')}"] = state_dict.pop(key)
+    for index, entry in ours.items():
+        for factor, parameter in entry.named_parameters():
+            state_dict.setdefault(f"{stem}{index}.{factor}", parameter)
+
+
+def _reduction(base: type[nn.Module]) -> Callable[..., tuple[Any, ...]]:
+    def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        # Recurrent layers read their weights into their state, and a graph can't be copied.
+        with torch.no_grad():
+            reduced: Any = base.__reduce_ex__(self, max(protocol, 2))
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            raise pickle.PicklingError(
+                f"{base.__name__} pickles itself in a way of its own, which can't be followed "
+                "while it is adapted; save its state dict, or call remove_lora first"
+            )
+        state, *rest = reduced[2:]
+        # A class that torch made for this one module can't be named in a pickle and suits no copy.
+        if "_lora_found" in state:
+            state = {**state, "_lora_found": found_of(self)._replace(type=None)}
+        return _rebuild, (base, tuple(chains_of(self))), state, *rest
+
+    return reduce_ex
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = parametrized_class(base, names)
+    return cls.__new__(cls)
