@@ -151,6 +151,17 @@ def _distributed(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
+def _no_sum(weight: Weight, tensor: Tensor | None) -> str | None:
+    if tensor is None or type(tensor) in (Tensor, nn.Parameter):
+        return None
+    try:
+        with torch.no_grad():
+            tensor + torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return f"a {type(tensor).__name__} can't be added to a plain tensor; dequantize it first"
+    return None
+
+
 def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
     return layer_of(type(weight.module)).refusal(weight.module)
 
@@ -162,6 +173,7 @@ RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
     _not_floating,
     _not_dense,
     _distributed,
+    _no_sum,
     _layer_rule,
 )
 """In this order: a later rule may rely on what an earlier one refuses."""

@@ -54,7 +54,7 @@ def test_originals_under_a_foreign_parametrization_are_covered(norm) -> None:
     assert_frozen(layer, before)
     with torch.no_grad():
         next(p for p in layer.parametrizations.weight.parameters() if p.ndim == 2).add_(1)
-    with pytest.raises(FrozenError, match="1 of 2|1 of 3"):
+    with pytest.raises(FrozenError, match=r"1 of [23]"):
         assert_frozen(layer, before)
 
 
@@ -152,6 +152,10 @@ def test_base_frozen_names_what_moved() -> None:
 
 def test_base_frozen_lets_the_blocks_own_exception_through() -> None:
     model = nn.Linear(6, 5)
-    with pytest.raises(ZeroDivisionError), base_frozen(model):
+
+    def change_and_fail() -> None:
         model.weight.data.add_(1)
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), base_frozen(model):
+        change_and_fail()

@@ -37,6 +37,16 @@ def without_weight() -> nn.Module:
     return layer
 
 
+class Packed(torch.Tensor):
+    """Stands for the quantised tensors of other libraries: it can be held, not added to."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.add, torch.add, torch.Tensor.__add__):
+            raise NotImplementedError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def sparse(**options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Embedding(7, 5, **options)
 
@@ -61,6 +71,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "pruning": (lambda: prune.l1_unstructured(nn.Linear(6, 5), "weight", 0.5), None, "the forward hook L1Unstructured"),
     "max_norm": (sparse(max_norm=1.0), "weight", "max_norm renormalises the original at every"),
     "sparse gradient": (sparse(sparse=True), "weight", "sparse gradients can't pass through"),
+    "quantised": (lambda: Holder(nn.Parameter(torch.ones(4, 3).as_subclass(Packed))), "table", "a Packed can't be added to a plain tensor; dequantize it"),
     "no weight": (lambda: nn.ReLU(), None, "target=None finds no linear, convolution"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_param import (
     LoRAParametrization,
     assert_frozen,
+    base_state_dict,
     disable_lora,
     enable_lora,
     fingerprint,
@@ -26,6 +27,7 @@ from lora_param import (
     register_lora,
     remove_lora,
 )
+from lora_param.base import base_parameters
 
 from .cases import shake
 
@@ -135,6 +137,24 @@ class Sequences(RuleBasedStateMachine):
         output = self.model(self.x)
         shake(self.model)
         load_lora_state_dict(self.model, saved)
+        assert torch.equal(self.model(self.x), output)
+
+    @rule()
+    def load_a_plain_checkpoint(self) -> None:
+        state = self.plain.state_dict()
+        with torch.no_grad():
+            for _, _, _, tensor in base_parameters(self.model):
+                tensor.zero_()
+        self.model.load_state_dict(state, strict=True)
+        assert list(base_state_dict(self.model)) == list(state)
+
+    @rule(assign=st.booleans())
+    def load_a_full_checkpoint(self, assign: bool) -> None:
+        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        output = self.model(self.x)
+        if self.adapters():
+            shake(self.model)
+        self.model.load_state_dict(state, strict=True, assign=assign)
         assert torch.equal(self.model(self.x), output)
 
     @rule()

@@ -217,7 +217,7 @@ def test_a_plain_checkpoint_that_does_not_fit_is_still_refused(change, message: 
 
 
 def test_a_full_checkpoint_that_lacks_an_adapter_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="Missing key.*weight.1.lora_A"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight\.1\.lora_A"):
         net("a", "b").load_state_dict(net("a").state_dict(), strict=True)
 
 

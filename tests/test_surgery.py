@@ -289,7 +289,7 @@ def test_a_fault_at_any_point_leaves_the_model_as_it_was(verb: str, step: int, p
     model[0].bias.grad = torch.ones(5)
     before = _state(model)
     verbs = {"register": _register_all, "remove": remove_lora, "merge": merge_lora}
-    with _failing(place, step) as failed:
+    with Failing(place, step) as failed:
         try:
             verbs[verb](model)
         except KeyboardInterrupt:
@@ -313,7 +313,7 @@ def _state(model: nn.Module) -> list[Any]:
     ]
 
 
-class _failing:
+class Failing:
     """Let the step-th call of a function of the library raise halfway through."""
 
     def __init__(self, place: str, step: int) -> None:
