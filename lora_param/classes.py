@@ -98,7 +98,8 @@ def _weight_property(name: str) -> property:
         chain, store = self.parametrizations[name], _store()
         if store is None:
             return chain()
-        key = (id(self), name)
+        # A value read without a graph must not stand in for one with a graph.
+        key = (id(self), name, torch.is_grad_enabled())
         if key not in store:
             store[key] = chain()
         return store[key]
@@ -120,10 +121,10 @@ def _weight_property(name: str) -> property:
 _during_forward = threading.local()
 
 
-def _store() -> dict[tuple[int, str], Any] | None:
+def _store() -> dict[Any, Any] | None:
     """Return where values are kept: torch's own cache, or that of a forward that is running."""
     if parametrize._cache_enabled:
-        return parametrize._cache
+        return cast("dict[Any, Any]", parametrize._cache)
     # A compiler merges equal expressions itself.
     return None if torch.compiler.is_compiling() else getattr(_during_forward, "store", None)
 

@@ -394,3 +394,18 @@ def test_between_forwards_a_weight_is_computed_anew() -> None:
     after = lstm(x)[0]
     assert not torch.equal(after, before)
     assert after.requires_grad
+
+
+class Watched(nn.LSTM):
+    """Looks at its weight without a graph before it uses it."""
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            self.norm = self.weight_hh_l0.norm()
+        return super().forward(x)
+
+
+def test_a_weight_read_without_a_graph_still_gets_its_gradient() -> None:
+    lstm = adapted(Watched(4, 5))
+    lstm(torch.randn(3, 2, 4))[0].sum().backward()
+    assert all(factor.grad is not None for factor in lora_parameters(lstm))
