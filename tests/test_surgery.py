@@ -242,13 +242,22 @@ def test_reading_for_a_check_does_not_advance_a_spectral_norm() -> None:
         assert torch.equal(buffer, before[name])
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
 @pytest.mark.parametrize("blocks", [24])
 def test_blocks_compiled_one_by_one_make_no_more_graphs_than_plain_ones(blocks: int) -> None:
     def graphs(adapt: bool) -> int:
         torch._dynamo.reset()
-        model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(blocks)])
+        model = nn.Sequential(*[Block() for _ in range(blocks)])
         model.requires_grad_(False)
         if adapt:
             adapted(model)
