@@ -55,8 +55,8 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     weights = list({weight.name: weight for weight, _ in pairs}.values())
     check_unshared(model, weights, "merging would change it there too")
     merging = {id(entry) for _, entry in pairs}
-    merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing(model):
+        merged = [values for weight in weights for values in _merged(weight, merging)]
         for original, value in merged:
             original.data = value
         take_off(model, pairs)

@@ -88,16 +88,18 @@ def register_lora(
     check_adapter(adapter)
     if dtype is not None:
         check_dtype(dtype)
-    weights = resolve(model, target, exclude)
-    check_weights(weights, adapter)
-    if target is None:
-        weights = without_tied(model, weights)
-    check_unshared(model, weights, "an adapter here would not act there")
-    if not weights:
-        raise TargetError("every weight is tied to an embedding; name other weights with target")
-    ranks, alphas = spread("rank", rank, weights), spread("alpha", alpha, weights)
-    plans = [_plan(weight, r, a) for weight, r, a in zip(weights, ranks, alphas, strict=True)]
     with all_or_nothing(model):
+        weights = resolve(model, target, exclude)
+        check_weights(weights, adapter)
+        if target is None:
+            weights = without_tied(model, weights)
+        check_unshared(model, weights, "an adapter here would not act there")
+        if not weights:
+            raise TargetError(
+                "every weight is tied to an embedding; name other weights with target"
+            )
+        ranks, alphas = spread("rank", rank, weights), spread("alpha", alpha, weights)
+        plans = [_plan(weight, r, a) for weight, r, a in zip(weights, ranks, alphas, strict=True)]
         if freeze:
             _freeze(model)
         for weight, (shape, value), r, a in zip(weights, plans, ranks, alphas, strict=True):
@@ -115,7 +117,7 @@ def register_lora(
                 dtype=dtype or value.dtype,
             )
             attach(weight.module, weight.tensor, parametrization)
-    return [weight.name for weight in weights]
+        return [weight.name for weight in weights]
 
 
 _freeze = freeze  # `register_lora` has an argument of that name
@@ -249,7 +251,8 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
     check_model(model, "remove_lora")
-    take_off(model, adapters_of(model, adapter))
+    with all_or_nothing(model):
+        take_off(model, adapters_of(model, adapter))
 
 
 def _plan(weight: Weight, rank: int, alpha: float | None) -> tuple[tuple[int, ...], Tensor]:
@@ -267,8 +270,7 @@ def _plan(weight: Weight, rank: int, alpha: float | None) -> tuple[tuple[int, ..
 
 def take_off(model: nn.Module, pairs: list[tuple[Weight, LoRAParametrization]]) -> None:
     """Detach adapters; with the last one of the model, give the base its flags back."""
-    with all_or_nothing(model):
-        for weight, entry in pairs:
-            detach(weight.module, weight.tensor, entry)
-        if not any(isinstance(module, LoRAParametrization) for module in model.modules()):
-            thaw(model)
+    for weight, entry in pairs:
+        detach(weight.module, weight.tensor, entry)
+    if not any(isinstance(module, LoRAParametrization) for module in model.modules()):
+        thaw(model)
