@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import FrozenError, LoRAError
 from .parametrization import LoRAParametrization
-from .surgery import original_of, tensor_names
+from .surgery import check_module, original_of, tensor_names
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -20,15 +21,29 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Ten
 
     The name is the one that the plain model gives it: `"linear1.weight"`, adapted or not.
     """
-    for path, module in model.named_modules():
-        if isinstance(module, LoRAParametrization):
-            continue
+    for path, module in _base_paths(model):
         for name in tensor_names(module):
             # A chain's one original goes by its owner's name.
             if isinstance(module, ParametrizationList) and name == "original":
                 continue
             if (tensor := original_of(module, name)) is not None:
                 yield f"{path}.{name}" if path else name, module, name, tensor
+
+
+def _base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module but the adapters, with the path that it has without them."""
+    check_module(model, "a call about the base")
+    base_path: dict[str, str] = {}
+    skipped: dict[str, int] = {}
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, LoRAParametrization):
+            skipped[parent] = skipped.get(parent, 0) + 1
+            continue
+        if parent in skipped:
+            name = str(int(name) - skipped[parent])  # the entries of a chain are numbered
+        base_path[path] = f"{base_path[parent]}.{name}" if parent else name
+        yield base_path[path], module
 
 
 def freeze(model: nn.Module) -> None:
@@ -43,9 +58,14 @@ def freeze(model: nn.Module) -> None:
         tensor.grad = None
 
 
+def is_frozen(model: nn.Module) -> bool:
+    """Say whether `freeze` has frozen anything that `thaw` would give back."""
+    return any("_lora_frozen" in module.__dict__ for module in model.modules())
+
+
 def thaw(model: nn.Module) -> None:
     """Give every parameter that `freeze` froze its flag back."""
-    for module in list(model.modules()):
+    for module in model.modules():
         for name in module.__dict__.pop("_lora_frozen", ()):
             if (tensor := original_of(module, name)) is not None:
                 tensor.requires_grad_(True)
@@ -64,7 +84,7 @@ def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
         Hexadecimal digests by the parameters' names in the plain model, `"linear1.weight"`.
 
     Raises:
-        LoRAError: A tensor is on the meta device and has no bytes.
+        LoRAError: A tensor has no bytes of its own: on the meta device, sparse, sharded, wrapped.
 
     Example:
         >>> import torch
@@ -80,7 +100,7 @@ def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
     return {name: _digest(name, tensor) for name, tensor in originals.items()}
 
 
-def assert_frozen(model: nn.Module, fingerprint: dict[str, str]) -> None:
+def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
     """Raise unless every original in a fingerprint still has the same bytes, dtype and shape.
 
     Args:
@@ -89,6 +109,7 @@ def assert_frozen(model: nn.Module, fingerprint: dict[str, str]) -> None:
 
     Raises:
         FrozenError: Names every original that changed and every one that is gone.
+        LoRAError: The fingerprint is empty, or none.
 
     Example:
         >>> import torch
@@ -101,6 +122,10 @@ def assert_frozen(model: nn.Module, fingerprint: dict[str, str]) -> None:
         ...
         lora_param.errors.FrozenError: 1 of 2 originals changed: bias
     """
+    if not isinstance(fingerprint, Mapping) or not fingerprint:
+        raise LoRAError(
+            "assert_frozen takes what fingerprint(model) returned, got nothing to compare"
+        )
     now = _originals(model, buffers=True)
     gone = [name for name in fingerprint if name not in now]
     changed = [
@@ -150,18 +175,24 @@ def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
 
 def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
     tensors = {name: tensor for name, _, _, tensor in base_parameters(model)}
-    return tensors | dict(model.named_buffers(remove_duplicate=False)) if buffers else tensors
+    for path, module in _base_paths(model) if buffers else ():
+        found = {name: each for name, each in module._buffers.items() if each is not None}
+        tensors |= {f"{path}.{name}" if path else name: each for name, each in found.items()}
+    return tensors
 
 
 def _digest(name: str, tensor: Tensor) -> str:
-    if tensor.is_meta:
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+    size = tensor.numel() * tensor.element_size() if plain else 0
+    if plain and not tensor.is_meta:
+        tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if not plain or tensor.is_meta or (size and not tensor.data_ptr()):
         raise LoRAError(
-            f"{name}: a tensor on the meta device has no bytes to take a fingerprint of"
+            f"{name}: a {type(tensor).__name__} of {tensor.layout} on {tensor.device} has no bytes "
+            "of its own; take the fingerprint of the model before it is sharded or converted"
         )
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    size = flat.numel() * flat.element_size()
-    digest = hashlib.sha256(f"{flat.dtype} {tuple(flat.shape)} ".encode())
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     if size:
         # The bytes themselves, without a copy and without numpy, which torch doesn't require.
-        digest.update((ctypes.c_char * size).from_address(flat.data_ptr()))
+        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
     return digest.hexdigest()

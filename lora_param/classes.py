@@ -34,11 +34,21 @@ class Found(NamedTuple):
 
 
 def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
-    """Return a module's chains of parametrizations by tensor; empty where there are none."""
-    chains: object = (
-        module._modules["parametrizations"] if parametrize.is_parametrized(module) else {}
-    )
+    """Return a module's chains of parametrizations by tensor; empty where there are none.
+
+    Torch's `is_parametrized` asks for an attribute, and wrappers answer that for what they wrap.
+    """
+    chains = module._modules.get("parametrizations")
+    if not isinstance(chains, nn.ModuleDict) or not all(
+        isinstance(chain, parametrize.ParametrizationList) for chain in chains.values()
+    ):
+        return {}
     return cast("MutableMapping[str, Any]", chains)
+
+
+def type_before(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class without the one made for its parametrizations."""
+    return type(module).__bases__[0] if chains_of(module) else type(module)
 
 
 def found_of(module: nn.Module) -> Found:
@@ -78,12 +88,15 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         meta: type = _SharedClass
         if not issubclass(meta, type(base)):
             meta = type(meta.__name__, (meta, type(base)), {})
+        layer = layer_of(base)
         body: dict[str, Any] = {name: _weight_property(name) for name in names}
-        body["__reduce_ex__"] = _reduction(base)
-        body["_load_from_state_dict"] = _loading(base)
-        if layer_of(base).rereads:
+        # The module's name too, by which torch.fx decides what is a leaf.
+        body |= {"__reduce_ex__": _reduction(base), "__module__": base.__module__}
+        body |= layer.overrides
+        if layer.rereads:
             body["forward"] = _reading_once(base)
-        cls = meta(f"Parametrized{base.__name__}", (base,), body)
+        # Behind the base: what the base does to a checkpoint's keys comes first.
+        cls = meta(f"Parametrized{base.__name__}", (base, _Parametrized), body)
         _classes[key] = cls
     return cls
 
@@ -98,8 +111,9 @@ def _weight_property(name: str) -> property:
         chain, store = self.parametrizations[name], _store()
         if store is None:
             return chain()
-        # A value read without a graph must not stand in for one with a graph.
-        key = (id(self), name, torch.is_grad_enabled())
+        # A value read without a graph, or in another state, must not stand in for this one.
+        switches = tuple(getattr(entry, "enabled", None) for entry in chain)
+        key = (chain, torch.is_grad_enabled(), switches)
         if key not in store:
             store[key] = chain()
         return store[key]
@@ -107,12 +121,8 @@ def _weight_property(name: str) -> property:
     def write(self: nn.Module, value: Tensor) -> None:
         if name not in (chains := chains_of(self)):
             self.__dict__[name] = value
-        elif any(isinstance(entry, LoRAParametrization) for entry in chains[name]):
-            raise LoRAError(
-                f"{name}: can't assign to an adapted weight, which is original + update; assign to "
-                f"parametrizations.{name}.original under no_grad, or call remove_lora first"
-            )
         else:
+            _check_assignable(self, name)
             chains[name].right_inverse(value)
 
     return property(read, write)
@@ -143,17 +153,40 @@ def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _loading(base: type[nn.Module]) -> Callable[..., None]:
-    def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, chain in chains_of(self).items():
-            _accept_base_keys(chain, name, state_dict, prefix)
-        base._load_from_state_dict(self, state_dict, prefix, *args)
+def _check_assignable(module: nn.Module, name: str) -> None:
+    chain = dict(chains_of(module).items()).get(name, ())
+    if any(isinstance(entry, LoRAParametrization) for entry in chain):
+        raise LoRAError(
+            f"{name}: can't assign to an adapted weight, which is original + update; assign to "
+            f"parametrizations.{name}.original under no_grad, or call remove_lora first"
+        )
 
-    return load
+
+class _Parametrized(nn.Module):
+    """What every module with adapted tensors does differently, where its own class ends."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        _check_assignable(self, name)
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # As the last of the hooks, because others may give keys their names.
+        handle = self.register_load_state_dict_pre_hook(_accept_base_keys)  # type: ignore[no-untyped-call]
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            handle.remove()
 
 
-def _accept_base_keys(chain: Any, name: str, state_dict: dict[str, Any], prefix: str) -> None:
+def _accept_base_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
     """Translate a base's keys to the adapted model's; its adapters then keep their values."""
+    for name, chain in chains_of(module).items():
+        _accept_keys_of_chain(chain, name, state_dict, prefix)
+
+
+def _accept_keys_of_chain(chain: Any, name: str, state_dict: dict[str, Any], prefix: str) -> None:
     stem = f"{prefix}parametrizations.{name}."
     ours = {i: entry for i, entry in enumerate(chain) if isinstance(entry, LoRAParametrization)}
     others = [index for index in range(len(chain)) if index not in ours]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
+
+from .errors import LoRAError
 
 Shape = tuple[int, ...]
 """`(*batch, fan_out, fan_in)` of a weight's matrix view."""
@@ -35,6 +38,23 @@ def _embedding_rule(module: nn.Module) -> str | None:
     return None
 
 
+def _graph_rule(module: nn.Module) -> str | None:
+    return "a traced graph can't be parametrized; adapt the model before tracing it"
+
+
+def _entry(entries: nn.ParameterList, index: Any) -> Any:
+    if isinstance(index, slice):
+        raise LoRAError(
+            "a slice of an adapted ParameterList would hold copies without adapters; read its "
+            "entries one by one"
+        )
+    return nn.ParameterList.__getitem__(entries, index)
+
+
+def _no_copy(entries: nn.ParameterDict) -> nn.ParameterDict:
+    raise LoRAError("a copy of an adapted ParameterDict would lose its adapters; use copy.deepcopy")
+
+
 @dataclass(frozen=True)
 class Layer:
     """One row of the table.
@@ -46,6 +66,7 @@ class Layer:
         default: Whether `target=None` adapts it.
         refusal: From a module to why it can't be adapted, or `None`.
         rereads: Whether its forward reads one weight several times.
+        overrides: Methods that the class of an adapted module has in place of its own.
     """
 
     kind: type[nn.Module] | str
@@ -54,6 +75,7 @@ class Layer:
     default: bool = True
     refusal: Callable[[nn.Module], str | None] = _never_refused
     rereads: bool = False
+    overrides: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 TABLE: tuple[Layer, ...] = (
@@ -75,6 +97,9 @@ TABLE: tuple[Layer, ...] = (
     Layer("transformers.pytorch_utils.Conv1D"),
     Layer(nn.Embedding, default=False, refusal=_embedding_rule),
     Layer(nn.EmbeddingBag, default=False, refusal=_embedding_rule),
+    Layer(nn.ParameterList, ("*",), stack, default=False, overrides={"__getitem__": _entry}),
+    Layer(nn.ParameterDict, ("*",), stack, default=False, overrides={"copy": _no_copy}),
+    Layer("torch.fx.graph_module.GraphModule", ("*",), stack, default=False, refusal=_graph_rule),
 )
 
 UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .errors import LoRAError
+from .errors import AdapterError, LoRAError
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -44,7 +45,8 @@ class LoRAParametrization(nn.Module):
         enabled: While `False`, the weight passes through untouched, as the same object.
 
     Raises:
-        LoRAError: `rank` or `alpha` is out of range, `init` or `dtype` unknown.
+        LoRAError: `rank` or `alpha` is out of range; `init`, `dtype` or `generator` is unknown.
+        AdapterError: `adapter` is no usable name.
 
     Example:
         >>> import torch
@@ -79,17 +81,24 @@ class LoRAParametrization(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_rank(rank, fan_out, fan_in)
-        check_alpha(alpha)
+        check_adapter(adapter)
+        self.rank = check_rank(rank, fan_out, fan_in)
+        self.alpha = check_alpha(alpha, self.rank)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise LoRAError(
+                f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+            )
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
         check_dtype(dtype or torch.get_default_dtype())
-        self.rank = rank
-        self.alpha = float(rank if alpha is None else alpha)
         self.adapter = adapter
         self.enabled = True
-        self.lora_A = nn.Parameter(torch.empty(*batch, rank, fan_in, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(*batch, fan_out, rank, device=device, dtype=dtype))
+        self.lora_A = nn.Parameter(
+            torch.empty(*batch, self.rank, fan_in, device=device, dtype=dtype)
+        )
+        self.lora_B = nn.Parameter(
+            torch.zeros(*batch, fan_out, self.rank, device=device, dtype=dtype)
+        )
         self._draw(init, generator)
 
     @property
@@ -133,22 +142,41 @@ class LoRAParametrization(nn.Module):
         return f"{self.adapter!r}, rank={self.rank}, alpha={self.alpha:g}, {state}"
 
 
-def check_rank(rank: object, fan_out: int, fan_in: int) -> None:
-    """Raise unless `rank` is an integer that a `(fan_out, fan_in)` matrix can have."""
+def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
+    """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
     limit = min(fan_out, fan_in)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+    if not whole or not 1 <= int(cast(Any, rank)) <= limit:
+        too_high = whole and int(cast(Any, rank)) > limit
+        fix = "lower the rank" if too_high else "give an integer from 1 up"
         raise LoRAError(
-            f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit} and be an integer, "
-            f"got {rank!r}"
+            f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit}, got {rank!r}; "
+            f"{fix}"
         )
+    return int(cast(Any, rank))
 
 
-def check_alpha(alpha: object) -> None:
-    """Raise unless `alpha` is `None` or a finite real number."""
+def check_alpha(alpha: object, rank: int) -> float:
+    """Return `alpha` as a finite float, `rank` for `None`, or raise."""
     if alpha is None:
-        return
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise LoRAError(f"alpha must be a finite number or None, got {alpha!r}")
+        return float(rank)
+    try:
+        value = float(cast(Any, alpha)) if isinstance(alpha, Real) else math.nan
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value) or isinstance(alpha, bool):
+        raise LoRAError(
+            f"alpha must be a finite number, or None for the rank, got {alpha!r:.40}; give a number"
+        )
+    return value
+
+
+def check_adapter(adapter: object) -> None:
+    """Raise unless `adapter` can be an adapter's name."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise AdapterError(
+            f"an adapter's name must be a non-empty string without dots, got {adapter!r}"
+        )
 
 
 def check_dtype(dtype: object) -> None:

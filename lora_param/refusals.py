@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .base import base_parameters
+from .classes import chains_of
 from .errors import AdapterError, LoRAError, TargetError
 from .layers import layer_of
 from .parametrization import FLOATS, LoRAParametrization, show_dtypes
-from .surgery import chain_of, original_of
+from .surgery import chain_of, check_module, memory_of, original_of
 from .targets import Weight
 
 FIXED = {
@@ -26,10 +27,9 @@ FIXED = {
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
 
-def check_model(model: object, call: str) -> None:
+def check_model(model: nn.Module, call: str) -> None:
     """Raise unless the structure of a model can be changed here and now."""
-    if not isinstance(model, nn.Module):
-        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}")
+    check_module(model, call)
     if torch.is_inference_mode_enabled():
         raise LoRAError(
             f"{call} can't be called in torch.inference_mode: what is made there never gets a "
@@ -42,14 +42,6 @@ def check_model(model: object, call: str) -> None:
                     f"{path or 'model'}: {call} can't change a {base.__name__}: "
                     f"{FIXED[base.__name__]}; call {call} before making it one"
                 )
-
-
-def check_adapter(adapter: object) -> None:
-    """Raise unless `adapter` can be an adapter's name."""
-    if not isinstance(adapter, str) or not adapter or "." in adapter:
-        raise AdapterError(
-            f"an adapter's name must be a non-empty string without dots, got {adapter!r}"
-        )
 
 
 def check_weights(weights: Sequence[Weight], adapter: str) -> None:
@@ -71,10 +63,10 @@ def partners(model: nn.Module, weights: Sequence[Weight]) -> list[list[tuple[str
     """List for each weight the other names and owners that its Parameter has in the model."""
     places: defaultdict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     for name, owner, _, tensor in base_parameters(model):
-        places[id(tensor)].append((name, owner))
+        places[memory_of(tensor)].append((name, owner))
     originals = [original_of(weight.module, weight.tensor) for weight in weights]
     return [
-        [place for place in places[id(original)] if place[0] != weight.name]
+        [place for place in places[memory_of(original)] if place[0] != weight.name]
         for weight, original in zip(weights, originals, strict=True)
     ]
 
@@ -101,6 +93,23 @@ def without_tied(model: nn.Module, weights: Sequence[Weight]) -> list[Weight]:
         listing = "; ".join(f"{name} (is {others})" for name, others in tied.items())
         warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=3)
     return [weight for weight in weights if weight.name not in tied]
+
+
+def _name_taken(weight: Weight, tensor: Tensor | None) -> str | None:
+    own = weight.module._modules | weight.module._parameters | weight.module._buffers
+    if "parametrizations" in own and not chains_of(weight.module):
+        return (
+            'its module has something of its own called "parametrizations", where torch keeps these'
+        )
+    return None
+
+
+def _made_in_inference_mode(weight: Weight, tensor: Tensor | None) -> str | None:
+    if tensor is not None and tensor.is_inference():
+        return (
+            "it was made in torch.inference_mode and can never be trained; build the model outside"
+        )
+    return None
 
 
 def _normed_by_hook(weight: Weight, tensor: Tensor | None) -> str | None:
@@ -167,9 +176,11 @@ def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
 
 
 RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
+    _name_taken,
     _normed_by_hook,
     _not_there,
     _lazy,
+    _made_in_inference_mode,
     _not_floating,
     _not_dense,
     _distributed,

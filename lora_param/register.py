@@ -8,16 +8,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .base import freeze, thaw
+from .base import freeze, is_frozen, thaw
 from .errors import AdapterError, LoRAError, TargetError
 from .layers import layer_of
-from .parametrization import Init, LoRAParametrization, check_alpha, check_dtype, check_rank
-from .refusals import check_adapter, check_model, check_unshared, check_weights, without_tied
+from .parametrization import (
+    Init,
+    LoRAParametrization,
+    check_adapter,
+    check_alpha,
+    check_dtype,
+    check_rank,
+)
+from .refusals import check_model, check_unshared, check_weights, without_tied
 from .surgery import (
     all_or_nothing,
     attach,
     base_modules,
     chain_of,
+    check_module,
     detach,
     template_of,
     tensor_names,
@@ -41,7 +49,7 @@ def register_lora(
     """Adapt a model in place: each chosen weight reads `W + (B @ A).view_as(W) * alpha / rank`.
 
     Modules keep their names and stay instances of their types, originals stay the same objects with
-    the same bits, and the output is equal to what it was until `lora_B` has been trained. An
+    the same bits, and the output is equal to the frozen model's until `lora_B` has been trained. An
     optimizer built earlier doesn't know the adapters: give it `lora_parameters(model)`.
 
     Args:
@@ -138,6 +146,7 @@ def adapters_of(
     Raises:
         AdapterError: There is none.
     """
+    check_module(model, "a call about adapters")
     found = [
         (Weight(path, module, tensor), entry)
         for path, module in base_modules(model)
@@ -252,7 +261,10 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
     """
     check_model(model, "remove_lora")
     with all_or_nothing(model):
-        take_off(model, adapters_of(model, adapter))
+        if adapter is None and not _is_adapted(model) and is_frozen(model):
+            thaw(model)  # the adapters went with a submodule, or torch took them off
+        else:
+            take_off(model, adapters_of(model, adapter))
 
 
 def _plan(weight: Weight, rank: int, alpha: float | None) -> tuple[tuple[int, ...], Tensor]:
@@ -260,11 +272,9 @@ def _plan(weight: Weight, rank: int, alpha: float | None) -> tuple[tuple[int, ..
     value = template_of(weight.module, weight.tensor)
     shape = layer_of(type(weight.module)).view(tuple(value.shape))
     try:
-        check_rank(rank, shape[-2], shape[-1])
-        check_alpha(alpha)
+        check_alpha(alpha, check_rank(rank, shape[-2], shape[-1]))
     except LoRAError as error:
-        fix = "; lower the rank or exclude this weight" if "rank" in str(error)[:4] else ""
-        raise LoRAError(f"{weight.name}: {error}{fix}") from None
+        raise LoRAError(f"{weight.name}: {error} or exclude this weight") from None
     return shape, value
 
 
@@ -272,5 +282,9 @@ def take_off(model: nn.Module, pairs: list[tuple[Weight, LoRAParametrization]]) 
     """Detach adapters; with the last one of the model, give the base its flags back."""
     for weight, entry in pairs:
         detach(weight.module, weight.tensor, entry)
-    if not any(isinstance(module, LoRAParametrization) for module in model.modules()):
+    if not _is_adapted(model):
         thaw(model)
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return any(isinstance(module, LoRAParametrization) for module in model.modules())

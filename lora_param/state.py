@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import StateDictError
 from .parametrization import LoRAParametrization
+from .refusals import check_model
 from .register import adapters_of
 from .surgery import base_modules, chain_of, detach, snapshot, tensor_names
 
@@ -128,15 +129,25 @@ def load_lora_state_dict(
             complaints.append(
                 f"misshapen: {name} is {tuple(value.shape)}, should be {tuple(parameter.shape)}"
             )
-        elif not value.is_meta and not value.isfinite().all():
-            complaints.append(f"not finite: {name}")
+        elif value.layout is not torch.strided or value.is_meta != parameter.is_meta:
+            complaints.append(f"without values to copy: {name} is {value.layout} on {value.device}")
     if complaints:
         raise StateDictError(
             f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
         )
+    # Copies, for the case that a value is a view of another adapter's factor.
+    new = {
+        name: state_dict[name].detach().to(parameter, copy=True)
+        for name, parameter in parameters.items()
+    }
+    infinite = [
+        name for name, value in new.items() if not value.is_meta and not value.isfinite().all()
+    ]
+    if infinite:
+        raise StateDictError(f"nothing was loaded: not finite: {', '.join(infinite)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state_dict[name])
+            parameter.copy_(new[name])
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -148,6 +159,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         What `model.state_dict()` gives after `remove_lora(model)`: tensors detached and not copied.
 
+    Raises:
+        LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.
+
     Example:
         >>> import torch
         >>> from lora_param import register_lora
@@ -156,6 +170,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
+    check_model(model, "base_state_dict")
     bring_back = snapshot(model)
     try:
         for _, module in base_modules(model):

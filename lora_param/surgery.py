@@ -10,18 +10,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .classes import Found, chains_of, found_of, parametrized_class, properties_of
+from .classes import (
+    Found,
+    chains_of,
+    found_of,
+    parametrized_class,
+    properties_of,
+    type_before,
+)
+from .errors import LoRAError
 from .parametrization import LoRAParametrization
 
 
-def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List a model's modules with their paths, each once, without any parametrizations."""
+def check_module(model: object, call: str) -> None:
+    """Raise unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; pass a model")
+
+
+def base_modules(model: nn.Module, *, aliases: bool = False) -> list[tuple[str, nn.Module]]:
+    """List a model's modules and their paths without any parametrizations.
+
+    Args:
+        model: The model.
+        aliases: List a module that is found at several places at each of them, not at the first.
+
+    Returns:
+        Pairs of path and module.
+    """
     modules, hidden = [], set()
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=not aliases):
         if id(module) in hidden:
             continue
-        if parametrize.is_parametrized(module):
-            hidden |= {id(each) for each in module.parametrizations.modules()}
+        for chain in chains_of(module).values():
+            hidden |= {id(each) for each in chain.modules()}
+        if chains_of(module):
+            hidden.add(id(module._modules["parametrizations"]))
         modules.append((path, module))
     return modules
 
@@ -92,7 +116,7 @@ def undisturbed(chain: list[nn.Module]) -> Iterator[None]:
 
 def attach(module: nn.Module, name: str, parametrization: LoRAParametrization) -> None:
     """Append a parametrization to the chain of a parameter; the original stays the same object."""
-    base = parametrize.type_before_parametrizations(module)
+    base = type_before(module)
     if "_lora_found" not in module.__dict__:
         module.__dict__["_lora_found"] = Found(type(module), tuple(module._parameters))
     if name in chains_of(module):
@@ -111,7 +135,7 @@ def attach(module: nn.Module, name: str, parametrization: LoRAParametrization) -
 
 def detach(module: nn.Module, name: str, parametrization: LoRAParametrization) -> None:
     """Take one entry off a chain; without its last adapter the module is as it was found."""
-    base, chain = parametrize.type_before_parametrizations(module), chains_of(module)[name]
+    base, chain = type_before(module), chains_of(module)[name]
     remaining = [entry for entry in chain if entry is not parametrization]
     if remaining:
         chain._modules.clear()
@@ -122,10 +146,20 @@ def detach(module: nn.Module, name: str, parametrization: LoRAParametrization) -
     _restore_class(module, base, found)
     if not remaining:
         # By setattr, where recurrent layers keep a second list of their weights up to date.
-        setattr(module, name, chain.original)
+        if isinstance(chain.original, nn.Parameter):
+            setattr(module, name, chain.original)
+        else:
+            module.register_buffer(name, chain.original)
         for each in dict.fromkeys([*found.order, *module._parameters]):
             if each in module._parameters:
                 module._parameters[each] = module._parameters.pop(each)
+
+
+def memory_of(tensor: Tensor | None) -> int:
+    """Identify a Parameter by where its bytes begin, if it has bytes of its own."""
+    if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
+        return tensor.data_ptr() or id(tensor)
+    return id(tensor)
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
@@ -134,7 +168,10 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         (each, type(each), dict(each.__dict__), dict(each._parameters), dict(each._modules))
         for each in model.modules()
     ]
-    tensors = [(each, each.data, each.requires_grad, each.grad) for each in model.parameters()]
+    tensors = [
+        (each, each.data, memory_of(each), each.requires_grad, each.grad)
+        for each in model.parameters()
+    ]
 
     def bring_back() -> None:
         for module, cls, attributes, parameters, children in modules:
@@ -145,8 +182,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             module._parameters.update(parameters)
             module._modules.clear()
             module._modules.update(children)
-        for tensor, data, requires_grad, grad in tensors:
-            if tensor.data_ptr() != data.data_ptr():
+        for tensor, data, memory, requires_grad, grad in tensors:
+            if memory_of(tensor) != memory:
                 tensor.data = data
             tensor.requires_grad, tensor.grad = requires_grad, grad
 

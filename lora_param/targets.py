@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -60,6 +61,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
         TargetError: One of the selectors matches nothing, or nothing of two or more dimensions.
     """
     weights = {weight.name: weight for weight in _catalogue(model)}
+    places = _places(model, weights)
     if target is None:
         chosen = {
             name
@@ -75,15 +77,15 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
     else:
         chosen = set()
         for selector in _selectors("target", target):
-            hits = _hits(selector, model, weights)
+            hits = _hits("target", selector, places)
             broad = {name for name in hits if not _is_flat(weights[name])}
             if not broad:
-                raise TargetError(_unmatched("target", selector, hits, weights))
+                raise TargetError(_unmatched("target", selector, hits, weights, places))
             chosen |= broad
     for selector in _selectors("exclude", exclude) if exclude is not None else ():
-        hits = _hits(selector, model, weights)
+        hits = _hits("exclude", selector, places)
         if not hits:
-            raise TargetError(_unmatched("exclude", selector, hits, weights))
+            raise TargetError(_unmatched("exclude", selector, hits, weights, places))
         chosen -= hits
     if not chosen:
         raise TargetError("exclude leaves nothing to adapt; narrow it, or drop the call")
@@ -114,7 +116,7 @@ def spread(
         if not isinstance(pattern, str):
             raise TargetError(f"{option}: a pattern must be a string, got {pattern!r}")
         if not any(_matches(pattern, weight) for weight in weights):
-            raise TargetError(_unmatched(option, pattern, set(), names))
+            raise TargetError(_unmatched(option, pattern, set(), names, []))
     deciders = [next((p for p in value if _matches(p, weight)), None) for weight in weights]
     if None in deciders:
         name = weights[deciders.index(None)].name
@@ -147,20 +149,62 @@ def _of_module(path: str, module: nn.Module) -> list[str]:
     return [weight.name for weight in own if not _is_flat(weight)]
 
 
-def _hits(selector: Selector, model: nn.Module, weights: Mapping[str, Weight]) -> set[str]:
-    hits = set()
-    if isinstance(selector, str):
-        hits |= {name for name in weights if _glob(selector, name)}
-    for path, module in base_modules(model):
+@dataclass(frozen=True)
+class _Place:
+    """A path at which a module is found; one that is shared has several.
+
+    Attributes:
+        path: The path.
+        module: The module.
+        own: The names of its own weights, by what they are called at this path.
+        named: The names of the weights that naming the module names.
+    """
+
+    path: str
+    module: nn.Module
+    own: Mapping[str, str]
+    named: frozenset[str]
+
+
+def _places(model: nn.Module, weights: Mapping[str, Weight]) -> list[_Place]:
+    names: defaultdict[int, dict[str, str]] = defaultdict(dict)
+    for name, weight in weights.items():
+        names[id(weight.module)][weight.tensor] = name
+    found = [
+        (path, module, {_join(path, tensor): name for tensor, name in names[id(module)].items()})
+        for path, module in base_modules(model, aliases=True)
+    ]
+    spelled = {alias: name for _, _, own in found for alias, name in own.items()}
+    return [
+        _Place(path, module, own, frozenset(spelled[each] for each in row if each in spelled))
+        for path, module, own in found
+        for row in [_of_module(path, module)]
+    ]
+
+
+def _hits(option: str, selector: Selector, places: Sequence[_Place]) -> set[str]:
+    hits: set[str] = set()
+    for place in places:
         if isinstance(selector, str):
-            hit = _glob(selector, path)
+            hit = _glob(selector, place.path)
+            hits |= {name for alias, name in place.own.items() if _glob(selector, alias)}
         elif isinstance(selector, type):
-            hit = isinstance(module, selector)
+            hit = isinstance(place.module, selector)
         else:
-            hit = bool(selector(path, module))
+            hit = _asked(option, selector, place)
         if hit:
-            hits |= {name for name in _of_module(path, module) if name in weights}
+            hits |= place.named
     return hits
+
+
+def _asked(option: str, predicate: Predicate, place: _Place) -> bool:
+    try:
+        return bool(predicate(place.path, place.module))
+    except Exception as error:
+        raise TargetError(
+            f'{option}: the predicate {_show(predicate)} failed at "{place.path}" with {error!r}; '
+            "it takes (path, module) and returns a bool"
+        ) from error
 
 
 def _selectors(option: str, target: Target) -> list[Selector]:
@@ -192,6 +236,10 @@ def _matches(pattern: str, weight: Weight) -> bool:
 
 
 def _glob(pattern: str, name: str) -> bool:
+    if name == pattern or name.endswith(f".{pattern}"):
+        return True
+    if not any(sign in pattern for sign in "*?["):
+        return False
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
@@ -201,7 +249,11 @@ def _is_flat(weight: Weight) -> bool:
 
 
 def _unmatched(
-    option: str, selector: Selector, hits: set[str], weights: Mapping[str, Weight]
+    option: str,
+    selector: Selector,
+    hits: set[str],
+    weights: Mapping[str, Weight],
+    places: Sequence[_Place],
 ) -> str:
     if hits:
         return (
@@ -210,12 +262,11 @@ def _unmatched(
         )
     if not isinstance(selector, str):
         return f"{option} {_show(selector)} matches no weight; there are {_nearest('', weights)}"
-    below = any(
-        _glob(selector, path) for weight in weights.values() for path in _parents(weight.path)
-    )
-    if below:
+    if any(_glob(selector, path) for weight in weights.values() for path in _parents(weight.path)):
         hint = f'for all below it, write "{selector}.*"'
         return f'{option} "{selector}" has no weight of its own; {hint}'
+    if known := {type(place.module).__name__ for place in places if _glob(selector, place.path)}:
+        return f'{option} "{selector}" is a {", ".join(sorted(known))} with nothing to adapt'
     return f'{option} "{selector}" matches no weight; the nearest are {_nearest(selector, weights)}'
 
 

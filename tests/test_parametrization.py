@@ -146,13 +146,16 @@ def test_disabled_it_does_not_spread_an_infinite_factor() -> None:
 
 
 BAD = [
-    ({"rank": 0}, r"1 <= rank <= min\(5, 6\) = 5 and be an integer, got 0"),
+    ({"rank": 0}, r"1 <= rank <= min\(5, 6\) = 5, got 0; give an integer from 1 up"),
     ({"rank": -1}, "got -1"),
-    ({"rank": 6}, "got 6"),
+    ({"rank": 6}, "got 6; lower the rank"),
     ({"rank": 1.5}, "got 1.5"),
     ({"rank": True}, "got True"),
     ({"rank": "4"}, "got '4'"),
-    ({"alpha": math.nan}, "alpha must be a finite number or None, got nan"),
+    (
+        {"alpha": math.nan},
+        "alpha must be a finite number, or None for the rank, got nan; give a number",
+    ),
     ({"alpha": math.inf}, "got inf"),
     ({"alpha": "2"}, "got '2'"),
     ({"init": "zeros"}, 'init must be "kaiming" or "gaussian", got \'zeros\''),

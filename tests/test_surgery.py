@@ -330,6 +330,7 @@ def _raises_at(line: int, verb: Any, model: nn.Module) -> bool:
         return True
     finally:
         sys.settrace(None)
+        torch.set_grad_enabled(True)  # a tracer can raise between a block's end and its context's
     return False
 
 
