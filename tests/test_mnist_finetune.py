@@ -1,0 +1,308 @@
+"""The experiment on the real data, shortened: what it claims, writes, refuses and says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora_param
+from experiments import mnist_finetune, mnist_source_loop
+from experiments.machine import choose_device
+from experiments.mnist_results import SOURCE, STATES, Run, Score, table, verdict
+from experiments.mnist_training import RichBoyNet
+
+SHORT = ["--train-images", "1000", "--finetune-batches", "10", "--device", "cpu"]
+
+
+def results(output: Path, number: str = "001") -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((output / number / "results.json").read_text())
+    return loaded
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a first run has written."""
+    folder = tmp_path_factory.mktemp("output")
+    assert mnist_finetune.main([*SHORT, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_figures_are_written(output: Path) -> None:
+    found = results(output)
+    assert found["settings"]["digit"] == 9
+    assert found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["device"] == "cpu"
+    assert set(found["seconds"]) == {"data", "pretraining", "testing", "fine-tuning", "checks"}
+    (run,) = found["runs"]
+    for state in STATES:
+        assert len(run["scores"][state]["wrong"]) == 10
+        assert run["scores"][state]["images"] == 10_000
+
+
+def test_training_learns_and_off_gives_the_pretrained_counts_back(output: Path) -> None:
+    scores = results(output)["runs"][0]["scores"]
+    assert sum(scores["pretrained"]["wrong"]) < 4000
+    assert scores["LoRA on"]["wrong"] != scores["pretrained"]["wrong"]
+    assert scores["LoRA off"] == scores["pretrained"]
+
+
+def test_parameter_counts_are_the_sources(output: Path) -> None:
+    counts = results(output)["parameters"]
+    assert counts["original"] == 2_807_010
+    assert counts["lora"] == 6_794
+    assert counts["total"] == 2_813_804
+    assert f"{counts['percentage']:.3f}" == "0.242"
+
+
+def test_picture_is_a_png(output: Path) -> None:
+    content = (output / "001" / "wrong_counts.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_adapter_file_fits_a_fresh_network(output: Path) -> None:
+    tensors = load_file(output / "001" / "adapter.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "linear1.weight.default.lora_A": (1, 784),
+        "linear1.weight.default.lora_B": (1000, 1),
+        "linear2.weight.default.lora_A": (1, 1000),
+        "linear2.weight.default.lora_B": (2000, 1),
+        "linear3.weight.default.lora_A": (1, 2000),
+        "linear3.weight.default.lora_B": (10, 1),
+    }
+    net = RichBoyNet()
+    lora_param.register_lora(net, rank=1)
+    lora_param.load_lora_state_dict(net, tensors)
+
+
+def test_same_seed_gives_the_same_figures_in_a_new_folder(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(output / "001")
+    assert mnist_finetune.main([*SHORT, "--output", str(output)]) == 0
+    first, second = results(output), results(output, "002")
+    assert contents(output / "001") == before
+    assert second["runs"][0]["scores"] == first["runs"][0]["scores"]
+    assert second["runs"][0]["losses"] == first["runs"][0]["losses"]
+    assert (output / "002" / "adapter.safetensors").read_bytes() == before["adapter.safetensors"]
+    printed = capsys.readouterr()
+    assert "2,807,010 original + 6,794 added by LoRA = 2,813,804" in printed.out
+    assert "LoRA off: the wrong counts are exactly the pretrained network's" in printed.out
+    assert printed.err == ""  # no progress bars where the output is no terminal
+
+
+def test_several_seeds_give_mean_and_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--seeds", "2", "--seed", "3", "--output", str(tmp_path)]
+    assert mnist_finetune.main([*SHORT, *arguments]) == 0
+    found = results(tmp_path)
+    accuracies = [1 - sum(run["scores"]["LoRA on"]["wrong"]) / 10_000 for run in found["runs"]]
+    summary = found["summary"]["LoRA on"]["accuracy"]
+    assert [run["seed"] for run in found["runs"]] == [3, 4]
+    assert summary["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert summary["std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert f"{summary['mean']:.3f}±{summary['std']:.3f}" in capsys.readouterr().out
+    assert (tmp_path / "001" / "adapter_seed4.safetensors").is_file()
+
+
+def nudge(name: str) -> Callable[[RichBoyNet], None]:
+    """Change one entry of a tensor by one unit in the last place."""
+
+    def apply(net: RichBoyNet) -> None:
+        entry = net.get_parameter(name).data.view(-1)[:1]
+        entry.copy_(torch.nextafter(entry, entry + 1))
+
+    return apply
+
+
+SABOTAGE = {
+    "weight": (nudge("linear2.parametrizations.weight.original"), "linear2.weight's original is"),
+    "bias": (nudge("linear3.bias"), "linear3.bias is the copy taken before"),
+}
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGE)
+def test_changed_original_ends_the_run_and_is_named(
+    sabotage: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    harm, message = SABOTAGE[sabotage]
+    finetune = mnist_finetune.finetune
+
+    def harmful(net: RichBoyNet, *rest: Any) -> float:
+        harm(net)
+        return finetune(net, *rest)
+
+    monkeypatch.setattr(mnist_finetune, "finetune", harmful)
+    assert mnist_finetune.main([*SHORT, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"broken claim: {message}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "001" / "results.json").exists()
+
+
+def test_changed_bits_of_equal_value_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain, finetune = mnist_finetune.pretrain, mnist_finetune.finetune
+
+    def zero_bias(net: RichBoyNet, *rest: Any) -> float:
+        loss = pretrain(net, *rest)
+        net.linear1.bias.data.zero_()
+        return loss
+
+    def negated(net: RichBoyNet, *rest: Any) -> float:
+        net.linear1.bias.data.neg_()
+        return finetune(net, *rest)
+
+    monkeypatch.setattr(mnist_finetune, "pretrain", zero_bias)
+    monkeypatch.setattr(mnist_finetune, "finetune", negated)
+    assert mnist_finetune.main([*SHORT, "--output", str(tmp_path)]) == 1
+    assert "1 of 6 originals changed: linear1.bias" in capsys.readouterr().err
+
+
+@pytest.fixture
+def adapted() -> tuple[RichBoyNet, dict[str, torch.Tensor]]:
+    """A network whose adapter is not zero, and its originals' copies."""
+    net = RichBoyNet()
+    copies = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
+    lora_param.register_lora(net, rank=1)
+    for parameter in lora_param.lora_parameters(net):
+        torch.nn.init.normal_(parameter)
+    return net, copies
+
+
+def test_wrong_scale_breaks_the_formulas_claim(
+    adapted: tuple[RichBoyNet, dict[str, torch.Tensor]],
+) -> None:
+    mnist_finetune.check_network(*adapted, scale=1.0)
+    with pytest.raises(mnist_finetune.BrokenClaimError, match=r"enabled, linear1\.weight is orig"):
+        mnist_finetune.check_network(*adapted, scale=2.0)
+
+
+def test_weight_that_stays_adapted_breaks_the_claim_of_off(
+    adapted: tuple[RichBoyNet, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = lora_param.LoRAParametrization._adapted
+    monkeypatch.setattr(lora_param.LoRAParametrization, "forward", forward)
+    with pytest.raises(mnist_finetune.BrokenClaimError, match=r"disabled, linear1\.weight is its"):
+        mnist_finetune.check_network(*adapted, scale=1.0)
+
+
+def test_other_counts_with_lora_off_break_a_claim() -> None:
+    run = Run(0, {state: Score(tuple(range(10)), 100) for state in STATES})
+    mnist_finetune.check_counts(run)
+    run.scores["LoRA off"] = Score((1, *range(1, 10)), 100)
+    with pytest.raises(mnist_finetune.BrokenClaimError, match="disabled, the test counts"):
+        mnist_finetune.check_counts(run)
+
+
+BAD_OPTIONS = [
+    (["--digit", "11"], "digit must be an integer from 0 to 9, got 11"),
+    (["--digit", "nine"], "argument --digit: invalid int value: 'nine'"),
+    (["--rank", "0"], "rank must be an integer from 1 to 10, got 0"),
+    (["--rank", "11"], "rank must be an integer from 1 to 10, got 11"),
+    (["--alpha", "inf"], "alpha must be a finite number, got inf"),
+    (["--learning-rate", "nan"], "learning_rate must be a finite number above 0, got nan"),
+    (["--learning-rate", "-1"], "learning_rate must be a finite number above 0, got -1.0"),
+    (["--batch-size", "0"], "batch_size must be an integer from 1 to"),
+    (["--test-batch-size", "-5"], "test_batch_size must be an integer from 1 to"),
+    (["--finetune-batches", "0"], "finetune_batches must be an integer from 1 to"),
+    (["--train-images", "60001"], "train_images must be an integer from 1 to 60000, got 60001"),
+    (["--seeds", "0"], "seeds must be an integer from 1 to"),
+    (["--seed", "-1"], "seed must be an integer from 0 to"),
+    (["--device", "nonsense"], "device 'nonsense' can't be used; this machine has cpu"),
+    (["--device", "meta"], "device 'meta' can't be used; this machine has cpu"),
+    (["--data", "nowhere"], "train-images-idx3-ubyte.gz is missing; copy it again from"),
+    (["--output", __file__], "File exists"),
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS)
+def test_bad_option_ends_in_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(mnist_finetune, "run_seed")  # nothing may be trained
+    try:
+        status = mnist_finetune.main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    error = capsys.readouterr().err
+    assert status not in (0, None)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_divergence_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--learning-rate", "1e30", "--output", str(tmp_path)]
+    assert mnist_finetune.main([*SHORT, *arguments]) == 1
+    assert "pretraining diverged" in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        mnist_finetune.main(["--help"])
+    assert "--finetune-batch-size INT" in capsys.readouterr().out
+
+
+def test_device_is_the_accelerator_that_torch_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def runs(on: tuple[int, ...]) -> list[Run]:
+    before = Score((10,) * 10, 1000)
+    return [Run(0, {"pretrained": before, "LoRA on": Score(on, 1000), "LoRA off": before})]
+
+
+VERDICTS = [
+    ((20,) * 9 + (2,), "The 9s: 10 wrong before, 2 with LoRA on: better, 5.0-fold."),
+    ((20,) * 9 + (2,), "They pay for it, because the fine-tuning saw nothing but 9s."),
+    ((20,) * 9 + (0,), "The 9s: 10 wrong before, 0 with LoRA on: better."),
+    ((9,) * 9 + (12,), "The 9s: 10 wrong before, 12 with LoRA on: worse."),
+    ((9,) * 9 + (12,), "The other digits: 90 wrong before, 81 with LoRA on: better, 1.1-fold."),
+    ((10,) * 10, "The 9s: 10 wrong before, 10 with LoRA on: no change."),
+]
+
+
+@pytest.mark.parametrize(("on", "sentence"), VERDICTS)
+def test_verdict_follows_the_figures(on: tuple[int, ...], sentence: str) -> None:
+    assert sentence in verdict(runs(on), 9).split("\n")
+
+
+def test_table_has_the_sources_figures_beneath_ours() -> None:
+    lines = table(runs((20,) * 10)).split("\n")
+    for ours, source, state in zip(lines[1::2], lines[2::2], STATES, strict=True):
+        assert ours.startswith(state)
+        assert source.split()[2:] == [str(count) for count in SOURCE[state].wrong]
+    assert [line.split()[1] for line in lines[2::2]] == ["0.953", "0.843", "0.953"]
+
+
+def test_source_loop_compares_both_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = dict.fromkeys(mnist_source_loop.PHASES, (40, 20, 40))
+    monkeypatch.setattr(mnist_source_loop, "PHASES", phases)
+    mnist_source_loop.main(["--quick"])
+    lines = capsys.readouterr().out.split("\n")
+    assert [line[:18].strip() for line in lines[1:-1]] == [*phases, "whole run"]
