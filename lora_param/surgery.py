@@ -185,7 +185,9 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         for tensor, data, memory, requires_grad, grad in tensors:
             if memory_of(tensor) != memory:
                 tensor.data = data
-            tensor.requires_grad, tensor.grad = requires_grad, grad
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad = requires_grad
+            tensor.grad = grad
 
     return bring_back
 

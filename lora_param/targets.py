@@ -184,6 +184,10 @@ def _places(model: nn.Module, weights: Mapping[str, Weight]) -> list[_Place]:
 
 def _hits(option: str, selector: Selector, places: Sequence[_Place]) -> set[str]:
     hits: set[str] = set()
+    if isinstance(selector, str) and "[" in selector:
+        literal = {place.own[selector] for place in places if selector in place.own}
+        if literal:
+            return literal
     for place in places:
         if isinstance(selector, str):
             hit = _glob(selector, place.path)

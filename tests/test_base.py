@@ -159,3 +159,35 @@ def test_base_frozen_lets_the_blocks_own_exception_through() -> None:
 
     with pytest.raises(ZeroDivisionError), base_frozen(model):
         change_and_fail()
+
+
+@pytest.mark.parametrize("nothing", [None, {}, "digest"])
+def test_an_empty_fingerprint_proves_nothing(nothing) -> None:
+    with pytest.raises(LoRAError, match="assert_frozen takes what fingerprint"):
+        assert_frozen(nn.Linear(3, 2), nothing)
+
+
+@pytest.mark.parametrize("model", [None, [], nn.Linear])
+def test_what_is_no_module_has_no_fingerprint(model) -> None:
+    with pytest.raises(LoRAError, match=r"takes a torch\.nn\.Module, got"):
+        fingerprint(model)
+
+
+def test_a_tensor_without_bytes_of_its_own_has_no_fingerprint() -> None:
+    layer = nn.Linear(3, 2)
+    layer.register_buffer("zero", torch._efficientzerotensor(3))
+    layer.register_buffer("sparse", torch.eye(3).to_sparse())
+    fingerprint(layer)
+    with pytest.raises(LoRAError, match=r"zero: .* has no bytes of its own"):
+        fingerprint(layer, buffers=True)
+    del layer.zero
+    with pytest.raises(LoRAError, match=r"sparse: .* torch\.sparse_coo .* has no bytes of its own"):
+        fingerprint(layer, buffers=True)
+
+
+def test_what_stands_behind_an_adapter_keeps_its_name() -> None:
+    layer = nn.Linear(6, 5)
+    register_lora(layer, rank=2)
+    parametrizations.spectral_norm(layer)
+    with base_frozen(layer, buffers=True):
+        remove_lora(layer)

@@ -22,6 +22,15 @@ class Holder(nn.Module):
         self.table = parameter
 
 
+def traced() -> nn.Module:
+    return torch.fx.symbolic_trace(Multiplied(nn.Parameter(torch.ones(4, 3))))
+
+
+class Multiplied(Holder):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.table
+
+
 def hooked(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with warnings.catch_warnings():
@@ -45,6 +54,19 @@ class Packed(torch.Tensor):
         if func in (torch.Tensor.add, torch.add, torch.Tensor.__add__):
             raise NotImplementedError
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Taken(nn.Linear):
+    """Has something of its own where torch keeps parametrizations."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 5)
+        self.parametrizations = nn.Parameter(torch.ones(3, 3))
+
+
+def built_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(6, 5)
 
 
 def sparse(**options: Any) -> Callable[[], nn.Module]:
@@ -72,6 +94,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "max_norm": (sparse(max_norm=1.0), "weight", "max_norm renormalises the original at every"),
     "sparse gradient": (sparse(sparse=True), "weight", "sparse gradients can't pass through"),
     "quantised": (lambda: Holder(nn.Parameter(torch.ones(4, 3).as_subclass(Packed))), "table", "a Packed can't be added to a plain tensor; dequantize it"),
+    "name taken": (Taken, None, 'something of its own called "parametrizations"'),
+    "made for inference": (built_in_inference_mode, None, r"it was made in torch.inference_mode"),
+    "traced graph": (traced, "table", "a traced graph can't be parametrized"),
     "no weight": (lambda: nn.ReLU(), None, "target=None finds no linear, convolution"),
 }  # fmt: skip
 

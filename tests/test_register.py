@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -315,3 +316,20 @@ def test_a_bad_option_is_refused_and_changes_nothing(options: dict[str, Any], me
         register_lora(model, **{"rank": 2} | options)
     after = [(n, id(p), p.requires_grad, id(p.grad)) for n, p in model.named_parameters()]
     assert after == before
+
+
+def test_flags_come_back_after_the_adapters_went_with_a_submodule() -> None:
+    model = net()
+    before = flags(model)
+    register_lora(model, rank=2, target="0")
+    remove_lora(model[0])
+    assert not model[2].weight.requires_grad
+    remove_lora(model)
+    assert flags(model) == before
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    model = nn.Linear(6, 5)
+    register_lora(model, rank=np.int64(2), alpha=np.float32(3))
+    entry = model.parametrizations.weight[0]
+    assert (type(entry.rank), entry.rank, type(entry.alpha), entry.alpha) == (int, 2, float, 3.0)

@@ -253,3 +253,58 @@ def test_a_plain_checkpoint_reaches_a_parametrization_registered_behind_an_adapt
     assert torch.equal(
         model.parametrizations.weight[1]._u, checkpoint["parametrizations.weight.0._u"]
     )
+
+
+class Renaming(nn.Linear):
+    """Takes checkpoints in which the weight still has its old name."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if f"{prefix}kernel" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def rename(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    if f"{prefix}kernel" in state_dict:
+        state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}kernel")
+
+
+@pytest.mark.parametrize("by", ["class", "hook"])
+def test_a_layer_that_renames_its_keys_still_loads(by: str) -> None:
+    layer = Renaming(6, 5) if by == "class" else nn.Linear(6, 5)
+    if by == "hook":
+        layer.register_load_state_dict_pre_hook(rename)
+    register_lora(layer, rank=2)
+    checkpoint = {"kernel": torch.randn(5, 6), "bias": torch.zeros(5)}
+    layer.load_state_dict(checkpoint, strict=True)
+    assert torch.equal(layer.parametrizations.weight.original, checkpoint["kernel"])
+    assert len(layer._load_state_dict_pre_hooks) == (by == "hook")
+
+
+def test_factors_can_be_exchanged_through_views_of_each_other() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    register_lora(model, rank=2)
+    shake(model)
+    state = lora_state_dict(model)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    load_lora_state_dict(model, {f"{1 - int(name[0])}{name[1:]}": t for name, t in state.items()})
+    for name, tensor in lora_state_dict(model).items():
+        assert torch.equal(tensor, before[f"{1 - int(name[0])}{name[1:]}"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(2, 6, device="meta"), "without values to copy"),
+        (torch.ones(2, 6).to_sparse(), "without values to copy"),
+        (torch.full((2, 6), 1e300, dtype=torch.float64), "not finite"),
+    ],
+)
+def test_a_value_that_cannot_be_taken_over_is_refused_before_any_is(value, message: str) -> None:
+    model = net()
+    before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    state = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    state["1.weight.default.lora_A"] = value[:, :5] if value.layout == torch.strided else value
+    with pytest.raises(StateDictError, match=f"nothing was loaded: {message}|misshapen"):
+        load_lora_state_dict(model, state)
+    assert all(torch.equal(t, before[name]) for name, t in lora_state_dict(model).items())

@@ -423,3 +423,86 @@ def test_a_weight_read_without_a_graph_still_gets_its_gradient() -> None:
     lstm = adapted(Watched(4, 5))
     lstm(torch.randn(3, 2, 4))[0].sum().backward()
     assert all(factor.grad is not None for factor in lora_parameters(lstm))
+
+
+def test_switching_inside_a_cache_shows_at_once() -> None:
+    layer, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(2, 6)
+    before = layer(x)
+    adapted(layer)
+    with parametrize.cached():
+        assert not torch.equal(layer(x), before)
+        with lora_disabled(layer):
+            assert torch.equal(layer(x), before)
+
+
+class Delegating(nn.Module):
+    """Answers for the module it holds, as wrappers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("wrap", [Delegating, lambda m: torch.compile(m, backend="eager")])
+def test_a_wrapper_that_answers_for_its_module_is_no_obstacle(wrap: Any) -> None:
+    inner = nn.Linear(6, 5)
+    model = wrap(inner)
+    before = fingerprint(model)
+    adapted(model)
+    assert fingerprint(model) == before
+    remove_lora(model)
+    assert type(inner) is nn.Linear
+
+
+def test_entries_of_a_parameter_list_can_be_adapted_and_a_slice_says_no() -> None:
+    entries = nn.ParameterList([torch.randn(4, 3), torch.randn(4, 3)])
+    before = entries[0].detach().clone()
+    assert register_lora(entries, rank=2, target="*") == ["0", "1"]
+    shake(entries)
+    assert not torch.equal(entries[0], before)
+    assert len(list(entries)) == 2
+    with pytest.raises(LoRAError, match="a slice of an adapted ParameterList would hold copies"):
+        entries[0:1]
+
+
+def test_a_copy_of_an_adapted_parameter_dictionary_says_no() -> None:
+    entries = nn.ParameterDict({"a": torch.randn(4, 3)})
+    register_lora(entries, rank=2, target="a")
+    with pytest.raises(LoRAError, match=r"would lose its adapters; use copy\.deepcopy"):
+        entries.copy()
+
+
+def test_a_traced_graph_calls_adapted_layers_as_it_calls_plain_ones() -> None:
+    model, x = adapted(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 5))), torch.randn(3, 2, 4)
+    graph = torch.fx.symbolic_trace(model)
+    assert torch.equal(graph(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(5, 6)), torch.zeros(5, 6), None])
+def test_replacing_an_adapted_weight_in_any_way_is_refused(value: Any) -> None:
+    layer = adapted(nn.Linear(6, 5))
+    with pytest.raises(LoRAError, match="can't assign to an adapted weight"):
+        layer.weight = value
+
+
+def test_a_buffer_adapted_by_hand_stays_a_buffer() -> None:
+    module = nn.Module()
+    module.register_buffer("table", torch.randn(4, 3))
+    parametrize.register_parametrization(module, "table", LoRAParametrization(4, 3, 1))
+    remove_lora(module)
+    assert list(module.state_dict()) == ["table"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+def test_attention_compiles_without_a_break() -> None:
+    torch._dynamo.reset()
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model, x = adapted(layer), torch.randn(2, 5, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))

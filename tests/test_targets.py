@@ -228,3 +228,55 @@ def test_a_weight_that_is_only_read_acts_too() -> None:
     register_lora(model, rank=2)
     nn.init.normal_(model.qkv.parametrizations.weight[0].lora_B)
     assert not torch.allclose(model(x), before)
+
+
+def test_a_shared_module_is_found_by_each_of_its_paths() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict(
+        {"body": nn.Sequential(shared), "head": nn.Sequential(shared, nn.Linear(4, 4))}
+    )
+    assert register_lora(model, rank=1, target="head.*", adapter="a") == [
+        "body.0.weight",
+        "head.1.weight",
+    ]
+    assert register_lora(model, rank=1, exclude="head.0", adapter="b") == ["head.1.weight"]
+
+
+def test_attention_finds_its_projection_where_another_module_has_it_too() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    model = nn.ModuleDict({"first": attention.out_proj, "then": attention})
+    names = register_lora(model, rank=1, target=nn.MultiheadAttention)
+    assert names == ["first.weight", "then.in_proj_weight"]
+
+
+def test_a_name_with_signs_of_a_pattern_in_it_names_itself() -> None:
+    model = nn.ModuleDict({"a[0]": nn.Linear(4, 4), "a0": nn.Linear(4, 4)})
+    assert register_lora(model, rank=1, target="a[0].weight") == ["a[0].weight"]
+
+
+def test_what_is_there_but_has_nothing_to_adapt_is_told_from_a_typing_error() -> None:
+    with pytest.raises(TargetError, match='"norm" is a LayerNorm with nothing to adapt'):
+        register_lora(Net(), rank=1, target="norm")
+
+
+def test_a_predicate_that_fails_is_named() -> None:
+    def broken(path: str, module: nn.Module) -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(
+        TargetError, match=r'predicate .*broken failed at "" with ZeroDivisionError'
+    ):
+        register_lora(Net(), rank=1, target=broken)
+
+
+def test_returned_names_are_targets() -> None:
+    first, second = Net(), Net()
+    names = register_lora(first, rank=1)
+    assert register_lora(second, rank=1, target=names) == names
+
+
+def test_two_parameters_in_the_same_memory_are_shared() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["b"].weight.data = model["a"].weight.data
+    with pytest.raises(TargetError, match=r"a.weight: b.weight is the same Parameter"):
+        register_lora(model, rank=1)
