@@ -41,7 +41,7 @@ class LoRAParametrization(nn.Module):
     Attributes:
         lora_A: Parameter `[*batch, rank, fan_in]`.
         lora_B: Parameter `[*batch, fan_out, rank]`.
-        scale: `alpha / rank`.
+        scale: `alpha / rank`; setting it changes the update at once.
         enabled: While `False`, the weight passes through untouched, as the same object.
 
     Raises:
@@ -83,7 +83,7 @@ class LoRAParametrization(nn.Module):
         super().__init__()
         check_adapter(adapter)
         self.rank = check_rank(rank, fan_out, fan_in)
-        self.alpha = check_alpha(alpha, self.rank)
+        self.scale = check_alpha(alpha, self.rank) / self.rank
         if generator is not None and not isinstance(generator, torch.Generator):
             raise LoRAError(
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}"
@@ -102,9 +102,9 @@ class LoRAParametrization(nn.Module):
         self._draw(init, generator)
 
     @property
-    def scale(self) -> float:
-        """The factor `alpha / rank` of the update."""
-        return self.alpha / self.rank
+    def alpha(self) -> float:
+        """The numerator of the scale, without the last digits' rounding of `scale * rank`."""
+        return float(f"{self.scale * self.rank:.12g}")
 
     def _draw(self, init: Init, generator: torch.Generator | None) -> None:
         device = self.lora_A.device if generator is None else generator.device

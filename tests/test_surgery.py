@@ -277,7 +277,7 @@ def test_a_compiled_model_has_no_break_and_follows_switches_and_scale() -> None:
     torch.testing.assert_close(compiled(x), model(x))
     with lora_disabled(model):
         torch.testing.assert_close(compiled(x), model(x))
-    model[0].parametrizations.weight[0].alpha = 7.0
+    model[0].parametrizations.weight[0].scale = 7.0
     torch.testing.assert_close(compiled(x), model(x))
 
 
