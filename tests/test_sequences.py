@@ -102,10 +102,11 @@ class Sequences(RuleBasedStateMachine):
     @precondition(lambda self: self.adapters())
     @rule(data=st.data())
     def disable_in_nested_blocks(self, data: st.DataObject) -> None:
-        with lora_disabled(self.model, data.draw(st.sampled_from(self.adapters()))):
+        adapter = data.draw(st.sampled_from(self.adapters()))
+        with lora_disabled(self.model, adapter):
             with lora_disabled(self.model), torch.no_grad():
                 assert torch.equal(self.model(self.x), self.plain(self.x))
-            enable_lora(self.model)
+            enable_lora(self.model, adapter)
 
     @precondition(lambda self: self.adapters())
     @rule()
