@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .classes import chains_of
 from .errors import FrozenError, LoRAError
 from .parametrization import LoRAParametrization
 from .surgery import check_module, original_of, tensor_names
@@ -26,7 +27,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Ten
             # A chain's one original goes by its owner's name.
             if isinstance(module, ParametrizationList) and name == "original":
                 continue
-            if (tensor := original_of(module, name)) is not None:
+            if isinstance(tensor := original_of(module, name), nn.Parameter):
                 yield f"{path}.{name}" if path else name, module, name, tensor
 
 
@@ -34,14 +35,15 @@ def _base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module but the adapters, with the path that it has without them."""
     check_module(model, "a call about the base")
     base_path: dict[str, str] = {}
-    skipped: dict[str, int] = {}
+    entries: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
-        if isinstance(module, LoRAParametrization):
-            skipped[parent] = skipped.get(parent, 0) + 1
+        if isinstance(module, LoRAParametrization) or (parent and parent not in base_path):
             continue
-        if parent in skipped:
-            name = str(int(name) - skipped[parent])  # the entries of a chain are numbered
+        if parent in entries and module in entries[parent]:
+            name = str(entries[parent].index(module))  # its number in the chain without adapters
+        if isinstance(module, ParametrizationList):
+            entries[path] = [e for e in module if not isinstance(e, LoRAParametrization)]
         base_path[path] = f"{base_path[parent]}.{name}" if parent else name
         yield base_path[path], module
 
@@ -177,6 +179,13 @@ def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
     tensors = {name: tensor for name, _, _, tensor in base_parameters(model)}
     for path, module in _base_paths(model) if buffers else ():
         found = {name: each for name, each in module._buffers.items() if each is not None}
+        found |= {
+            name: each
+            for name in chains_of(module)
+            if (each := original_of(module, name)) is not None
+        }
+        if isinstance(module, ParametrizationList):
+            found.pop("original", None)
         tensors |= {f"{path}.{name}" if path else name: each for name, each in found.items()}
     return tensors
 

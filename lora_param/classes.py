@@ -92,11 +92,13 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         body: dict[str, Any] = {name: _weight_property(name) for name in names}
         # The module's name too, by which torch.fx decides what is a leaf.
         body |= {"__reduce_ex__": _reduction(base), "__module__": base.__module__}
-        body |= layer.overrides
+        body |= {name: override(base) for name, override in layer.overrides.items()}
         if layer.rereads:
             body["forward"] = _reading_once(base)
         # Behind the base: what the base does to a checkpoint's keys comes first.
-        cls = meta(f"Parametrized{base.__name__}", (base, _Parametrized), body)
+        bases = (base, _Parametrized) if base is not nn.Module else (base,)
+        body |= _INNERMOST if base is nn.Module else {}
+        cls = meta(f"Parametrized{base.__name__}", bases, body)
         _classes[key] = cls
     return cls
 
@@ -112,14 +114,15 @@ def _weight_property(name: str) -> property:
         if store is None:
             return chain()
         # A value read without a graph, or in another state, must not stand in for this one.
-        switches = tuple(getattr(entry, "enabled", None) for entry in chain)
-        key = (chain, torch.is_grad_enabled(), switches)
+        state = tuple((getattr(e, "enabled", None), getattr(e, "scale", None)) for e in chain)
+        key = (chain, torch.is_grad_enabled(), state)
         if key not in store:
             store[key] = chain()
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
-        if name not in (chains := chains_of(self)):
+        chains = chains_of(self)
+        if name not in chains:
             self.__dict__[name] = value
         else:
             _check_assignable(self, name)
@@ -167,15 +170,22 @@ class _Parametrized(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         _check_assignable(self, name)
-        super().register_parameter(name, param)
+        nn.Module.register_parameter(self, name, param)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # As the last of the hooks, because others may give keys their names.
-        handle = self.register_load_state_dict_pre_hook(_accept_base_keys)  # type: ignore[no-untyped-call]
+        register: Any = self.register_load_state_dict_pre_hook
+        handle = register(_accept_base_keys)
         try:
-            super()._load_from_state_dict(*args)
+            nn.Module._load_from_state_dict(self, *args, **kwargs)
         finally:
             handle.remove()
+
+
+_INNERMOST = {
+    name: vars(_Parametrized)[name] for name in ("register_parameter", "_load_from_state_dict")
+}
+"""For a bare `nn.Module`, which can't have another base behind it."""
 
 
 def _accept_base_keys(
@@ -216,11 +226,11 @@ def _reduction(base: type[nn.Module]) -> Callable[..., tuple[Any, ...]]:
         # A class that torch made for this one module can't be named in a pickle and suits no copy.
         if "_lora_found" in state:
             state = {**state, "_lora_found": found_of(self)._replace(type=None)}
-        return _rebuild, (base, tuple(chains_of(self))), state, *rest
+        return _rebuild, (base, tuple(chains_of(self)), reduced[1][1:]), state, *rest
 
     return reduce_ex
 
 
-def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...]) -> nn.Module:
     cls = parametrized_class(base, names)
-    return cls.__new__(cls)
+    return cls.__new__(cls, *args)

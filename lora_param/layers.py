@@ -42,17 +42,25 @@ def _graph_rule(module: nn.Module) -> str | None:
     return "a traced graph can't be parametrized; adapt the model before tracing it"
 
 
-def _entry(entries: nn.ParameterList, index: Any) -> Any:
-    if isinstance(index, slice):
+def _without_slices(base: Any) -> Callable[..., Any]:
+    def entry(self: nn.ParameterList, index: Any) -> Any:
+        if isinstance(index, slice):
+            raise LoRAError(
+                "a slice of an adapted ParameterList would hold copies without adapters; read its "
+                "entries one by one"
+            )
+        return base.__getitem__(self, index)
+
+    return entry
+
+
+def _without_copy(base: Any) -> Callable[..., Any]:
+    def copy(self: nn.ParameterDict) -> nn.ParameterDict:
         raise LoRAError(
-            "a slice of an adapted ParameterList would hold copies without adapters; read its "
-            "entries one by one"
+            "a copy of an adapted ParameterDict would lose its adapters; use copy.deepcopy"
         )
-    return nn.ParameterList.__getitem__(entries, index)
 
-
-def _no_copy(entries: nn.ParameterDict) -> nn.ParameterDict:
-    raise LoRAError("a copy of an adapted ParameterDict would lose its adapters; use copy.deepcopy")
+    return copy if base.copy is nn.ParameterDict.copy else base.copy
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Layer:
         default: Whether `target=None` adapts it.
         refusal: From a module to why it can't be adapted, or `None`.
         rereads: Whether its forward reads one weight several times.
-        overrides: Methods that the class of an adapted module has in place of its own.
+        overrides: Methods that an adapted module has in place of its own, made from its class.
     """
 
     kind: type[nn.Module] | str
@@ -97,8 +105,10 @@ TABLE: tuple[Layer, ...] = (
     Layer("transformers.pytorch_utils.Conv1D"),
     Layer(nn.Embedding, default=False, refusal=_embedding_rule),
     Layer(nn.EmbeddingBag, default=False, refusal=_embedding_rule),
-    Layer(nn.ParameterList, ("*",), stack, default=False, overrides={"__getitem__": _entry}),
-    Layer(nn.ParameterDict, ("*",), stack, default=False, overrides={"copy": _no_copy}),
+    Layer(
+        nn.ParameterList, ("*",), stack, default=False, overrides={"__getitem__": _without_slices}
+    ),
+    Layer(nn.ParameterDict, ("*",), stack, default=False, overrides={"copy": _without_copy}),
     Layer("torch.fx.graph_module.GraphModule", ("*",), stack, default=False, refusal=_graph_rule),
 )
 

@@ -19,10 +19,11 @@ from .surgery import chain_of, check_module, memory_of, original_of
 from .targets import Weight
 
 FIXED = {
-    "DistributedDataParallel": "it synchronises the gradients of the parameters it was given",
-    "FullyShardedDataParallel": "it has sharded its parameters",
-    "FSDPModule": "its parameters are sharded",
-    "ScriptModule": "its code is compiled and can't be parametrized",
+    "DistributedDataParallel": "it synchronises the parameters it was given; register before "
+    "wrapping, and afterwards pass its .module, when it is no longer trained",
+    "FullyShardedDataParallel": "its parameters are sharded; call this before sharding",
+    "FSDPModule": "its parameters are sharded; call this before sharding",
+    "ScriptModule": "its code is compiled; call this before scripting",
 }
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
@@ -39,8 +40,8 @@ def check_model(model: nn.Module, call: str) -> None:
         for base in type(module).__mro__:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
                 raise LoRAError(
-                    f"{path or 'model'}: {call} can't change a {base.__name__}: "
-                    f"{FIXED[base.__name__]}; call {call} before making it one"
+                    f"{path or 'model'}: {call} can't be called on a {base.__name__}: "
+                    f"{FIXED[base.__name__]}"
                 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,10 +146,10 @@ def detach(module: nn.Module, name: str, parametrization: LoRAParametrization) -
     _restore_class(module, base, found)
     if not remaining:
         # By setattr, where recurrent layers keep a second list of their weights up to date.
-        if isinstance(chain.original, nn.Parameter):
-            setattr(module, name, chain.original)
-        else:
-            module.register_buffer(name, chain.original)
+        table = module._parameters if isinstance(chain.original, nn.Parameter) else module._buffers
+        table[name] = chain.original
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its own list of its weights
         for each in dict.fromkeys([*found.order, *module._parameters]):
             if each in module._parameters:
                 module._parameters[each] = module._parameters.pop(each)
@@ -165,7 +165,7 @@ def memory_of(tensor: Tensor | None) -> int:
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """Remember a model's modules, parameters, flags and gradients; return what brings them back."""
     modules = [
-        (each, type(each), dict(each.__dict__), dict(each._parameters), dict(each._modules))
+        (each, type(each), dict(each.__dict__), [(table, dict(table)) for table in _tables(each)])
         for each in model.modules()
     ]
     tensors = [
@@ -174,14 +174,13 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     ]
 
     def bring_back() -> None:
-        for module, cls, attributes, parameters, children in modules:
+        for module, cls, attributes, tables in modules:
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._modules.clear()
-            module._modules.update(children)
+            for table, content in tables:
+                table.clear()
+                table.update(content)
         for tensor, data, memory, requires_grad, grad in tensors:
             if memory_of(tensor) != memory:
                 tensor.data = data
@@ -190,6 +189,10 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             tensor.grad = grad
 
     return bring_back
+
+
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    return [module._parameters, module._buffers, module._modules]
 
 
 @contextmanager

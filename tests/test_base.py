@@ -8,11 +8,12 @@ import hashlib
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from lora_param import (
     FrozenError,
     LoRAError,
+    LoRAParametrization,
     assert_frozen,
     base_frozen,
     fingerprint,
@@ -191,3 +192,20 @@ def test_what_stands_behind_an_adapter_keeps_its_name() -> None:
     parametrizations.spectral_norm(layer)
     with base_frozen(layer, buffers=True):
         remove_lora(layer)
+
+
+class Odd(LoRAParametrization):
+    """An adapter with a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 6, rank=2)
+        self.dropout = nn.Dropout(0.0)
+
+
+def test_an_adapter_anywhere_else_in_a_model_is_no_obstacle() -> None:
+    model = nn.ModuleDict({"loose": LoRAParametrization(5, 6, rank=2), "layer": nn.Linear(6, 5)})
+    before = fingerprint(model)
+    assert list(before) == ["layer.weight", "layer.bias"]
+    parametrize.register_parametrization(model["layer"], "weight", Odd())
+    assert fingerprint(model).keys() == before.keys()
+    assert_frozen(model, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,14 @@ def test_source_loop_compares_both_ways(
     mnist_source_loop.main(["--quick"])
     lines = capsys.readouterr().out.split("\n")
     assert [line[:18].strip() for line in lines[1:-1]] == [*phases, "whole run"]
+
+
+def test_progress_shows_where_the_output_is_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert mnist_finetune.main([*SHORT, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().err
+    for phase in ("pretraining", "fine-tuning", "testing, LoRA on"):
+        assert phase in shown
+    assert "loss=" in shown

@@ -115,7 +115,7 @@ def test_a_scripted_module_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates scripting
         model = torch.jit.script(nn.Linear(6, 5))
-    with pytest.raises(LoRAError, match="can't change a ScriptModule: its code is compiled"):
+    with pytest.raises(LoRAError, match="can't be called on a ScriptModule: its code is compiled"):
         register_lora(model, rank=1, target="weight")
 
 
@@ -161,7 +161,7 @@ def fully_sharded(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("outer", [lambda model: model, nn.Sequential])
 def test_a_wrapped_or_sharded_model_is_refused(wrap, name, verb, outer) -> None:
     model = outer(wrap(nn.Linear(9, 8)))
-    with pytest.raises(LoRAError, match=f"can't change a {name}: it.*; call {verb.__name__}"):
+    with pytest.raises(LoRAError, match=f"{verb.__name__} can't be called on a {name}: it"):
         verb(model)
 
 

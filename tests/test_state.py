@@ -295,16 +295,16 @@ def test_factors_can_be_exchanged_through_views_of_each_other() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.ones(2, 6, device="meta"), "without values to copy"),
-        (torch.ones(2, 6).to_sparse(), "without values to copy"),
-        (torch.full((2, 6), 1e300, dtype=torch.float64), "not finite"),
+        (torch.ones(2, 5, device="meta"), "without values to copy"),
+        (torch.ones(2, 5).to_sparse(), "without values to copy"),
+        (torch.full((2, 5), 1e300, dtype=torch.float64), "not finite"),
     ],
 )
 def test_a_value_that_cannot_be_taken_over_is_refused_before_any_is(value, message: str) -> None:
     model = net()
     before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
     state = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
-    state["1.weight.default.lora_A"] = value[:, :5] if value.layout == torch.strided else value
-    with pytest.raises(StateDictError, match=f"nothing was loaded: {message}|misshapen"):
+    state["1.weight.default.lora_A"] = value
+    with pytest.raises(StateDictError, match=f"nothing was loaded: {message}"):
         load_lora_state_dict(model, state)
     assert all(torch.equal(t, before[name]) for name, t in lora_state_dict(model).items())

@@ -20,6 +20,8 @@ from torch.nn.utils import parametrizations, parametrize
 from lora_param import (
     LoRAError,
     LoRAParametrization,
+    assert_frozen,
+    base_state_dict,
     fingerprint,
     lora_disabled,
     lora_parameters,
@@ -112,20 +114,25 @@ def test_an_encoder_built_from_an_adapted_layer_has_independent_layers() -> None
     layer = adapted(nn.TransformerEncoderLayer(8, 2, 12))
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
     x = torch.randn(5, 2, 8)
-    with lora_disabled(encoder.layers[0]):
-        assert encoder.layers[1].linear1.weight is not encoder.layers[0].linear1.weight
+    outputs = [each(x) for each in encoder.layers]
     remove_lora(encoder.layers[2])
+    shake(encoder.layers[1])
     assert type(encoder.layers[2].linear1) is nn.Linear
-    encoder(x)
+    assert torch.equal(encoder.layers[0](x), outputs[0])
+    assert not torch.equal(encoder.layers[1](x), outputs[1])
 
 
 def test_an_averaged_model_follows_and_stays_apart() -> None:
     model = adapted(nn.Linear(6, 5))
     average = torch.optim.swa_utils.AveragedModel(model)
+    first = average.module.weight.clone()
     average.update_parameters(model)
-    before = average.module.weight.clone()
+    shake(model)
+    average.update_parameters(model)
+    after = average.module.weight.clone()
+    assert not torch.equal(after, first)
     remove_lora(model)
-    assert torch.equal(average.module.weight, before)
+    assert torch.equal(average.module.weight, after)
 
 
 def test_an_lstm_can_be_copied_after_a_forward_with_gradients() -> None:
@@ -267,6 +274,22 @@ def test_blocks_compiled_one_by_one_make_no_more_graphs_than_plain_ones(blocks: 
         return int(counter.frame_count)
 
     assert graphs(adapt=True) <= graphs(adapt=False) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+def test_compiled_blocks_follow_switches_and_scale() -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(*[Block() for _ in range(3)]), torch.randn(4, 8)
+    twin = copy.deepcopy(adapted(model))
+    for block in model:
+        block.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(model(x), twin(x))
+    with lora_disabled(model), lora_disabled(twin):
+        torch.testing.assert_close(model(x), twin(x))
+    for each in (model, twin):
+        each[1].up.parametrizations.weight[0].scale = 5.0
+    torch.testing.assert_close(model(x), twin(x))
 
 
 @pytest.mark.slow
@@ -506,3 +529,85 @@ def test_attention_compiles_without_a_break() -> None:
     model, x = adapted(layer), torch.randn(2, 5, 8)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_bare_module_can_be_adapted() -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(5, 6))
+    checkpoint = {"weight": torch.randn(5, 6)}
+    adapted(module, target="weight")
+    module.load_state_dict(checkpoint, strict=True)
+    with pytest.raises(LoRAError, match="can't assign to an adapted weight"):
+        module.weight = nn.Parameter(torch.zeros(5, 6))
+    remove_lora(module)
+    assert type(module) is nn.Module
+    assert torch.equal(module.weight, checkpoint["weight"])
+
+
+class Doubling(nn.ParameterList):
+    """Reads its entries in a way of its own."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index) * 2
+
+
+def test_a_parameter_list_keeps_its_own_way_of_reading() -> None:
+    entries = Doubling([torch.ones(4, 3)])
+    register_lora(entries, rank=1, target="*")
+    assert torch.equal(entries[0], torch.full((4, 3), 2.0))
+
+
+def test_the_state_dict_of_a_base_with_an_adapted_buffer_leaves_the_model_alone() -> None:
+    module = nn.Module()
+    module.register_buffer("table", torch.randn(4, 3))
+    parametrize.register_parametrization(module, "table", LoRAParametrization(4, 3, 1))
+    before, digests = list(module.state_dict()), fingerprint(module, buffers=True)
+    assert list(base_state_dict(module)) == list(digests) == ["table"]
+    assert list(module.state_dict()) == before
+    remove_lora(module)
+    assert_frozen(module, digests)
+
+
+class Rewrapping(nn.Linear):
+    """Wraps every Parameter that it is given anew."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, nn.Parameter(value.clone()) if name == "weight" else value)
+
+
+def test_a_class_that_rewraps_parameters_gets_its_own_back() -> None:
+    layer = Rewrapping(6, 5)
+    before = layer.weight
+    adapted(layer)
+    remove_lora(layer)
+    assert layer.weight is before
+
+
+def test_a_recurrent_layers_own_list_of_weights_is_restored() -> None:
+    lstm = adapted(nn.LSTM(4, 5))
+    lstm(torch.randn(3, 2, 4))
+    remove_lora(lstm)
+    assert lstm._flat_weights[0] is lstm.weight_ih_l0
+
+
+class Counted(nn.Linear):
+    """Can't be made without its arguments."""
+
+    def __new__(cls, width: int, height: int) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+
+def test_a_class_that_is_made_with_arguments_can_be_copied() -> None:
+    layer = adapted(Counted(6, 5))
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+
+
+def test_a_change_of_scale_shows_inside_a_cache() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    with parametrize.cached():
+        before = layer.weight
+        layer.parametrizations.weight[0].scale *= 2
+        assert not torch.equal(layer.weight, before)
