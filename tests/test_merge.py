@@ -169,3 +169,16 @@ def test_merging_on_the_meta_device_leaves_a_plain_module() -> None:
     register_lora(layer, rank=2)
     merge_lora(layer)
     assert type(layer) is nn.Linear
+
+
+def test_merging_through_a_parametrization_inside_autocast_rounds_nothing() -> None:
+    layers = [parametrizations.weight_norm(nn.Linear(6, 5)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        torch.manual_seed(0)
+        register_lora(layer, rank=2)
+        shake(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merge_lora(layers[0])
+    merge_lora(layers[1])
+    assert torch.equal(layers[0].weight, layers[1].weight)

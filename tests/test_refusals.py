@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_param import LoRAError, TargetError, merge_lora, register_lora, remove_lora
+from lora_param import (
+    LoRAError,
+    TargetError,
+    lora_parameters,
+    merge_lora,
+    register_lora,
+    remove_lora,
+)
 
 
 class Holder(nn.Module):
@@ -177,8 +184,22 @@ def test_a_sharded_tensor_in_an_unwrapped_module_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_wrapping_after_registering_trains_the_adapters() -> None:
+@pytest.mark.parametrize("wrap", [distributed, fully_sharded])
+def test_wrapping_after_registering_gives_the_gradients_of_one_process(wrap) -> None:
+    model, x = nn.Linear(9, 8), torch.randn(3, 9)
+    register_lora(model, rank=2)
+    model(x).square().sum().backward()
+    alone = [factor.grad.clone() for factor in lora_parameters(model)]
+    model.zero_grad()
+    wrap(model)(x).square().sum().backward()
+    for factor, expected in zip(lora_parameters(model), alone, strict=True):
+        gradient = getattr(factor.grad, "full_tensor", lambda: factor.grad)()  # noqa: B023
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch deprecates scripting
+def test_scripting_an_adapted_model_fails_at_once() -> None:
     model = nn.Linear(9, 8)
     register_lora(model, rank=2)
-    distributed(model)(torch.randn(3, 9)).sum().backward()
-    assert model.parametrizations.weight[0].lora_B.grad.count_nonzero() > 0
+    with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
+        torch.jit.script(model)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -611,3 +612,29 @@ def test_a_change_of_scale_shows_inside_a_cache() -> None:
         before = layer.weight
         layer.parametrizations.weight[0].scale *= 2
         assert not torch.equal(layer.weight, before)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_a_layer_that_torch_parametrized_first_can_be_pickled_once_adapted() -> None:
+    layer = parametrize.register_parametrization(nn.Linear(6, 5), "weight", Halved())
+    adapted(layer)
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(loaded.weight, layer.weight)
+    remove_lora(loaded)
+    assert torch.equal(loaded.weight, layer.parametrizations.weight.original / 2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    model = adapted(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))
+    x = torch.randn(3, 6, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [factor.grad.clone() for factor in lora_parameters(model)]
+    model.zero_grad()
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for factor, gradient in zip(lora_parameters(model), expected, strict=True):
+        torch.testing.assert_close(factor.grad, gradient)
