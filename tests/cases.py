@@ -93,6 +93,13 @@ def shake(layer: nn.Module, adapter: str | None = None) -> None:
             factor.copy_(torch.randn(factor.shape) / 3)
 
 
+def adapted(module: nn.Module, **options: Any) -> nn.Module:
+    """Register adapters of rank 2 and give them factors that change the output."""
+    register_lora(module, **{"rank": 2} | options)
+    shake(module)
+    return module
+
+
 def outputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Run a layer and flatten what it returns to its tensors."""
     leaves, _ = tree_flatten(layer(*inputs))

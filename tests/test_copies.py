@@ -1,0 +1,174 @@
+"""Copies and pickles of adapted modules: independent, complete, whatever made them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lora_param import (
+    remove_lora,
+)
+
+from .cases import adapted, shake
+
+
+def test_registering_on_a_further_tensor_of_a_copy_leaves_the_first() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    twin, x = copy.deepcopy(layer), torch.ones(1, 6)
+    expected = layer(x)
+    parametrize.register_parametrization(twin, "bias", nn.Tanh())
+    assert torch.equal(twin.bias, layer.bias.tanh())
+    assert torch.equal(layer(x), expected)
+
+
+def test_copies_share_no_cache() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    twin = copy.deepcopy(layer)
+    shake(twin)
+    with parametrize.cached():
+        assert layer.weight is layer.weight
+        assert not torch.equal(layer.weight, twin.weight)
+
+
+def test_a_copy_does_not_keep_its_original_alive() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    twin, original = copy.deepcopy(layer), weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert original() is None
+    twin(torch.ones(1, 6))
+
+
+def test_an_encoder_built_from_an_adapted_layer_has_independent_layers() -> None:
+    layer = adapted(nn.TransformerEncoderLayer(8, 2, 12))
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    x = torch.randn(5, 2, 8)
+    outputs = [each(x) for each in encoder.layers]
+    remove_lora(encoder.layers[2])
+    shake(encoder.layers[1])
+    assert type(encoder.layers[2].linear1) is nn.Linear
+    assert torch.equal(encoder.layers[0](x), outputs[0])
+    assert not torch.equal(encoder.layers[1](x), outputs[1])
+
+
+def test_an_averaged_model_follows_and_stays_apart() -> None:
+    model = adapted(nn.Linear(6, 5))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    first = average.module.weight.clone()
+    average.update_parameters(model)
+    shake(model)
+    average.update_parameters(model)
+    after = average.module.weight.clone()
+    assert not torch.equal(after, first)
+    remove_lora(model)
+    assert torch.equal(average.module.weight, after)
+
+
+def test_an_lstm_can_be_copied_after_a_forward_with_gradients() -> None:
+    lstm, x = adapted(nn.LSTM(4, 5)), torch.randn(3, 2, 4)
+    expected = lstm(x)[0]
+    twin = copy.deepcopy(lstm)
+    assert torch.equal(twin(x)[0], expected)
+    shake(twin)
+    assert not torch.equal(twin(x)[0], expected)
+    assert torch.equal(lstm(x)[0], expected)
+
+
+def test_pickle_keeps_factors_state_and_frozen_flags() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5))
+    adapted(model, adapter="a")
+    model[0].parametrizations.weight[0].enabled = False
+    loaded = pickle.loads(pickle.dumps(model))
+    assert not loaded[0].parametrizations.weight[0].enabled
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+    remove_lora(loaded)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert [name for name, _ in loaded.named_parameters()][:2] == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_protocol_works(protocol: int) -> None:
+    layer = adapted(nn.Linear(6, 5))
+    assert torch.equal(pickle.loads(pickle.dumps(layer, protocol)).weight, layer.weight)
+
+
+def test_a_shallow_copy_reads_the_same_weight() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    assert torch.equal(copy.copy(layer).weight, layer.weight)
+
+
+def _total(layer: nn.Module, result: Any) -> None:
+    result.put(float(layer.weight.sum()))
+
+
+@pytest.mark.slow
+def test_a_spawned_process_takes_an_adapted_model() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    context = multiprocessing.get_context("spawn")
+    result = context.Queue()
+    process = context.Process(target=_total, args=(layer, result))
+    process.start()
+    assert result.get(timeout=120) == pytest.approx(float(layer.weight.sum()), abs=1e-5)
+    process.join()
+
+
+def test_a_class_that_pickles_itself_is_refused_while_adapted() -> None:
+    with pytest.raises(pickle.PicklingError, match="pickles itself in a way of its own"):
+        pickle.dumps(adapted(OwnPickle(6, 5)))
+
+
+class OwnPickle(nn.Linear):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnPickle, (self.in_features, self.out_features)
+
+
+def test_a_copy_of_a_foreign_parametrized_layer_is_independent() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(6, 5))
+    adapted(layer)
+    twin, expected = copy.deepcopy(layer), layer.weight.clone()
+    remove_lora(twin)
+    parametrize.remove_parametrizations(twin, "weight")
+    assert type(twin) is nn.Linear
+    assert torch.equal(layer.weight, expected)
+
+
+class Counted(nn.Linear):
+    """Can't be made without its arguments."""
+
+    def __new__(cls, width: int, height: int) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+
+def test_a_class_that_is_made_with_arguments_can_be_copied() -> None:
+    layer = adapted(Counted(6, 5))
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_a_layer_that_torch_parametrized_first_can_be_pickled_once_adapted() -> None:
+    layer = parametrize.register_parametrization(nn.Linear(6, 5), "weight", Halved())
+    adapted(layer)
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(loaded.weight, layer.weight)
+    remove_lora(loaded)
+    assert torch.equal(loaded.weight, layer.parametrizations.weight.original / 2)
