@@ -95,6 +95,9 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         body |= {name: override(base) for name, override in layer.overrides.items()}
         if layer.rereads:
             body["forward"] = _reading_once(base)
+        for reset in ("reset_parameters", "_reset_parameters"):
+            if hasattr(base, reset):
+                body[reset] = _refuse_reset
         # Behind the base: what the base does to a checkpoint's keys comes first.
         bases = (base, _Parametrized) if base is not nn.Module else (base,)
         body |= _INNERMOST if base is nn.Module else {}
@@ -154,6 +157,13 @@ def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
             _during_forward.store = None
 
     return forward
+
+
+def _refuse_reset(self: nn.Module) -> None:
+    raise LoRAError(
+        f"a {type_before(self).__name__} with an adapter can't be reset: the draws would go into "
+        "a temporary sum and be lost; call remove_lora first"
+    )
 
 
 def _check_assignable(module: nn.Module, name: str) -> None:

@@ -15,7 +15,7 @@ from .classes import chains_of
 from .errors import AdapterError, LoRAError, TargetError
 from .layers import layer_of
 from .parametrization import FLOATS, LoRAParametrization, show_dtypes
-from .surgery import chain_of, check_module, memory_of, original_of
+from .surgery import chain_of, check_module, memory_of, original_of, template_of
 from .targets import Weight
 
 FIXED = {
@@ -172,6 +172,16 @@ def _no_sum(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
+def _unreadable(weight: Weight, tensor: Tensor | None) -> str | None:
+    if chain := chain_of(weight.module, weight.tensor):
+        try:
+            template_of(weight.module, weight.tensor)
+        except Exception as error:
+            names = ", ".join(type(entry).__name__ for entry in chain)
+            return f"reading it through {names} fails with {error!r}; mend or remove these"
+    return None
+
+
 def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
     return layer_of(type(weight.module)).refusal(weight.module)
 
@@ -186,6 +196,7 @@ RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
     _not_dense,
     _distributed,
     _no_sum,
+    _unreadable,
     _layer_rule,
 )
 """In this order: a later rule may rely on what an earlier one refuses."""

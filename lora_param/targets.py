@@ -186,6 +186,7 @@ def _hits(option: str, selector: Selector, places: Sequence[_Place]) -> set[str]
     hits: set[str] = set()
     if isinstance(selector, str) and "[" in selector:
         literal = {place.own[selector] for place in places if selector in place.own}
+        literal |= {name for place in places if selector == place.path for name in place.named}
         if literal:
             return literal
     for place in places:

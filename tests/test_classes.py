@@ -192,3 +192,25 @@ def test_a_change_of_scale_shows_inside_a_cache() -> None:
         before = layer.weight
         layer.parametrizations.weight[0].scale *= 2
         assert not torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.LSTM(4, 5), nn.MultiheadAttention(4, 2)])
+def test_resetting_an_adapted_layer_is_refused(layer: nn.Module) -> None:
+    adapted(layer)
+    reset = getattr(layer, "reset_parameters", None) or layer._reset_parameters
+    before = fingerprint(layer)
+    with pytest.raises(LoRAError, match="the draws would go into a temporary sum and be lost"):
+        reset()
+    assert fingerprint(layer) == before
+
+
+@pytest.mark.parametrize(
+    "write",
+    [nn.init.ones_, lambda weight: weight.data.fill_(1), lambda weight: weight.detach().zero_()],
+)
+def test_what_is_written_into_a_read_weight_reaches_neither_original_nor_adapter(write) -> None:
+    layer = adapted(nn.Linear(6, 5))
+    before, read = fingerprint(layer), layer.weight.clone()
+    write(layer.weight)
+    assert fingerprint(layer) == before
+    assert torch.equal(layer.weight, read)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from lora_param import (
     LoRAError,
@@ -141,14 +141,6 @@ def test_inference_mode_is_refused(verb: Callable[[nn.Module], Any]) -> None:
     assert type(model) is nn.Linear
 
 
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def distributed(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
@@ -212,3 +204,13 @@ def test_scripting_an_adapted_model_fails_at_once() -> None:
     register_lora(model, rank=2)
     with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
         torch.jit.script(model)
+
+
+def test_a_weight_that_another_parametrization_makes_unreadable_is_refused() -> None:
+    layer = nn.Linear(6, 6)
+    register_lora(layer, rank=2)
+    parametrizations.orthogonal(layer)  # behind any parametrization, torch's own code fails to read
+    with pytest.raises(TargetError, match=r"weight: reading it through LoRA.*, _Orthogonal fails"):
+        register_lora(layer, rank=2, adapter="b")
+    remove_lora(layer)
+    assert [type(entry).__name__ for entry in layer.parametrizations.weight] == ["_Orthogonal"]

@@ -252,6 +252,7 @@ def test_attention_finds_its_projection_where_another_module_has_it_too() -> Non
 def test_a_name_with_signs_of_a_pattern_in_it_names_itself() -> None:
     model = nn.ModuleDict({"a[0]": nn.Linear(4, 4), "a0": nn.Linear(4, 4)})
     assert register_lora(model, rank=1, target="a[0].weight") == ["a[0].weight"]
+    assert register_lora(model, rank=1, target="a[0]", adapter="b") == ["a[0].weight"]
 
 
 def test_what_is_there_but_has_nothing_to_adapt_is_told_from_a_typing_error() -> None:

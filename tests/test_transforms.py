@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lora_param import (
+    disable_lora,
     lora_disabled,
     lora_parameters,
 )
@@ -126,3 +127,27 @@ def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
     for factor, gradient in zip(lora_parameters(model), expected, strict=True):
         torch.testing.assert_close(factor.grad, gradient)
+
+
+def test_casting_a_model_casts_its_adapters_and_they_can_be_cast_back() -> None:
+    model = adapted(nn.Linear(6, 5), dtype=torch.float32)
+    model.to(torch.bfloat16)
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    for factor in lora_parameters(model):
+        factor.data = factor.float()
+    assert model.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_disabled_adapter_trains_on_in_distributed_data_parallel() -> None:
+    model = adapted(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)))
+    disable_lora(model[0])
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    before = [factor.detach().clone() for factor in lora_parameters(model)]
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    for _ in range(2):
+        wrapped(torch.randn(3, 6)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [not torch.equal(a, b) for a, b in zip(before, lora_parameters(model), strict=True)]
+    assert moved == [False, False, True, True]
