@@ -11,7 +11,7 @@
 
 from .base import assert_frozen, base_frozen, fingerprint
 from .errors import AdapterError, FrozenError, LoRAError, StateDictError, TargetError
-from .merge import merge_lora
+from .merge import lora_merged, merge_lora
 from .parametrization import LoRAParametrization
 from .register import disable_lora, enable_lora, lora_disabled, register_lora, remove_lora
 from .state import (
@@ -43,6 +43,7 @@ __all__ = [
     "fingerprint",
     "load_lora_state_dict",
     "lora_disabled",
+    "lora_merged",
     "lora_parameters",
     "lora_state_dict",
     "lora_summary",

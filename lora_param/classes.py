@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import pickle
 import threading
 from collections.abc import Callable, MutableMapping
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .activation import terms_of
 from .errors import LoRAError
-from .layers import layer_of
+from .layers import activation_of, layer_of
 from .parametrization import LoRAParametrization
 
 
@@ -44,6 +46,13 @@ def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
     ):
         return {}
     return cast("MutableMapping[str, Any]", chains)
+
+
+def originals_of(chain: Any) -> list[Tensor]:
+    """List the tensors at the start of a chain."""
+    if chain.is_tensor:
+        return [chain.original]
+    return [getattr(chain, f"original{index}") for index in range(chain.ntensors)]
 
 
 def type_before(module: nn.Module) -> type[nn.Module]:
@@ -95,6 +104,8 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         body |= {name: override(base) for name, override in layer.overrides.items()}
         if layer.rereads:
             body["forward"] = _reading_once(base)
+        if activation := activation_of(base):
+            body["forward"] = _in_activation_space(base, activation, layer.suits)
         for reset in ("reset_parameters", "_reset_parameters"):
             if hasattr(base, reset):
                 body[reset] = _refuse_reset
@@ -157,6 +168,56 @@ def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
             _during_forward.store = None
 
     return forward
+
+
+def _in_activation_space(
+    base: type[nn.Module], activation: Callable[..., Tensor], suits: Callable[[Any], bool]
+) -> Callable[..., Any]:
+    argument = list(inspect.signature(base.forward).parameters)[1]
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get(argument)
+        ends = _ends(self, "weight") if suits(self) else None
+        if (
+            ends is None
+            or len(args) + len(kwargs) != 1
+            or not isinstance(x, Tensor)
+            or x.layout is not torch.strided
+            or x.is_nested
+        ):
+            return base.forward(self, *args, **kwargs)
+        weight, adapters = ends
+        return activation(self, x, weight, terms_of(adapters))
+
+    return forward
+
+
+def _ends(module: nn.Module, name: str) -> tuple[Tensor, list[LoRAParametrization]] | None:
+    """Return a weight as it is beneath its adapters, and those that are on; `None` without such."""
+    chains = chains_of(module)
+    entries = list(chains[name]) if name in chains else []
+    others = [entry for entry in entries if not isinstance(entry, LoRAParametrization)]
+    if entries[: len(others)] != others:
+        return None
+    adapters = [entry for entry in entries[len(others) :] if entry.enabled]
+    if not adapters:
+        return None
+    originals = originals_of(chains[name])
+    weight = others[0](*originals) if others else originals[0]
+    for entry in others[1:]:
+        weight = entry(weight)
+    return weight, adapters
+
+
+def in_activation_space(module: nn.Module, name: str) -> bool:
+    """Say whether a module would compute, or computes, a tensor's adapters in activation space."""
+    base = type_before(module)
+    chains = chains_of(module)
+    entries = list(chains[name]) if name in chains else []
+    ours = [isinstance(entry, LoRAParametrization) for entry in entries]
+    last = ours == sorted(ours)  # no other behind one of ours
+    return bool(name == "weight" and activation_of(base) and layer_of(base).suits(module) and last)
 
 
 def _refuse_reset(self: nn.Module) -> None:

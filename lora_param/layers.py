@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .activation import convolution, embedding, linear, transposed_linear
 from .errors import LoRAError
 
 Shape = tuple[int, ...]
@@ -26,6 +27,10 @@ def stack(shape: Shape) -> Shape:
     return shape
 
 
+def _always(module: nn.Module) -> bool:
+    return True
+
+
 def _never_refused(module: nn.Module) -> None:
     return None
 
@@ -40,6 +45,14 @@ def _embedding_rule(module: nn.Module) -> str | None:
 
 def _graph_rule(module: nn.Module) -> str | None:
     return "a traced graph can't be parametrized; adapt the model before tracing it"
+
+
+def _ungrouped(module: Any) -> bool:
+    return bool(module.groups == 1)
+
+
+def _unscaled(module: Any) -> bool:
+    return not module.scale_grad_by_freq
 
 
 def _without_slices(base: Any) -> Callable[..., Any]:
@@ -71,6 +84,8 @@ class Layer:
         kind: The type, or where importing it would be too much, its `module.qualname`.
         tensors: Globs over the names of the module's own tensors, or a child's tensor by path.
         view: From a weight's shape to the shape of its matrix view.
+        activation: Its forward in activation space; `None` where it stays in weight space.
+        suits: Whether `activation` is right for one module of the type.
         default: Whether `target=None` adapts it.
         refusal: From a module to why it can't be adapted, or `None`.
         rereads: Whether its forward reads one weight several times.
@@ -80,6 +95,8 @@ class Layer:
     kind: type[nn.Module] | str
     tensors: tuple[str, ...] = ("weight",)
     view: Callable[[Shape], Shape] = kernel
+    activation: Callable[..., Tensor] | None = None
+    suits: Callable[[Any], bool] = _always
     default: bool = True
     refusal: Callable[[nn.Module], str | None] = _never_refused
     rereads: bool = False
@@ -87,10 +104,11 @@ class Layer:
 
 
 TABLE: tuple[Layer, ...] = (
-    Layer(nn.Linear),
-    Layer(nn.Conv1d),
-    Layer(nn.Conv2d),
-    Layer(nn.Conv3d),
+    Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
+    Layer(nn.Linear, activation=linear),
+    Layer(nn.Conv1d, activation=convolution, suits=_ungrouped),
+    Layer(nn.Conv2d, activation=convolution, suits=_ungrouped),
+    Layer(nn.Conv3d, activation=convolution, suits=_ungrouped),
     Layer(nn.ConvTranspose1d),
     Layer(nn.ConvTranspose2d),
     Layer(nn.ConvTranspose3d),
@@ -102,8 +120,14 @@ TABLE: tuple[Layer, ...] = (
     ),
     Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
-    Layer("transformers.pytorch_utils.Conv1D"),
-    Layer(nn.Embedding, default=False, refusal=_embedding_rule),
+    Layer("transformers.pytorch_utils.Conv1D", activation=transposed_linear),
+    Layer(
+        nn.Embedding,
+        activation=embedding,
+        suits=_unscaled,
+        default=False,
+        refusal=_embedding_rule,
+    ),
     Layer(nn.EmbeddingBag, default=False, refusal=_embedding_rule),
     Layer(
         nn.ParameterList, ("*",), stack, default=False, overrides={"__getitem__": _without_slices}
@@ -118,12 +142,26 @@ UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
 
 def layer_of(cls: type[nn.Module]) -> Layer:
     """Return the table's row for a type of module; a subclass has its base's row."""
+    return _row(cls)[0]
+
+
+def activation_of(cls: type[nn.Module]) -> Callable[..., Tensor] | None:
+    """Return the activation-space forward of a type that computes as its row's own type does."""
+    layer, kind = _row(cls)
+    same = all(
+        getattr(cls, method, None) is getattr(kind, method, None)
+        for method in ("forward", "_conv_forward")
+    )
+    return layer.activation if same else None
+
+
+def _row(cls: type[nn.Module]) -> tuple[Layer, type]:
     for base in cls.__mro__:
         name = f"{base.__module__}.{base.__qualname__}"
         for layer in TABLE:
             if layer.kind is base or layer.kind == name:
-                return layer
-    return UNLISTED
+                return layer, base
+    return UNLISTED, nn.Module
 
 
 def listed(module: nn.Module, present: list[str]) -> list[str]:

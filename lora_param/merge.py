@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .classes import chains_of, originals_of
 from .errors import AdapterError, LoRAError
 from .parametrization import LoRAParametrization
-from .refusals import check_model, check_unshared
+from .refusals import check_model, check_structure, check_unshared
 from .register import adapters_of, take_off
-from .surgery import all_or_nothing, chain_of, originals_of, undisturbed
+from .surgery import all_or_nothing, chain_of, put_plain, undisturbed, value_of
 from .targets import Weight
 
 
@@ -62,6 +66,49 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
         take_off(model, pairs)
 
 
+@contextmanager
+def lora_merged(model: nn.Module) -> Iterator[None]:
+    """Run a block at the base's own speed: inside, each weight is plain and has its present value.
+
+    Nothing is added and subtracted: after the block, also one that raises, every module has its
+    originals and adapters back, the same objects with the same bits. For inference; what is done to
+    the merged weights in the block is lost. They take as much memory again as the adapted weights.
+
+    Args:
+        model: An adapted model. Disabled adapters stay out.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        AdapterError: The model has no adapters.
+        LoRAError: The model is wrapped or sharded.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with lora_merged(model):
+        ...     type(model), model(torch.ones(1, 3)).shape
+        (<class 'torch.nn.modules.linear.Linear'>, torch.Size([1, 2]))
+
+    Source:
+        Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
+    """
+    check_structure(model, "lora_merged")
+    values: defaultdict[nn.Module, dict[str, Tensor]] = defaultdict(dict)
+    for weight, _ in adapters_of(model):
+        value = value_of(weight.module, weight.tensor)
+        values[weight.module][weight.tensor] = (
+            value.clone() if isinstance(value, nn.Parameter) else value
+        )
+    with ExitStack() as stack:
+        for module, each in values.items():
+            stack.callback(put_plain(module, each))
+        yield
+
+
 def _merged(weight: Weight, merging: set[int]) -> list[tuple[Tensor, Tensor]]:
     """Pair a weight's originals with the values that make up for the entries in `merging`."""
     chain = chain_of(weight.module, weight.tensor)
@@ -78,7 +125,7 @@ def _merged(weight: Weight, merging: set[int]) -> list[tuple[Tensor, Tensor]]:
             f"{weight.name}: {type(others[-1]).__name__} stands between the adapters, so one can't "
             "be merged without the other; merge all"
         )
-    originals = originals_of(weight.module, weight.tensor)
+    originals = originals_of(chains_of(weight.module)[weight.tensor])
     with undisturbed(chain):
         value = _evaluated(applied, originals)
         _check_finite(weight, originals, value)

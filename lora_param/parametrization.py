@@ -31,6 +31,9 @@ class LoRAParametrization(nn.Module):
         alpha: Finite numerator of the scale; `None` means `rank`, a scale of one.
         batch: Leading dimensions of a stack of matrices, each of which gets a pair of its own.
         adapter: The adapter's name, by which `enable_lora` and the like find it.
+        dropout: Probability, `0 <= dropout < 1`, with which entries of a layer's input are dropped
+            in front of `lora_A` in training. Weight space can't do that: in training, reading the
+            weight with a graph is an error.
         init: How `lora_A` is drawn: `"kaiming"`, uniform with a = sqrt(5), that is in
             ±1/sqrt(fan_in), or `"gaussian"` with a standard deviation of 1/rank.
             `lora_B` is zero, so a fresh adapter changes nothing.
@@ -45,7 +48,8 @@ class LoRAParametrization(nn.Module):
         enabled: While `False`, the weight passes through untouched, as the same object.
 
     Raises:
-        LoRAError: `rank` or `alpha` is out of range; `init`, `dtype` or `generator` is unknown.
+        LoRAError: `rank`, `alpha` or `dropout` is out of range; `init`, `dtype` or `generator` is
+            unknown.
         AdapterError: `adapter` is no usable name.
 
     Example:
@@ -75,6 +79,7 @@ class LoRAParametrization(nn.Module):
         *,
         batch: tuple[int, ...] = (),
         adapter: str = "default",
+        dropout: float = 0.0,
         init: Init = "kaiming",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -84,6 +89,7 @@ class LoRAParametrization(nn.Module):
         check_adapter(adapter)
         self.rank = check_rank(rank, fan_out, fan_in)
         self.scale = check_alpha(alpha, self.rank) / self.rank
+        self.dropout = check_dropout(dropout)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise LoRAError(
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}"
@@ -126,6 +132,11 @@ class LoRAParametrization(nn.Module):
         """
         if not self.enabled:
             return weight
+        if self.dropout and self.training and torch.is_grad_enabled():
+            raise LoRAError(
+                f"adapter {self.adapter!r} has dropout, for the layer's input, but something "
+                "reads the weight without calling the layer; set its dropout to 0, or call eval()"
+            )
         if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
             with torch.autocast(weight.device.type, enabled=False):
                 return self._adapted(weight)
@@ -139,7 +150,8 @@ class LoRAParametrization(nn.Module):
     def extra_repr(self) -> str:
         """Name, rank, scale and state, for `print(model)`."""
         state = "enabled" if self.enabled else "disabled"
-        return f"{self.adapter!r}, rank={self.rank}, alpha={self.alpha:g}, {state}"
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        return f"{self.adapter!r}, rank={self.rank}, alpha={self.alpha:g}{dropout}, {state}"
 
 
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
@@ -169,6 +181,13 @@ def check_alpha(alpha: object, rank: int) -> float:
             f"alpha must be a finite number, or None for the rank, got {alpha!r:.40}; give a number"
         )
     return value
+
+
+def check_dropout(dropout: object) -> float:
+    """Return `dropout` as a float, or raise."""
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+        raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
+    return float(dropout)
 
 
 def check_adapter(adapter: object) -> None:

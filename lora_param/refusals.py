@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .base import base_parameters
-from .classes import chains_of
+from .classes import chains_of, in_activation_space, type_before
 from .errors import AdapterError, LoRAError, TargetError
 from .layers import layer_of
 from .parametrization import FLOATS, LoRAParametrization, show_dtypes
@@ -29,13 +29,18 @@ FIXED = {
 
 
 def check_model(model: nn.Module, call: str) -> None:
-    """Raise unless the structure of a model can be changed here and now."""
-    check_module(model, call)
+    """Raise unless the structure of a model can be changed for good, here and now."""
+    check_structure(model, call)
     if torch.is_inference_mode_enabled():
         raise LoRAError(
             f"{call} can't be called in torch.inference_mode: what is made there never gets a "
             "gradient; call it outside"
         )
+
+
+def check_structure(model: nn.Module, call: str) -> None:
+    """Raise unless the structure of a model can be changed."""
+    check_module(model, call)
     for path, module in model.named_modules():
         for base in type(module).__mro__:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
@@ -58,6 +63,17 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
                     f'{weight.name}: there is an adapter "{adapter}" on this weight already; '
                     "choose another name, or remove that one first"
                 )
+
+
+def check_droppable(weights: Sequence[Weight], dropout: float) -> None:
+    """Raise for the first weight whose input an adapter doesn't meet."""
+    for weight in weights:
+        if dropout and not in_activation_space(weight.module, weight.tensor):
+            raise TargetError(
+                f"{weight.name}: dropout needs a layer that computes in activation space, and a "
+                f"{type_before(weight.module).__name__} reads its weight as a whole; "
+                "use dropout=0, or exclude this weight"
+            )
 
 
 def partners(model: nn.Module, weights: Sequence[Weight]) -> list[list[tuple[str, nn.Module]]]:

@@ -16,10 +16,11 @@ from .parametrization import (
     LoRAParametrization,
     check_adapter,
     check_alpha,
+    check_dropout,
     check_dtype,
     check_rank,
 )
-from .refusals import check_model, check_unshared, check_weights, without_tied
+from .refusals import check_droppable, check_model, check_unshared, check_weights, without_tied
 from .surgery import (
     all_or_nothing,
     attach,
@@ -42,6 +43,7 @@ def register_lora(
     exclude: Target | None = None,
     adapter: str = "default",
     freeze: bool = True,
+    dropout: float = 0.0,
     init: Init = "kaiming",
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
@@ -66,6 +68,8 @@ def register_lora(
         adapter: The adapter's name, without dots. Several adapters on one weight add up.
         freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
             gives the flags back. `False` leaves them as they are.
+        dropout: Probability with which entries of a layer's input are dropped in front of `lora_A`
+            in training; every weight must be one that is computed in activation space.
         init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
         generator: Source of the draws, made in model order; the global one if `None`.
         dtype: The factors' dtype; `None` means each weight's own. With float32 factors on a
@@ -75,8 +79,8 @@ def register_lora(
         The adapted parameters' names in model order, such as `["linear1.weight"]`.
 
     Raises:
-        LoRAError: `rank`, `alpha`, `init` or `dtype` is out of range; the model is wrapped or
-            sharded; or the call is made in `torch.inference_mode`.
+        LoRAError: `rank`, `alpha`, `dropout`, `init` or `dtype` is out of range; the model is
+            wrapped or sharded; or the call is made in `torch.inference_mode`.
         TargetError: A pattern matches nothing, or a weight can't be adapted.
         AdapterError: The adapter's name is unusable, or taken on one of the weights.
 
@@ -110,6 +114,7 @@ def register_lora(
         plans = [_plan(weight, r, a) for weight, r, a in zip(weights, ranks, alphas, strict=True)]
         if freeze:
             _freeze(model)
+        check_droppable(weights, check_dropout(dropout))
         for weight, (shape, value), r, a in zip(weights, plans, ranks, alphas, strict=True):
             *batch, fan_out, fan_in = shape
             parametrization = LoRAParametrization(
@@ -119,6 +124,7 @@ def register_lora(
                 a,
                 batch=tuple(batch),
                 adapter=adapter,
+                dropout=dropout,
                 init=init,
                 generator=generator,
                 device=value.device,

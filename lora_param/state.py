@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import StateDictError
 from .parametrization import LoRAParametrization
-from .refusals import check_model
+from .refusals import check_structure
 from .register import adapters_of
 from .surgery import base_modules, chain_of, detach, snapshot, tensor_names
 
@@ -170,7 +170,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
-    check_model(model, "base_state_dict")
+    check_structure(model, "base_state_dict")
     bring_back = snapshot(model)
     try:
         for _, module in base_modules(model):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .base import base_parameters
+from .classes import in_activation_space
 from .register import adapters_of
 from .surgery import template_of
 from .targets import Weight
@@ -38,11 +39,13 @@ class WeightSummary:
     Attributes:
         name: The weight's name in the plain model.
         shape: Its shape.
+        space: `"activation"` where its layer never forms `B @ A`, or `"weight"`.
         adapters: Its adapters, in the order in which they were registered.
     """
 
     name: str
     shape: tuple[int, ...]
+    space: str
     adapters: tuple[AdapterSummary, ...]
 
 
@@ -74,10 +77,10 @@ class LoRASummary:
 
     def __str__(self) -> str:
         """Return the table: a header, a line per weight, the totals."""
-        header = ("weight", "shape", "adapter", "rank", "alpha", "state", "parameters")
+        header = ("weight", "shape", "space", "adapter", "rank", "alpha", "state", "parameters")
         rows = [header, *(_row(weight) for weight in self.weights)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        numeric = (False, False, False, True, True, False, True)
+        numeric = (False, False, False, False, True, True, False, True)
         lines = [
             "  ".join(
                 cell.rjust(width) if right else cell.ljust(width)
@@ -113,11 +116,11 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Linear(10, 4))
         >>> _ = register_lora(model, rank=2)
         >>> print(lora_summary(model))
-        weight    shape  adapter  rank  alpha  state  parameters
-        --------------------------------------------------------
-        0.weight  10x20  default     2      2  on             60
-        1.weight  4x10   default     2      2  on             28
-        --------------------------------------------------------
+        weight    shape  space       adapter  rank  alpha  state  parameters
+        --------------------------------------------------------------------
+        0.weight  10x20  activation  default     2      2  on             60
+        1.weight  4x10   activation  default     2      2  on             28
+        --------------------------------------------------------------------
         base 254 + LoRA 88 = 342 parameters; LoRA is 34.646 % of the base; 88 trainable
         >>> lora_summary(model).lora_parameters
         88
@@ -131,7 +134,10 @@ def lora_summary(model: nn.Module) -> LoRASummary:
     return LoRASummary(
         weights=tuple(
             WeightSummary(
-                name, tuple(template_of(weight.module, weight.tensor).shape), tuple(adapters)
+                name,
+                tuple(template_of(weight.module, weight.tensor).shape),
+                "activation" if in_activation_space(weight.module, weight.tensor) else "weight",
+                tuple(adapters),
             )
             for name, (weight, adapters) in entries.items()
         ),
@@ -151,6 +157,7 @@ def _row(weight: WeightSummary) -> tuple[str, ...]:
     return (
         weight.name,
         "x".join(map(str, weight.shape)),
+        weight.space,
         each([adapter.name for adapter in adapters]),
         each([str(adapter.rank) for adapter in adapters]),
         each([f"{adapter.alpha:g}" for adapter in adapters]),

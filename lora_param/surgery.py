@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -69,15 +69,6 @@ def chain_of(module: nn.Module, name: str) -> list[nn.Module]:
     """List the parametrizations of a tensor, in the order in which they apply."""
     chains = chains_of(module)
     return list(chains[name]) if name in chains else []
-
-
-def originals_of(module: nn.Module, name: str) -> list[Tensor]:
-    """List the tensors at the start of a parametrized tensor's chain."""
-    chain = chains_of(module)[name]
-    names = (
-        ["original"] if chain.is_tensor else [f"original{index}" for index in range(chain.ntensors)]
-    )
-    return [getattr(chain, each) for each in names]
 
 
 def value_of(module: nn.Module, name: str) -> Tensor:
@@ -150,9 +141,40 @@ def detach(module: nn.Module, name: str, parametrization: LoRAParametrization) -
         table[name] = chain.original
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # its own list of its weights
-        for each in dict.fromkeys([*found.order, *module._parameters]):
-            if each in module._parameters:
-                module._parameters[each] = module._parameters.pop(each)
+        _reorder(module._parameters, found.order)
+
+
+def put_plain(module: nn.Module, values: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Put frozen Parameters in the place of chains; return what brings the chains back."""
+    cls, base, found = type(module), type_before(module), found_of(module)
+    holder = cast("nn.ModuleDict", module._modules["parametrizations"])
+    children, chains = list(module._modules), dict(chains_of(module).items())
+    parameters, training = list(module._parameters), module.training
+    for name, value in values.items():
+        del chains_of(module)[name]
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    _restore_class(module, base, found)
+    _reorder(module._parameters, found.order)
+
+    def bring_back() -> None:
+        for name in values:
+            del module._parameters[name]
+        holder._modules.clear()
+        holder._modules.update(chains)
+        module._modules["parametrizations"] = holder
+        module.__dict__["_lora_found"], module.__class__ = found, cls
+        if module.training != training:
+            holder.train(module.training)
+        _reorder(module._modules, children)
+        _reorder(module._parameters, parameters)
+
+    return bring_back
+
+
+def _reorder(table: dict[str, Any], order: Sequence[str]) -> None:
+    for name in [*order, *(each for each in table if each not in order)]:
+        if name in table:
+            table[name] = table.pop(name)
 
 
 def memory_of(tensor: Tensor | None) -> int:

@@ -86,16 +86,38 @@ def run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def equal(left: list[Tensor], right: list[Tensor]) -> bool:
-    return len(left) == len(right) and all(map(torch.equal, left, right))
+def close(left: list[Tensor], right: list[Tensor], ordered: bool = True) -> bool:
+    """Say whether outputs differ by no more than what rounding grows to in a deep network."""
+    if not ordered:
+        left, right = ([each.flatten().sort().values for each in side] for side in (left, right))
+    return len(left) == len(right) and all(
+        a.shape == b.shape and bool((a - b).abs().max() <= ROUNDING[b.dtype] * (1 + b.abs().max()))
+        for a, b in zip(left, right, strict=True)
+        if b.numel()
+    )
 
 
-def check_against_oracle(model: nn.Module, inputs: dict[bool, tuple[Any, ...]]) -> None:
+ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3, torch.int64: 0, torch.bool: 0}
+
+
+@pytest.fixture(autouse=True)
+def float64(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave rounding no room to hide an adapter that doesn't act; raft insists on float32."""
+    if "raft" not in request.node.name:
+        torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def check_against_oracle(
+    model: nn.Module, inputs: dict[bool, tuple[Any, ...]], ordered: bool = True
+) -> None:
     """Adapt a model and hold it against the oracle, training and not; then restore it.
 
     Args:
         model: The plain model.
         inputs: Arguments in training, under `True`, and in evaluation.
+        ordered: Whether the outputs' order has a meaning.
     """
     plain, before, bits = copy.deepcopy(model), state(model), fingerprint(model)
     register_lora(model, rank=1, alpha=0.5)
@@ -107,8 +129,8 @@ def check_against_oracle(model: nn.Module, inputs: dict[bool, tuple[Any, ...]]) 
         with torch.set_grad_enabled(training):
             base, expected, actual = (run(each, inputs[training]) for each in (plain, dense, model))
         assert len(actual) == len(expected) > 0
-        assert equal(actual, expected)
-        acts |= not equal(actual, base)
+        assert close(actual, expected, ordered)
+        acts |= not close(actual, base, ordered)
     assert acts
     sum(leaf.sum() for leaf in actual if leaf.is_floating_point()).backward()
     gradients = [factor.grad for factor in lora_parameters(model)]
@@ -127,7 +149,8 @@ def test_torchvision(family: str, name: str) -> None:
     model = build(family, name)
     inputs = FAMILIES[family].inputs(name)
     evaluation = inputs[:1] if family == "detection" else inputs
-    check_against_oracle(model, {True: inputs, False: evaluation})
+    # A detector that knows nothing scores its boxes alike, so that rounding decides their order.
+    check_against_oracle(model, {True: inputs, False: evaluation}, ordered=family != "detection")
 
 
 def encoder(**options: Any) -> nn.Module:

@@ -199,7 +199,7 @@ class Odd(LoRAParametrization):
 
     def __init__(self) -> None:
         super().__init__(5, 6, rank=2)
-        self.dropout = nn.Dropout(0.0)
+        self.noise = nn.Dropout(0.0)
 
 
 def test_an_adapter_anywhere_else_in_a_model_is_no_obstacle() -> None:

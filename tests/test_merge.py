@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from lora_param import (
     disable_lora,
     fingerprint,
     lora_disabled,
+    lora_merged,
     merge_lora,
     register_lora,
 )
 
-from .cases import shake
+from .cases import CASES, Case, outputs, shake
 
 
 def adapted(*adapters: str) -> nn.Linear:
@@ -182,3 +184,88 @@ def test_merging_through_a_parametrization_inside_autocast_rounds_nothing() -> N
         merge_lora(layers[0])
     merge_lora(layers[1])
     assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_in_a_merged_block_the_model_is_plain_and_gives_the_same(case: Case) -> None:
+    layer, inputs = case.build(torch.float64)
+    types = [type(each) for each in layer.modules()]
+    case.adapt(layer)
+    shake(layer)
+    layer.eval()
+    before, expected = state(layer), outputs(layer, inputs)
+    with lora_merged(layer):
+        assert [type(each) for each in layer.modules()] == types
+        actual = outputs(layer, inputs)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want.detach())
+    assert state(layer) == before
+    assert [torch.equal(*pair) for pair in zip(outputs(layer, inputs), expected, strict=True)]
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Take down all of a model: objects, bits, classes, flags and order."""
+    return [
+        [(name, type(each), each.training) for name, each in model.named_modules()],
+        [
+            (name, id(p), p.requires_grad, p.detach().numpy().tobytes())
+            for name, p in model.named_parameters()
+        ],
+        list(model.state_dict()),
+    ]
+
+
+def test_a_merged_block_that_raises_gives_everything_back() -> None:
+    layer = adapted("a", "b")
+    before = state(layer)
+
+    def block() -> None:
+        with lora_merged(layer):
+            layer.weight.data.zero_()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        block()
+    assert state(layer) == before
+
+
+def test_what_a_merged_block_does_besides_stays() -> None:
+    model = nn.Sequential(adapted("a"), nn.Dropout())
+    with torch.inference_mode(), lora_merged(model):
+        model.eval()
+        model[0].note = "seen"
+    assert not any(each.training for each in model.modules())
+    assert model[0].note == "seen"
+
+
+def test_a_merged_block_leaves_out_what_is_disabled() -> None:
+    layer = adapted("a", "b")
+    disable_lora(layer, "b")
+    expected = layer.weight.clone()
+    with lora_merged(layer):
+        assert torch.equal(layer.weight, expected)
+    disable_lora(layer)
+    original = layer.parametrizations.weight.original.clone()
+    with lora_merged(layer):
+        layer.weight.data.zero_()
+    assert torch.equal(layer.weight, original)
+
+
+def test_a_merged_block_keeps_anothers_parametrization() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(6, 5))
+    parametrize.register_parametrization(layer, "bias", nn.Tanh())
+    register_lora(layer, rank=2)
+    shake(layer)
+    before, expected = state(layer), layer.weight.clone()
+    with lora_merged(layer):
+        assert torch.equal(layer.weight, expected)
+        assert parametrize.is_parametrized(layer, "bias")
+    assert state(layer) == before
+
+
+def test_a_merged_block_needs_an_adapter() -> None:
+    with (
+        pytest.raises(AdapterError, match="there is no weight with an adapter"),
+        lora_merged(nn.Linear(3, 2)),
+    ):
+        pass
