@@ -107,8 +107,10 @@ def _plus(y: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
     up = up.to(y.dtype)
     if y.dim() != 2:
         return torch.add(y, low @ up, alpha=scale)
-    if y.is_cpu and up.shape[0] < 16:
-        up = up.contiguous()  # for the gradients' sake: BLAS is slow on a transpose this narrow
+    if up.requires_grad and up.shape[0] < 16 and y.shape[0] > 64 and y.is_cpu:
+        up = (
+            up.contiguous()
+        )  # for its gradient: on a transpose this narrow BLAS takes thrice as long
     # In place, `y` would have to be batched in the way that `low` is.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return torch.addmm(y, low, up, alpha=scale)

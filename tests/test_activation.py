@@ -57,7 +57,9 @@ each_layer = pytest.mark.parametrize("case", SINGLE, ids=lambda case: case.id)
 # A padding row is moved by a difference, and by no gradient.
 SMOOTH = [case for case in SINGLE if getattr(case.make_layer(), "padding_idx", None) is None]
 each_smooth = pytest.mark.parametrize("case", SMOOTH, ids=lambda case: case.id)
-script = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # in forward mode
+forward_mode = pytest.mark.filterwarnings(  # in torch's own code
+    "ignore:.*torch.jit.script. is deprecated", "ignore:Please use .torch.vmap"
+)
 
 
 def build(case: Case, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -157,7 +159,7 @@ class Reading(nn.Module):
         return self.layer.weight.sin()
 
 
-@script
+@forward_mode
 @each_smooth
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_it_differentiates_twice_forward_and_in_batches(case: Case, adapters: int) -> None:
@@ -213,7 +215,7 @@ def test_many_adapters_can_be_run_at_once_by_vmap(case: Case) -> None:
         torch.testing.assert_close(together[index], alone)
 
 
-@script
+@forward_mode
 @each_smooth
 def test_a_directional_derivative_matches_the_difference(case: Case) -> None:
     layer, (x,) = build(case)

@@ -1,0 +1,91 @@
+"""The benchmark: that all ways compute the same cell, and that its report says what was measured."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import benchmark
+from experiments.benchmark_cells import WAYS, Cell, cells, linears
+from experiments.benchmark_report import draw, show, summary
+from experiments.benchmark_verbs import llama_70b
+
+TINY = Cell("tiny", lambda: linears(8), (4, 8), 2, ("0", "2", "4", "6"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
+@pytest.mark.parametrize("cell", [c for c in cells() if c.quick], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+def test_every_way_starts_from_the_floors_output_and_trains(cell: Cell, way: str) -> None:
+    torch.manual_seed(0)
+    plain = cell.make()
+    try:
+        model = WAYS[way](copy.deepcopy(plain), cell)
+    except NotImplementedError:
+        assert (way, cell.name) == ("loralib", "transformer, 4 x 64")
+        return
+    x = torch.randn(cell.shape, requires_grad=True)
+    if way != "loralib":  # it draws new originals, and the benchmark reads only the clock
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    before = [each.detach().clone() for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
+    benchmark.trainer(model, x, optimizer)()
+    after = [each for each in model.parameters() if each.requires_grad]
+    assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_a_report_tells_of_every_cell_and_way(tmp_path) -> None:
+    result = benchmark.measure(TINY, "float32", torch.device("cpu"), 0.0)
+    assert result["training"].keys() == WAYS.keys()
+    assert result["inference"].keys() == (WAYS.keys() - {"full"}) | {"merged"}
+    environment = {"device_name": "", "device": "cpu", "threads": 1, "torch": "x"}
+    report = {"environment": environment, "cells": [result], "verbs": {"register_lora": 0.5}}
+    text = show(json.loads(json.dumps(report)))
+    assert text.count("\ntiny ") == 4
+    assert "register_lora: 500.0 ms" in text
+    draw([result], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_the_geometric_mean_and_the_worst_cell_are_named() -> None:
+    def cell(name: str, ours: float, peft: float) -> dict:
+        ways = {"floor": 1.0, "lora_param": ours, "peft": peft, "merged": 1.0}
+        figures = {way: {"ratio": [value] * 3} for way, value in ways.items()}
+        measures = ("training", "training and AdamW", "inference")
+        return {"cell": name, "mode": "float32"} | dict.fromkeys(measures, figures)
+
+    lines = summary([cell("a", 1.0, 2.0), cell("b", 2.0, 1.0)])
+    assert lines[0] == (
+        "training: lora_param / peft is 1.00 in the geometric mean of 2 cells, at most 2.00 (b)"
+    )
+
+
+def test_an_adapter_keeps_nothing_of_a_weights_size() -> None:
+    torch.manual_seed(0)
+    plain, x = linears(64), torch.randn(4, 64, requires_grad=True)
+    small = Cell("small", lambda: plain, (4, 64), 2, ("0", "2", "4", "6"))
+    kept = {way: benchmark.kept(WAYS[way](copy.deepcopy(plain), small), x) for way in WAYS}
+    assert kept["lora_param"] - kept["floor"] < 4 * 64 * 64 / 2**20 < kept["parametrize"]
+
+
+def test_the_largest_model_has_70_billion_parameters() -> None:
+    model = llama_70b()
+    assert round(sum(each.numel() for each in model.parameters()) / 1e9) == 71
+    assert isinstance(model["head"], nn.Linear)
+
+
+def test_bad_arguments_end_in_one_line(capsys) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--threads", "0"])
+    assert "--threads must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_peers_are_compared_where_they_are_installed() -> None:
+    installed = {name for name in ("peft", "loralib") if importlib.util.find_spec(name)}
+    assert WAYS.keys() - {"floor", "lora_param", "parametrize", "full"} == installed
