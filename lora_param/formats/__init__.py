@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .pair import Format, Pair
+from . import native
+from .pair import About, Format, Pair
 
-FORMATS: tuple[Format, ...] = ()
-"""Each file is recognised by one row."""
-# The helper on foreign formats adds its rows here:
-# Format("peft", peft.recognises, peft.read, peft.write), ...
+FORMATS: tuple[Format, ...] = (
+    Format("native", native.recognises, native.read, native.write, native.about),
+)
+"""A file is recognised by one row."""
 
-__all__ = ["FORMATS", "Format", "Pair"]
+__all__ = ["FORMATS", "About", "Format", "Pair"]

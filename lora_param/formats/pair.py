@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+
+from ..parametrization import LoRAParametrization
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,56 @@ class Pair:
         """Columns of `lora_B`."""
         return self.lora_B.shape[-1]
 
+    def within(self, limit: int) -> Pair:
+        """Return the same update as a pair whose rank isn't above the weight's smaller side."""
+        if self.rank <= limit:
+            return self
+        tall = self.lora_B.shape[-2] > self.lora_A.shape[-1]
+        product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
+        eye = torch.eye(limit, dtype=product.dtype, device=product.device)
+        eye = eye.expand(*product.shape[:-2], limit, limit).contiguous()
+        A, B = (eye, product) if tall else (product, eye)
+        return replace(self, lora_A=A, lora_B=B, alpha=self.alpha / self.rank * limit)
+
+    def parametrization(
+        self, adapter: str = "default", device: torch.device | str | None = None
+    ) -> LoRAParametrization:
+        """Build the parametrization, with factors of its own, in the file's dtype."""
+        *batch, fan_out, _ = self.lora_B.shape
+        entry = LoRAParametrization(
+            fan_out,
+            self.lora_A.shape[-1],
+            self.rank,
+            self.alpha,
+            batch=tuple(batch),
+            adapter=adapter,
+            device="meta",  # draws nothing
+            dtype=self.lora_A.dtype,
+        )
+        for name in ("lora_A", "lora_B"):
+            value = getattr(self, name).detach().to(device, copy=True)
+            setattr(entry, name, torch.nn.Parameter(value))
+        return entry
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file says besides its pairs, as far as its format has a place for it.
+
+    Attributes:
+        adapter: The adapter's name.
+        model: What the base is called.
+        base: SHA-256 digests of the base's parameters, as `fingerprint` gives them.
+        shapes: The adapted weights' shapes.
+        layers: What is known of the adapted weights' modules, as `skeleton` takes it.
+    """
+
+    adapter: str = "default"
+    model: str = ""
+    base: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class Format:
@@ -42,13 +96,11 @@ class Format:
             modules; with `None` for a model, they are what the file has, module type unknown.
             Raises a `FileError` that lists all that is wrong. Shapes are checked by the caller.
         write: `(path, pairs, model, *, options) -> None`, or `None` where it isn't written.
+        about: `(path) -> About`.
     """
 
     name: str
     recognises: Callable[[Path], bool]
     read: Callable[..., list[Pair]]
     write: Callable[..., None] | None = None
-
-    def __str__(self) -> str:
-        """The name."""
-        return self.name
+    about: Callable[[Path], About] = lambda path: About()

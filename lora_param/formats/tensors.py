@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,17 +16,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..base import bytes_of
 from ..errors import FileError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""The dtypes that a factor can have, by their names in a header."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that weights and factors can have, by their names in a header."""
 
 LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says about one tensor: its dtype's name, its shape, where its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -35,60 +41,58 @@ class Header:
 
     Attributes:
         metadata: Its strings.
-        tensors: Per tensor `{"dtype": str, "shape": list, "data_offsets": [begin, end]}`.
-        start: Where the tensors' bytes begin.
+        tensors: What it says about each tensor, in the order of their bytes.
     """
 
-    metadata: Mapping[str, str]
-    tensors: Mapping[str, Mapping[str, Any]]
-    start: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, Entry] = field(default_factory=dict)
 
 
 def header(path: Path) -> Header:
-    """Read a safetensors file's header; `load_tensors` checks it against the data.
+    """Read a safetensors file's header and check it against the file's size.
 
     Args:
         path: The file.
 
     Returns:
-        The header.
+        The header; positions are from the beginning of the file.
 
     Raises:
-        FileError: It is no safetensors file, or its header is damaged.
+        FileError: It is no safetensors file, or a damaged one.
     """
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(LONGEST_HEADER, path.stat().st_size - 8):
-                raise FileError(f"{path}: no safetensors file, or a truncated one")
-            content = strict_json(file.read(length).decode())
+            if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+                raise ValueError("its header would be longer than the file")
+            return _checked(strict_json(file.read(length).decode()), 8 + length, size)
     except OSError as error:
         raise FileError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"{path}: no safetensors file, or a damaged header: {error}") from None
-    metadata = content.pop("__metadata__", {}) if isinstance(content, dict) else None
-    if not _is_header(content, metadata):
-        raise FileError(f"{path}: no safetensors file, or a damaged header")
-    return Header(metadata, content, 8 + length)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise FileError(f"{path}: no safetensors file, or a damaged one: {error!s:.200}") from None
+
+
+def peek(path: Path) -> Header:
+    """Return a safetensors file's header, or an empty one where there is none."""
+    with suppress(FileError):
+        return header(path)
+    return Header()
 
 
 def names_in(path: Path) -> frozenset[str]:
     """Return the tensors' names of a safetensors file; none if it isn't one."""
-    with suppress(FileError):
-        return frozenset(header(path).tensors) if path.is_file() else frozenset()
-    return frozenset()
+    return frozenset(peek(path).tensors)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Map a safetensors file's tensors into memory; they are read when they are used.
+    """Map a safetensors file's tensors into memory: they are read when they are used.
 
     Args:
         path: The file.
 
     Returns:
-        Tensors by name, in the header's order.
+        Tensors by name.
 
     Raises:
         FileError: The file is damaged.
@@ -98,11 +102,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
-        raise FileError(f"{path}: a damaged safetensors file: {error}") from None
+        raise FileError(f"{path}: a damaged safetensors file: {error!s:.200}") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all, one tensor in memory at a time.
+    """Write a safetensors file, whole or not at all.
 
     Args:
         path: Where to; an older file there stays until the new one is complete.
@@ -110,57 +114,51 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         metadata: Strings for the header.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    entries = {name: (codes[each.dtype], tuple(each.shape)) for name, each in tensors.items()}
-    sizes = {name: each.numel() * each.element_size() for name, each in tensors.items()}
-    with replacing(path) as file:
-        file.write(header_bytes(entries, sizes, metadata))
-        for tensor in tensors.values():
-            file.write(bytes_of(tensor))
+    # Readers view the bytes in place, so every tensor has to begin at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    entries = {
+        name: Entry(codes[each.dtype], tuple(each.shape), 0, each.numel() * each.element_size())
+        for name, each in ordered
+    }
+    write_blobs(path, entries, metadata, (bytes_of(name, each) for name, each in ordered))
 
 
-def header_bytes(
-    entries: Mapping[str, tuple[str, Iterable[int]]],
-    sizes: Mapping[str, int],
-    metadata: Mapping[str, str],
-) -> bytes:
-    """Return the header of a file whose tensors follow in the order of `entries`."""
+def write_blobs(
+    path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], blobs: Iterable[Any]
+) -> None:
+    """Write a safetensors file from its tensors' bytes as they come, whole or not at all."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
-    for name, (dtype, shape) in entries.items():
-        end = begin + sizes[name]
-        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    for name, entry in entries.items():
+        end = begin + entry.end - entry.begin
+        content[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
         begin = end
     encoded = json.dumps(content, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # safetensors aligns the data to 8 bytes
-    return len(encoded).to_bytes(8, "little") + encoded
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing(path) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for blob in blobs:
+            file.write(blob)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder that takes the path's place when it is complete."""
-    path = path.resolve()  # a symlink stays one
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    target = path.resolve()  # a link stays one
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def bytes_of(tensor: Tensor) -> Any:
-    """Return a tensor's bytes as something to write, without a copy where it has them in order."""
-    tensor = tensor.detach().cpu().contiguous()
-    size = tensor.numel() * tensor.element_size()
-    buffer = (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
-    if size:
-        buffer.tensor = tensor  # type: ignore[union-attr]  # keeps the memory
-    return buffer
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise FileError(f"{path}: can't be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def strict_json(text: str) -> Any:
@@ -177,26 +175,15 @@ def strict_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
 
 
-def _is_header(content: Any, metadata: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and isinstance(metadata, dict)
-        and all(isinstance(value, str) for value in metadata.values())
-        and all(
-            isinstance(entry, dict)
-            and isinstance(entry.get("dtype"), str)
-            and all(_is_sizes(entry.get(key)) for key in ("shape", "data_offsets"))
-            and len(entry["data_offsets"]) == 2
-            for entry in content.values()
-        )
-    )
-
-
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _checked(content: Any, start: int, size: int) -> Header:
+    metadata = content.pop("__metadata__", {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no strings")
+    entries = {}
+    for name, each in content.items():
+        begin, end = each["data_offsets"]
+        numbers = [*each["shape"], begin, end - begin, size - start - end]
+        if not isinstance(each["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{name:.80} has no place in it")
+        entries[name] = Entry(each["dtype"], tuple(each["shape"]), start + begin, start + end)
+    return Header(metadata, dict(sorted(entries.items(), key=lambda item: item[1].begin)))

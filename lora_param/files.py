@@ -1,0 +1,350 @@
+"""Adapter files: save one adapter of a model, and load it into another."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from .base import fingerprint
+from .base import freeze as freeze_base
+from .errors import AdapterError, FileError, LoRAError
+from .formats import FORMATS
+from .formats.pair import About, Format, Pair
+from .formats.tensors import header
+from .layers import layer_of
+from .parametrization import FLOATS, LoRAParametrization, check_adapter, show_dtypes
+from .progress import progress
+from .refusals import check_model, check_unshared, check_weights
+from .register import adapters_of
+from .state import load_lora_state_dict
+from .surgery import all_or_nothing, attach, template_of
+from .targets import Weight, catalogue, nearest
+
+
+def save_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "native",
+    **options: Any,
+) -> None:
+    """Save one adapter, with all that is needed to register it again on a plain model.
+
+    The native format is one safetensors file: `<weight>.lora_A` and `<weight>.lora_B`, and as
+    metadata each weight's rank and alpha, the fingerprint of the base, and a digest of all this.
+    It takes the place of an older file only when it is complete. Whether the adapter is enabled is
+    not saved.
+
+    Args:
+        model: An adapted model.
+        path: Where to; for `format="peft"` a folder.
+        adapter: The adapter's name; `None` where the model has only one.
+        metadata: Strings to keep with it, such as a licence or the base's home.
+        format: `"native"`, `"peft"` or `"kohya"`.
+        **options: What the format takes besides. Native: `base`, what `fingerprint(model)`
+            returned, because taking it reads every parameter of the base; `{}` for none.
+
+    Raises:
+        AdapterError: There is no such adapter, or there are several and none is named.
+        LoRAError: A factor isn't finite or has no values, the format can't hold the adapter or
+            doesn't know an option, or the model is wrapped.
+        FileError: The file can't be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lora(model, f"{folder}/adapter.safetensors", metadata={"license": "MIT"})
+        ...     fresh = torch.nn.Linear(3, 2)
+        ...     load_lora(fresh, f"{folder}/adapter.safetensors", base="ignore")
+        ['weight']
+    """
+    check_model(model, "save_lora")
+    entries = adapters_of(model, adapter)
+    names = sorted({entry.adapter for _, entry in entries})
+    if len(names) > 1:
+        raise AdapterError(f"a file holds one adapter, and the model has {names}; name one")
+    row = next((each for each in FORMATS if each.name == format and each.write), None)
+    if row is None or row.write is None:
+        written = ", ".join(repr(each.name) for each in FORMATS if each.write)
+        raise LoRAError(f"format must be one of {written}, got {format!r}")
+    if metadata is not None:
+        options["metadata"] = metadata
+    _check_options(row, row.write, options)
+    if "adapter" in inspect.signature(row.write).parameters:
+        options["adapter"] = names[0]
+    pairs = [
+        Pair(weight.name, entry.lora_A.detach(), entry.lora_B.detach(), _alpha(entry))
+        for weight, entry in entries
+    ]
+    if complaints := list(faults(pairs)):
+        raise LoRAError(f"nothing was saved: {shortened(complaints)}")
+    row.write(Path(path), pairs, model, **options)
+
+
+def load_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter: str | None = None,
+    base: Literal["require", "warn", "ignore"] = "warn",
+    *,
+    freeze: bool = True,
+    trainable: bool = True,
+    **options: Any,
+) -> list[str]:
+    """Register a file's adapter on a model and load it, or load it into the one it has.
+
+    Reads our own files and those of other libraries, and runs no code that a file brings. The
+    factors keep the file's dtype, and go to their weights' devices.
+
+    Args:
+        model: The model that the adapter was trained on, plain or adapted.
+        path: The file, or for PEFT the folder.
+        adapter: The adapter's name on the model; `None` means the file's, or `"default"`. If the
+            model has it, the file has to hold the same weights and ranks, and the model's factors
+            keep their dtype.
+        base: Where the file has the fingerprint of its base: `"require"` raises unless the model
+            is that base to the bit, `"warn"` warns naming the parameters that differ, `"ignore"`
+            doesn't look, which saves reading every parameter.
+        freeze: Freeze the base when the adapter is registered, as `register_lora` does.
+        trainable: Whether the factors require gradients.
+        **options: What the format takes besides: `alpha` for loralib's files, and so on.
+
+    Returns:
+        The adapted parameters' names in model order.
+
+    Raises:
+        FileError: The file is damaged or of an unknown format, doesn't fit the model, or with
+            `base="require"` belongs to another base. The model is as it was.
+        AdapterError: The adapter's name is unusable.
+        TargetError: A weight can't be adapted.
+        LoRAError: An argument is out of range, or the model is wrapped or sharded.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lora(model, f"{folder}/adapter.safetensors")
+        ...     load_lora(model, f"{folder}/adapter.safetensors", base="require")
+        ['weight']
+    """
+    check_model(model, "load_lora")
+    if base not in ("require", "warn", "ignore"):
+        raise LoRAError(f'base must be "require", "warn" or "ignore", got {base!r}')
+    path = Path(path)
+    row, pairs = read(path, model, **options)
+    about = row.about(path)
+    adapter = about.adapter if adapter is None else adapter
+    check_adapter(adapter)
+    fitting = fitted(path, pairs, model, about)
+    if base != "ignore" and (found := _differences(about, model, base)):
+        if base == "require":
+            raise FileError(f"{path}: {found}")
+        warnings.warn(f"{path}: {found}", stacklevel=2)
+    with all_or_nothing(model):
+        if adapter in {entry.adapter for entry in model.modules() if _is_entry(entry)}:
+            _load(path, model, adapter, fitting, trainable)
+        else:
+            _register(model, adapter, fitting, freeze, trainable)
+    return [weight.name for weight, _ in fitting]
+
+
+def read(path: Path, model: nn.Module | None, **options: Any) -> tuple[Format, list[Pair]]:
+    """Recognise a file and read its pairs.
+
+    Args:
+        path: The file or folder.
+        model: The model, or an outline of it; `None` leaves the names as the file has them.
+        **options: What the format takes besides.
+
+    Returns:
+        The format's row and the pairs, each whole in itself.
+
+    Raises:
+        FileError: The file is damaged, or of no known format.
+        LoRAError: The format doesn't know an option.
+    """
+    rows = [each for each in FORMATS if each.recognises(path)]
+    if len(rows) != 1:
+        if path.is_file() and path.suffix == ".safetensors":
+            header(path)  # says what is wrong with it
+        known = ", ".join(each.name for each in rows or FORMATS)
+        what = "could be any of" if rows else "is of no known format; there are"
+        raise FileError(f"{path}: {'' if path.exists() else 'is not there, so it '}{what} {known}")
+    _check_options(rows[0], rows[0].read, options)
+    pairs = rows[0].read(path, model, **options)
+    if complaints := list(faults(pairs)):
+        raise FileError(f"{path}: {shortened(complaints)}")
+    return rows[0], pairs
+
+
+def fitted(
+    path: Path, pairs: Sequence[Pair], model: nn.Module, about: About
+) -> list[tuple[Weight, Pair]]:
+    """Find each pair's weight in a model, in model order.
+
+    Args:
+        path: Where the pairs are from, for error messages.
+        pairs: The pairs.
+        model: The model, or an outline of it.
+        about: What the file says besides.
+
+    Returns:
+        The weights and their pairs, none of a higher rank than the weight's smaller side.
+
+    Raises:
+        FileError: The model lacks weights, or their shapes are others.
+    """
+    by_name = {pair.weight: pair for pair in pairs}
+    weights = {weight.name: weight for weight in catalogue(model)}
+    if missing := [name for name in by_name if name not in weights]:
+        called = f" of {about.model}" if about.model else ""
+        raise FileError(
+            f"{path}: an adapter's file holds only changes to its base, the weights{called}, and "
+            f"this model lacks {len(missing)} of {len(by_name)}: {shortened(missing)}; the nearest "
+            f"to the first are {nearest(missing[0], weights)}"
+        )
+    found, complaints, lowered = [], [], []
+    for name, weight in weights.items():
+        if (pair := by_name.get(name)) is None:
+            continue
+        *batch, fan_out, fan_in = _view(weight)
+        shapes = tuple(pair.lora_A.shape), tuple(pair.lora_B.shape)
+        expected = (*batch, pair.rank, fan_in), (*batch, fan_out, pair.rank)
+        if shapes != expected:
+            complaints.append(f"{name}: its factors are {shapes}, should be {expected}")
+        else:
+            found.append((weight, pair.within(min(fan_out, fan_in))))
+            lowered += [name] if found[-1][1] is not pair else []
+    if complaints:
+        raise FileError(f"{path}: the shapes don't fit the model's: {shortened(complaints)}")
+    if lowered:
+        warnings.warn(
+            f"{path}: rank lowered to the weight's smaller side, the update unchanged: "
+            f"{shortened(lowered)}",
+            stacklevel=3,
+        )
+    return found
+
+
+def faults(pairs: Sequence[Pair]) -> Iterator[str]:
+    """Yield what is wrong with each pair in itself."""
+    if not pairs:
+        yield "there is no adapter in it"
+    for name, count in Counter(pair.weight for pair in pairs).items():
+        if count > 1:
+            yield f"{name}: there are {count} updates of it"
+    for pair in progress(pairs, "checking the factors"):
+        A, B = pair.lora_A, pair.lora_B
+        if A.dtype not in FLOATS or A.dtype != B.dtype:
+            kinds = show_dtypes(A.dtype, B.dtype)
+            yield f"{pair.weight}: factors must share one of {show_dtypes(*FLOATS)}, got {kinds}"
+        elif min(A.ndim, B.ndim) < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != pair.rank:
+            yield f"{pair.weight}: {tuple(A.shape)} and {tuple(B.shape)} are no pair"
+        elif not A.numel() * B.numel() or A.is_meta or B.is_meta:
+            yield f"{pair.weight}: the factors have no values"
+        elif not math.isfinite(pair.alpha) or not (A.isfinite().all() and B.isfinite().all()):
+            yield f"{pair.weight}: alpha and factors must be finite"
+
+
+def shortened(items: Sequence[str]) -> str:
+    """Join the first few of many."""
+    more = f"; and {len(items) - 8:,} more" if len(items) > 8 else ""
+    return "; ".join(items[:8]) + more
+
+
+def _register(
+    model: nn.Module,
+    adapter: str,
+    fitting: Sequence[tuple[Weight, Pair]],
+    freeze: bool,
+    trainable: bool,
+) -> None:
+    weights = [weight for weight, _ in fitting]
+    check_weights(weights, adapter)
+    check_unshared(model, weights, "an adapter here would not act there")
+    if freeze:
+        freeze_base(model)
+    for weight, pair in progress(fitting, "loading"):
+        device = template_of(weight.module, weight.tensor).device
+        entry = pair.parametrization(adapter, device).requires_grad_(trainable)
+        attach(weight.module, weight.tensor, entry)
+
+
+def _load(
+    path: Path,
+    model: nn.Module,
+    adapter: str,
+    fitting: Sequence[tuple[Weight, Pair]],
+    trainable: bool,
+) -> None:
+    tensors = {
+        f"{pair.weight}.{adapter}.{factor}": getattr(pair, factor)
+        for _, pair in fitting
+        for factor in ("lora_A", "lora_B")
+    }
+    try:
+        load_lora_state_dict(model, tensors, adapter)
+    except LoRAError as error:
+        raise FileError(f'{path}: the model\'s adapter "{adapter}" is another: {error}') from None
+    scales = {pair.weight: pair.alpha / pair.rank for _, pair in fitting}
+    for weight, entry in adapters_of(model, adapter):
+        entry.scale = scales[weight.name]
+        entry.requires_grad_(trainable)
+
+
+def _differences(about: About, model: nn.Module, base: str) -> str:
+    """Say how a model isn't the base that the file was trained on."""
+    if not about.base:
+        return (
+            'there is no fingerprint of its base in it, as base="require" asks; pass base="warn"'
+            if base == "require"
+            else ""
+        )
+    try:
+        now = fingerprint(model)
+    except LoRAError as error:
+        return f'the base can\'t be compared, pass base="ignore": {error}'
+    differing = [name for name, found in about.base.items() if now.get(name) != found]
+    if not differing:
+        return ""
+    return (
+        f"trained on another base, {about.model}: {len(differing)} of {len(about.base)} parameters "
+        f"differ from the model's: {shortened(differing)}"
+    )
+
+
+def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(call).parameters.values()
+    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    if unknown := sorted(options.keys() - (known - {"adapter"})):
+        raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")
+
+
+def _alpha(entry: LoRAParametrization) -> float:
+    """Return the alpha that gives the same scale to the last bit where there is one."""
+    exact = entry.alpha / entry.rank == entry.scale
+    return entry.alpha if exact else entry.scale * entry.rank
+
+
+def _view(weight: Weight) -> tuple[int, ...]:
+    shape = template_of(weight.module, weight.tensor).shape
+    return layer_of(type(weight.module)).view(tuple(shape))
+
+
+def _is_entry(module: nn.Module) -> bool:
+    return isinstance(module, LoRAParametrization)

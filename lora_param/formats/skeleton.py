@@ -1,0 +1,93 @@
+"""A model's outline without the model: from names and shapes alone, as a checkpoint has them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers import TABLE, layer_of
+
+Shape = tuple[int, ...]
+
+CONV = {"groups": int, "dilation": tuple, "padding_mode": str}
+GUESSES = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""What a module's `weight` of so many dimensions is taken for."""
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+    """Return what `skeleton` needs to know of a module, for JSON."""
+    extras = CONV if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
+    return {"type": _name(layer_of(type(module)).kind)} | {
+        name: getattr(module, name) for name in extras
+    }
+
+
+def skeleton(
+    shapes: Mapping[str, Shape], layers: Mapping[str, Mapping[str, Any]] | None = None
+) -> nn.Module:
+    """Build a model on the meta device whose parameters have these names and shapes.
+
+    Args:
+        shapes: Shapes by the parameters' full names.
+        layers: What `described` says of a parameter's module, by the parameter's full name; the
+            others are guessed.
+
+    Returns:
+        A model that can be adapted, written to any format, and not run.
+    """
+    tensors: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
+    known: dict[str, Mapping[str, Any]] = {}
+    for name, shape in shapes.items():
+        path, _, tensor = name.rpartition(".")
+        tensors[path][tensor] = shape
+        if layers and name in layers:
+            known[path] = layers[name]
+    kinds = {_name(layer.kind): layer.kind for layer in TABLE}
+    root = _module("", kinds, known, tensors[""])
+    for path in sorted(tensors):
+        module, walked = root, ""
+        for part in path.split(".") if path else ():
+            walked = f"{walked}.{part}" if walked else part
+            if part not in module._modules:
+                module._modules[part] = _module(walked, kinds, known, tensors.get(walked, {}))
+            module = module._modules[part]  # type: ignore[assignment]
+    return root
+
+
+def _module(
+    path: str,
+    kinds: Mapping[str, type[nn.Module] | str],
+    known: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Shape],
+) -> nn.Module:
+    facts = known.get(path, {})
+    kind = kinds.get(str(facts["type"]), nn.Module) if "type" in facts else _guess(tensors)
+    if isinstance(kind, str):
+        place, _, name = kind.rpartition(".")
+        kind = type(name, (nn.Module,), {"__module__": place})
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        module.groups, module.padding_mode = 1, "zeros"
+        module.dilation = (1,) * (len(tensors["weight"]) - 2)
+    for name, of in CONV.items():
+        value = facts.get(name)
+        if isinstance(value := tuple(value) if isinstance(value, list) else value, of):
+            setattr(module, name, value)
+    for name, shape in tensors.items():
+        module._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"))
+    return module
+
+
+def _guess(tensors: Mapping[str, Shape]) -> type[nn.Module]:
+    if "in_proj_weight" in tensors:
+        return nn.MultiheadAttention
+    return GUESSES.get(len(tensors.get("weight", ())), nn.Module)
+
+
+def _name(kind: type[nn.Module] | str) -> str:
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
