@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import native
+from . import native, peft
 from .pair import About, Format, Pair
 
 FORMATS: tuple[Format, ...] = (
     Format("native", native.recognises, native.read, native.write, native.about),
+    Format("peft", peft.recognises, peft.read, peft.write, peft.about),
 )
 """A file is recognised by one row."""
 
