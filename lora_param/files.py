@@ -76,22 +76,15 @@ def save_lora(
     names = sorted({entry.adapter for _, entry in entries})
     if len(names) > 1:
         raise AdapterError(f"a file holds one adapter, and the model has {names}; name one")
-    row = next((each for each in FORMATS if each.name == format and each.write), None)
-    if row is None or row.write is None:
-        written = ", ".join(repr(each.name) for each in FORMATS if each.write)
-        raise LoRAError(f"format must be one of {written}, got {format!r}")
-    if metadata is not None:
-        options["metadata"] = metadata
-    _check_options(row, row.write, options)
-    if "adapter" in inspect.signature(row.write).parameters:
-        options["adapter"] = names[0]
     pairs = [
         Pair(weight.name, entry.lora_A.detach(), entry.lora_B.detach(), _alpha(entry))
         for weight, entry in entries
     ]
     if complaints := list(faults(pairs)):
         raise LoRAError(f"nothing was saved: {shortened(complaints)}")
-    row.write(Path(path), pairs, model, **options)
+    if metadata is not None:
+        options["metadata"] = metadata
+    write(format, Path(path), pairs, model, names[0], **options)
 
 
 def load_lora(
@@ -146,8 +139,8 @@ def load_lora(
     if base not in ("require", "warn", "ignore"):
         raise LoRAError(f'base must be "require", "warn" or "ignore", got {base!r}')
     path = Path(path)
-    row, pairs = read(path, model, **options)
-    about = row.about(path)
+    row = recognised(path)
+    pairs, about = read(row, path, model, **options), row.about(path)
     adapter = about.adapter if adapter is None else adapter
     check_adapter(adapter)
     fitting = fitted(path, pairs, model, about)
@@ -163,33 +156,63 @@ def load_lora(
     return [weight.name for weight, _ in fitting]
 
 
-def read(path: Path, model: nn.Module | None, **options: Any) -> tuple[Format, list[Pair]]:
-    """Recognise a file and read its pairs.
+def recognised(path: Path) -> Format:
+    """Return the row of a file's format, or raise a `FileError`."""
+    rows = [each for each in FORMATS if each.recognises(path)]
+    if len(rows) == 1:
+        return rows[0]
+    if path.suffix == ".safetensors" or not path.exists():
+        header(path)  # says what is wrong with it
+    known = ", ".join(each.name for each in rows or FORMATS)
+    raise FileError(f"{path}: {'could be any of' if rows else 'is of no known format:'} {known}")
+
+
+def read(row: Format, path: Path, model: nn.Module | None, **options: Any) -> list[Pair]:
+    """Read a file's pairs.
 
     Args:
+        row: The file's format.
         path: The file or folder.
         model: The model, or an outline of it; `None` leaves the names as the file has them.
         **options: What the format takes besides.
 
     Returns:
-        The format's row and the pairs, each whole in itself.
+        The pairs, each whole in itself.
 
     Raises:
-        FileError: The file is damaged, or of no known format.
-        LoRAError: The format doesn't know an option.
+        FileError: The file is damaged, or doesn't fit the model.
     """
-    rows = [each for each in FORMATS if each.recognises(path)]
-    if len(rows) != 1:
-        if path.is_file() and path.suffix == ".safetensors":
-            header(path)  # says what is wrong with it
-        known = ", ".join(each.name for each in rows or FORMATS)
-        what = "could be any of" if rows else "is of no known format; there are"
-        raise FileError(f"{path}: {'' if path.exists() else 'is not there, so it '}{what} {known}")
-    _check_options(rows[0], rows[0].read, options)
-    pairs = rows[0].read(path, model, **options)
+    _check_options(row, row.read, options)
+    pairs = row.read(path, model, **options)
     if complaints := list(faults(pairs)):
         raise FileError(f"{path}: {shortened(complaints)}")
-    return rows[0], pairs
+    return pairs
+
+
+def write(
+    format: str, path: Path, pairs: list[Pair], model: nn.Module, adapter: str, **options: Any
+) -> None:
+    """Write pairs in the format of that name.
+
+    Args:
+        format: The format's name.
+        path: The file or folder.
+        pairs: The pairs.
+        model: The model, or an outline of it.
+        adapter: The adapter's name, for a format that keeps it.
+        **options: What the format takes besides.
+
+    Raises:
+        LoRAError: The format is unknown, or doesn't know an option.
+    """
+    row = next((each for each in FORMATS if each.name == format and each.write), None)
+    if row is None or row.write is None:
+        written = ", ".join(repr(each.name) for each in FORMATS if each.write)
+        raise LoRAError(f"format must be one of {written}, got {format!r}")
+    _check_options(row, row.write, options)
+    if "adapter" in inspect.signature(row.write).parameters:
+        options["adapter"] = adapter
+    row.write(path, pairs, model, **options)
 
 
 def fitted(

@@ -161,7 +161,7 @@ def _seal(
 ) -> str:
     """Digest all that a file says, so that no bit of it changes unnoticed."""
     digests = {
-        name: digest_of(name, tensors[name]) for name in progress(sorted(tensors), "reading the bytes")
+        name: digest_of(name, tensors[name]) for name in progress(sorted(tensors), "digesting")
     }
     others = {key: value for key, value in metadata.items() if key != KEY}
     said = {key: value for key, value in record.items() if key != "sha256"}
