@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from . import native, peft
+from . import diffusers, kohya, loralib, native, peft
 from .pair import About, Format, Pair
 
 FORMATS: tuple[Format, ...] = (
     Format("native", native.recognises, native.read, native.write, native.about),
     Format("peft", peft.recognises, peft.read, peft.write, peft.about),
+    Format("kohya", kohya.recognises, kohya.read, kohya.write),
+    Format("diffusers", diffusers.recognises, diffusers.read),
+    Format("loralib", loralib.recognises, loralib.read),
 )
 """A file is recognised by one row."""
 

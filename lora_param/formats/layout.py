@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from ..base import base_parameters
 from ..errors import FileError
 from ..layers import layer_of
-from ..surgery import base_modules
+from ..surgery import base_modules, original_of
 from ..targets import catalogue, nearest
+from .pair import Pair
 
 Factors = dict[str, dict[str, Tensor]]
-"""By module: its tensors by their role, `"A"`, `"B"` and what else a format has."""
+"""By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
+
+ROLES = {"lora_down": "A", "lora_up": "B", "down": "A", "up": "B"}
+"""Which factor a file means; A and B mean themselves."""
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What every library adapts, subclasses included."""
 
 
 def refuse(path: Path, complaints: Iterable[str], done: str = "loaded") -> None:
@@ -32,7 +39,7 @@ def grouped(tensors: Mapping[str, Tensor], *patterns: str) -> tuple[Factors, dic
 
     Args:
         tensors: A file's tensors by key.
-        patterns: Expressions with groups `name` and `role` that a whole key is held against.
+        patterns: Expressions for a whole key, with groups `name` and `role`.
 
     Returns:
         The tensors that a pattern knows, by name and role, and the rest by key.
@@ -42,27 +49,22 @@ def grouped(tensors: Mapping[str, Tensor], *patterns: str) -> tuple[Factors, dic
     compiled = [re.compile(pattern) for pattern in patterns]
     for key, tensor in tensors.items():
         match = next((m for pattern in compiled if (m := pattern.fullmatch(key))), None)
-        if match:
-            known[match["name"] or ""][match["role"]] = tensor
+        role = ROLES.get(match["role"], match["role"]) if match else ""
+        if match and role not in known[match["name"] or ""]:
+            known[match["name"] or ""][role] = tensor
         else:
             rest[key] = tensor
     return dict(known), rest
 
 
-def halves(factors: Factors) -> list[str]:
-    """Complain of modules without both factors, and of factors that are no matrices."""
-    lacking = [
-        f"{name} has no lora_{role}"
-        for name, found in factors.items()
-        for role in "AB"
-        if role not in found
-    ]
-    return lacking + [
-        f"lora_{role} of {name} is {tuple(found[role].shape)}"
-        for name, found in factors.items()
-        for role in "AB"
-        if role in found and (found[role].ndim < 2 or not found[role].is_floating_point())
-    ]
+def halves(factors: Factors) -> Iterator[str]:
+    """Yield modules without both factors, and factors that are no matrices."""
+    for name, found in factors.items():
+        for role in "AB":
+            if role not in found:
+                yield f"{name} has no lora_{role}"
+            elif found[role].ndim < 2 or not found[role].is_floating_point():
+                yield f"lora_{role} of {name} is {found[role].dtype} of {tuple(found[role].shape)}"
 
 
 def modules_of(model: nn.Module | None) -> dict[str, nn.Module]:
@@ -94,6 +96,11 @@ def turned(module: nn.Module | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tens
     return (B.T, A.T) if is_transposed(module) else (A, B)
 
 
+def weight_of(module: nn.Module | None) -> Tensor | None:
+    """Return a module's weight, if there is one."""
+    return None if module is None else original_of(module, "weight")
+
+
 def misfit(
     name: str, module: nn.Module | None, weight: Tensor | None, A: Tensor, B: Tensor
 ) -> list[str]:
@@ -110,13 +117,50 @@ def misfit(
 
 def differing(tensors: Mapping[str, Tensor], model: nn.Module | None) -> list[str]:
     """Complain of a base's tensors in a file, unless the model has the same."""
-    own = {name: tensor for name, _, _, tensor in base_parameters(model)} if model else {}
-    own |= dict(model.named_buffers()) if model else {}
+    if model is None:
+        return []
+    own = {name: tensor for name, _, _, tensor in base_parameters(model)}
+    own |= dict(model.named_buffers())
     return [
         f"{key} is neither a factor nor equal to the model's"
         for key, tensor in tensors.items()
-        if key not in own or own[key].is_meta or not torch.equal(own[key].cpu(), tensor)
+        if key not in own or not _is_equal(own[key], tensor)
     ]
+
+
+def paired(
+    path: Path, factors: Factors, places: Mapping[str, str | None], model: nn.Module | None
+) -> list[Pair]:
+    """Build the pairs of linear and convolution layers.
+
+    Args:
+        path: The file, for error messages.
+        factors: Its tensors.
+        places: A module's path for each of their names; `None` where there is none.
+        model: The model; `None` for the names in the file.
+
+    Returns:
+        A pair per weight. No alpha means the rank, and so does 0, as it does to the libraries.
+
+    Raises:
+        FileError: Lists the names without a module or a factor, misshapen factors, and other
+            layers.
+    """
+    modules, pairs, complaints = modules_of(model), [], []
+    refuse(path, [*halves(factors), *missing([n for n in factors if places[n] is None], model)])
+    for name, found in factors.items():
+        module = modules.get(places[name] or "") if model else None
+        A, B, alpha = found["A"], found["B"], found.get("alpha", torch.zeros(()))
+        if module is not None and not isinstance(module, LAYERS):
+            complaints.append(f"{name} is a {type(module).__name__}, not a linear or convolution")
+        elif alpha.numel() != 1:
+            complaints.append(f"alpha of {name} is {tuple(alpha.shape)}, not one number")
+        else:
+            complaints += misfit(name, module, weight_of(module), A, B)
+            full = f"{places[name]}.weight".removeprefix(".")
+            pairs.append(Pair(full, A.flatten(1), B.flatten(1), alpha.item() or float(len(A))))
+    refuse(path, complaints)
+    return pairs
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
@@ -146,6 +190,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError)
+
+
+def _is_equal(own: Tensor, tensor: Tensor) -> bool:
+    """Compare two tensors; of an outline there are only shapes."""
+    return own.shape == tensor.shape if own.is_meta else torch.equal(own.cpu(), tensor)
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

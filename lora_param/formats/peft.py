@@ -29,7 +29,7 @@ KEYS = (
 )
 OUT_PROJ = ".base_layer.out_proj"
 LINEAR, OutProj = layer_of(nn.Linear), nn.modules.linear.NonDynamicallyQuantizableLinear
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+LAYERS = (*layout.LAYERS, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,7 @@ def _refusals(place: Place, *, idle: bool = False) -> Iterator[str]:
             and place.tensor is not None
             and place.tensor.ndim in (2, 3)
         )
-        or ((isinstance(module, LAYERS) or layout.is_conv1d(module))
-        and tensor == "weight")
+        or ((isinstance(module, LAYERS) or layout.is_conv1d(module)) and tensor == "weight")
         or (isinstance(module, nn.MultiheadAttention) and tensor == "in_proj_weight")
     ):
         yield f"{place.weight}: PEFT has no place for this tensor of a {type(module).__name__}"
