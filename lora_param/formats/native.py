@@ -35,7 +35,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 }
 WEIGHT_FIELDS: dict[str, tuple[type, ...]] = {
     "rank": (int,),
-    "alpha": (int, float),
+    "alpha": (float,),
     "shape": (list,),
     "layer": (dict,),
 }
@@ -73,11 +73,9 @@ def read(path: Path, model: nn.Module | None = None) -> list[Pair]:
         for name, each in weights.items()
     ]
     for pair in pairs:
-        said, size = (
-            weights[pair.weight],
-            math.prod((*pair.lora_B.shape[:-1], *pair.lora_A.shape[-1:])),
-        )
-        if said["rank"] != pair.rank or math.prod(said["shape"]) != size:
+        said, (*rows, rank) = weights[pair.weight], pair.lora_B.shape or (0,)
+        size = math.prod((*rows, *pair.lora_A.shape[-1:]))
+        if said["rank"] != rank or math.prod(said["shape"]) != size:
             raise FileError(f"{path}: {pair.weight}: its factors aren't of the rank and shape said")
     return pairs
 
@@ -131,7 +129,7 @@ def write(
         "weights": {
             pair.weight: {
                 "rank": pair.rank,
-                "alpha": pair.alpha,
+                "alpha": float(pair.alpha),
                 "shape": list(template_of(owner.module, owner.tensor).shape),
                 "layer": described(owner.module),
             }
