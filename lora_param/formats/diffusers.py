@@ -60,8 +60,9 @@ def read(path: Path, model: nn.Module | None, *, prefix: str = "") -> list[Pair]
     factors, rest = layout.grouped(tensors, *KEYS)
     layout.refuse(path, (f"{key} is no plain LoRA's" for key in rest))
     modules = layout.modules_of(model)
+    weights = {path for path, each in modules.items() if layout.weight_of(each) is not None}
     places = {
-        name: next((each for each in _paths(name) if model is None or each in modules), None)
+        name: next((each for each in _paths(name) if model is None or each in weights), None)
         for name in factors
     }
     pairs = layout.paired(path, factors, places, model)

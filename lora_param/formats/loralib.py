@@ -107,9 +107,12 @@ def _of_convolution(weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
         raise ValueError(f"has factors {tuple(A.shape)}, {tuple(B.shape)} for {weight.shape}")
     repeats, remainder = divmod(weight[0].numel(), A.shape[1])
     if remainder:  # in groups, rows of the two views overlap
-        product = (B.double() @ A.double()).to(A.dtype)
-        return product.view(len(weight), -1), torch.eye(len(weight), dtype=A.dtype)
-    return torch.kron(torch.eye(repeats, dtype=A.dtype), A), B.reshape(len(weight), -1)
+        product = (B.double() @ A.double()).to(A.dtype).view(len(weight), -1)
+        eye = torch.eye(min(product.shape), dtype=A.dtype)
+        A, B = (product, eye) if len(eye) == len(product) else (eye, product)
+        return A.view(-1, *weight.shape[1:]), B
+    A = torch.kron(torch.eye(repeats, dtype=A.dtype), A)
+    return A.view(-1, *weight.shape[1:]), B.reshape(len(weight), -1)
 
 
 def _of_slices(out: int, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None) -> Tensor:
