@@ -34,10 +34,8 @@ CONFIG = "lora_adapter_metadata"
 
 def recognises(path: Path) -> bool:
     """Say whether a file's keys are diffusers', and not PEFT's own."""
-    return any(
-        not name.startswith(peft.PREFIX) and any(re.fullmatch(key, name) for key in KEYS[:-1])
-        for name in peek(path).tensors
-    )
+    names = peek(path).tensors
+    return layout.knows(KEYS[:3], names) and not layout.knows(peft.KEYS, names)
 
 
 def read(path: Path, model: nn.Module | None, *, prefix: str = "") -> list[Pair]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,10 +43,7 @@ OTHERS = r".+\.(lora_mid\.weight|hada_\w+|lokr_\w+|oft_\w+|dora_scale)"
 
 def recognises(path: Path) -> bool:
     """Say whether a file's keys are the family's, be they plain LoRA's or not."""
-    return any(
-        name.endswith((".lora_down.weight", ".lora_up.weight")) or re.fullmatch(OTHERS, name)
-        for name in peek(path).tensors
-    )
+    return layout.knows((KEYS[0], OTHERS), peek(path).tensors)
 
 
 def read(path: Path, model: nn.Module | None, *, prefix: str = "") -> list[Pair]:

@@ -68,7 +68,7 @@ def recognises(path: Path) -> bool:
     """Tell a folder or file of PEFT's by names and keys."""
     if path.is_dir():
         return any((path / name).is_file() for name in (CONFIG, SAFE, PICKLED))
-    return path.name == PICKLED or any(name.startswith(PREFIX) for name in peek(path).tensors)
+    return path.name == PICKLED or layout.knows(KEYS, peek(path).tensors)
 
 
 def read(
