@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from .base import bytes_of, digest_of
 from .errors import FileError, LoRAError
-from .files import fitted, read, recognised, shortened, write
-from .formats import FORMATS, About, Format, Pair
+from .files import fitted
+from .formats import FORMATS, About, Format, Pair, read, recognised, write
 from .formats.layout import load_pickle
+from .formats.pair import shortened
 from .formats.skeleton import Shape, skeleton
 from .formats.tensors import DTYPES, Header, header, load_tensors, peek, write_blobs
 from .progress import progress
@@ -129,12 +131,12 @@ def _merged(
             content = bytearray(entry.end - entry.begin)
             file.seek(entry.begin)
             file.readinto(content)
-            if name not in pairs and name not in base:
+            dtype = DTYPES.get(entry.dtype)
+            if dtype is None and name in pairs:
+                raise FileError(f"{path}: {name} is {entry.dtype}, which no update can be added to")
+            if dtype is None or (name not in pairs and name not in base):
                 yield content
                 continue
-            if entry.dtype not in DTYPES:
-                raise FileError(f"{path}: {name} is {entry.dtype}, which no update can be added to")
-            dtype = DTYPES[entry.dtype]
             tensor = torch.frombuffer(content or bytearray(8), dtype=dtype)
             tensor = tensor[: len(content) // dtype.itemsize].view(entry.shape)
             if name in base and digest_of(name, tensor) != base[name]:
@@ -193,9 +195,10 @@ def _size(pair: Pair) -> int:
 
 
 def _keep_apart(out: Path, *inputs: Path | None) -> None:
+    written = [out, *out.iterdir()] if out.is_dir() else [out] * out.exists()
     for each in inputs:
-        if each is not None and out.exists() and each.exists() and out.samefile(each):
-            raise FileError(f"{out}: is read as well; name another file to write")
+        if each is not None and each.exists() and any(map(each.samefile, written)):
+            raise FileError(f"{out}: would be read and written; name another")
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:
@@ -218,30 +221,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+PATH = {"type": Path}
+REPEATED = {"metavar": "NAME=VALUE", "action": "append", "default": []}
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "file": {"metavar": "FILE", "type": Path, "help": "the adapter, in any format"},
-    "out": {"metavar": "OUT", "type": Path, "help": "the file to write"},
-    "--base": {"metavar": "CHECKPOINT", "type": Path, "required": True, "help": "the base"},
-    "[--base]": {"metavar": "CHECKPOINT", "type": Path, "help": "the base, if FILE doesn't say"},
-    "--out": {"metavar": "OUT.safetensors", "type": Path, "required": True},
+    "file": PATH | {"metavar": "FILE", "help": "the adapter, in any format"},
+    "out": PATH | {"metavar": "OUT", "help": "the file to write, for PEFT the folder"},
+    "--base": PATH | {"metavar": "CHECKPOINT", "required": True, "help": "the base"},
+    "[--base]": PATH | {"metavar": "CHECKPOINT", "help": "the base, where FILE doesn't say"},
+    "--out": PATH | {"metavar": "OUT.safetensors", "required": True},
     "--to": {"choices": [each.name for each in FORMATS if each.write], "required": True},
     "--json": {"action": "store_true", "help": "print JSON"},
-    "--any-base": {
-        "action": "store_true",
-        "help": "merge into another base than it was trained on",
-    },
-    "--option": {
-        "metavar": "NAME=VALUE",
-        "action": "append",
-        "default": [],
-        "help": "what FILE's format needs to be read, such as alpha=16 for loralib's",
-    },
-    "--write-option": {
-        "metavar": "NAME=VALUE",
-        "action": "append",
-        "default": [],
-        "help": "what OUT's format needs to be written",
-    },
+    "--any-base": {"action": "store_true", "help": "whether trained on this base or not"},
+    "--option": REPEATED | {"help": "what FILE's format asks for, such as alpha=16"},
+    "--write-option": REPEATED | {"help": "what OUT's format takes"},
 }
 COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]] = {
     info: ("adapter.safetensors --json", ("file", "--json", "--option")),
@@ -280,7 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument(name.strip("[]"), **ARGUMENTS[name])
     arguments = parser.parse_args(argv)
     try:
-        arguments.call(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda said, *rest: print(f"{PROGRAM}: {said}", file=sys.stderr)
+            arguments.call(arguments)
     except (LoRAError, OSError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

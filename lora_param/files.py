@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +13,10 @@ from torch import nn
 from .base import fingerprint
 from .base import freeze as freeze_base
 from .errors import AdapterError, FileError, LoRAError
-from .formats import FORMATS
-from .formats.pair import About, Format, Pair
-from .formats.tensors import header
+from .formats import read, recognised, write
+from .formats.pair import About, Pair, faults, shortened
 from .layers import layer_of
-from .parametrization import FLOATS, LoRAParametrization, check_adapter, show_dtypes
+from .parametrization import LoRAParametrization, check_adapter
 from .progress import progress
 from .refusals import check_model, check_unshared, check_weights
 from .register import adapters_of
@@ -144,75 +140,17 @@ def load_lora(
     adapter = about.adapter if adapter is None else adapter
     check_adapter(adapter)
     fitting = fitted(path, pairs, model, about)
-    if base != "ignore" and (found := _differences(about, model, base)):
+    if base != "ignore" and (doubt := _doubt(about, model)):
         if base == "require":
-            raise FileError(f"{path}: {found}")
-        warnings.warn(f"{path}: {found}", stacklevel=2)
+            raise FileError(f"{path}: {doubt}")
+        if about.base:
+            warnings.warn(f"{path}: {doubt}", stacklevel=2)
     with all_or_nothing(model):
-        if adapter in {entry.adapter for entry in model.modules() if _is_entry(entry)}:
+        if adapter in _adapters(model):
             _load(path, model, adapter, fitting, trainable)
         else:
             _register(model, adapter, fitting, freeze, trainable)
     return [weight.name for weight, _ in fitting]
-
-
-def recognised(path: Path) -> Format:
-    """Return the row of a file's format, or raise a `FileError`."""
-    rows = [each for each in FORMATS if each.recognises(path)]
-    if len(rows) == 1:
-        return rows[0]
-    if path.suffix == ".safetensors" or not path.exists():
-        header(path)  # says what is wrong with it
-    known = ", ".join(each.name for each in rows or FORMATS)
-    raise FileError(f"{path}: {'could be any of' if rows else 'is of no known format:'} {known}")
-
-
-def read(row: Format, path: Path, model: nn.Module | None, **options: Any) -> list[Pair]:
-    """Read a file's pairs.
-
-    Args:
-        row: The file's format.
-        path: The file or folder.
-        model: The model, or an outline of it; `None` leaves the names as the file has them.
-        **options: What the format takes besides.
-
-    Returns:
-        The pairs, each whole in itself.
-
-    Raises:
-        FileError: The file is damaged, or doesn't fit the model.
-    """
-    _check_options(row, row.read, options)
-    pairs = row.read(path, model, **options)
-    if complaints := list(faults(pairs)):
-        raise FileError(f"{path}: {shortened(complaints)}")
-    return pairs
-
-
-def write(
-    format: str, path: Path, pairs: list[Pair], model: nn.Module, adapter: str, **options: Any
-) -> None:
-    """Write pairs in the format of that name.
-
-    Args:
-        format: The format's name.
-        path: The file or folder.
-        pairs: The pairs.
-        model: The model, or an outline of it.
-        adapter: The adapter's name, for a format that keeps it.
-        **options: What the format takes besides.
-
-    Raises:
-        LoRAError: The format is unknown, or doesn't know an option.
-    """
-    row = next((each for each in FORMATS if each.name == format and each.write), None)
-    if row is None or row.write is None:
-        written = ", ".join(repr(each.name) for each in FORMATS if each.write)
-        raise LoRAError(f"format must be one of {written}, got {format!r}")
-    _check_options(row, row.write, options)
-    if "adapter" in inspect.signature(row.write).parameters:
-        options["adapter"] = adapter
-    row.write(path, pairs, model, **options)
 
 
 def fitted(
@@ -264,32 +202,6 @@ def fitted(
     return found
 
 
-def faults(pairs: Sequence[Pair]) -> Iterator[str]:
-    """Yield what is wrong with each pair in itself."""
-    if not pairs:
-        yield "there is no adapter in it"
-    for name, count in Counter(pair.weight for pair in pairs).items():
-        if count > 1:
-            yield f"{name}: there are {count} updates of it"
-    for pair in progress(pairs, "checking the factors"):
-        A, B = pair.lora_A, pair.lora_B
-        if A.dtype not in FLOATS or A.dtype != B.dtype:
-            kinds = show_dtypes(A.dtype, B.dtype)
-            yield f"{pair.weight}: factors must share one of {show_dtypes(*FLOATS)}, got {kinds}"
-        elif min(A.ndim, B.ndim) < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != pair.rank:
-            yield f"{pair.weight}: {tuple(A.shape)} and {tuple(B.shape)} are no pair"
-        elif not A.numel() * B.numel() or A.is_meta or B.is_meta:
-            yield f"{pair.weight}: the factors have no values"
-        elif not math.isfinite(pair.alpha) or not (A.isfinite().all() and B.isfinite().all()):
-            yield f"{pair.weight}: alpha and factors must be finite"
-
-
-def shortened(items: Sequence[str]) -> str:
-    """Join the first few of many."""
-    more = f"; and {len(items) - 8:,} more" if len(items) > 8 else ""
-    return "; ".join(items[:8]) + more
-
-
 def _register(
     model: nn.Module,
     adapter: str,
@@ -330,14 +242,10 @@ def _load(
         entry.requires_grad_(trainable)
 
 
-def _differences(about: About, model: nn.Module, base: str) -> str:
-    """Say how a model isn't the base that the file was trained on."""
+def _doubt(about: About, model: nn.Module) -> str:
+    """Say why a model isn't the base that the file was trained on, or why that isn't known."""
     if not about.base:
-        return (
-            'there is no fingerprint of its base in it, as base="require" asks; pass base="warn"'
-            if base == "require"
-            else ""
-        )
+        return 'there is no fingerprint of its base in it; pass base="warn" to load it anyway'
     try:
         now = fingerprint(model)
     except LoRAError as error:
@@ -351,13 +259,6 @@ def _differences(about: About, model: nn.Module, base: str) -> str:
     )
 
 
-def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(call).parameters.values()
-    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
-    if unknown := sorted(options.keys() - (known - {"adapter"})):
-        raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")
-
-
 def _alpha(entry: LoRAParametrization) -> float:
     """Return the alpha that gives the same scale to the last bit where there is one."""
     exact = entry.alpha / entry.rank == entry.scale
@@ -369,5 +270,5 @@ def _view(weight: Weight) -> tuple[int, ...]:
     return layer_of(type(weight.module)).view(tuple(shape))
 
 
-def _is_entry(module: nn.Module) -> bool:
-    return isinstance(module, LoRAParametrization)
+def _adapters(model: nn.Module) -> set[str]:
+    return {each.adapter for each in model.modules() if isinstance(each, LoRAParametrization)}

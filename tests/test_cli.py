@@ -189,7 +189,7 @@ def test_merging_never_writes_over_what_it_reads(
     link.symlink_to(base)
     before = adapter.read_bytes(), base.read_bytes()
     for out in (adapter, base, link):
-        assert "is read as well" in fails(capsys, *merging(adapter, base, out))
+        assert "would be read and written" in fails(capsys, *merging(adapter, base, out))
     assert (adapter.read_bytes(), base.read_bytes()) == before
 
 
@@ -302,8 +302,35 @@ def test_converting_asks_for_what_the_file_does_not_say(
     assert "with --base" in fails(capsys, "convert", there, out, "--to", "native")
     error = fails(capsys, "convert", there, out, "--to", "peft", "--base", base)
     assert "no checkpoint says how a convolution is grouped" in error
-    assert "is read as well" in fails(capsys, "convert", adapter, adapter, "--to", "native")
+    assert "would be read and written" in fails(
+        capsys, "convert", adapter, adapter, "--to", "native"
+    )
     assert not out.exists()
+
+
+def test_converting_never_writes_into_the_folder_that_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter, base = linears(tmp_path)
+    folder = tmp_path / "folder"
+    works(capsys, "convert", adapter, folder, "--to", "peft")
+    (file,) = folder.glob("*.safetensors")
+    error = fails(capsys, "convert", file, folder, "--to", "peft", "--base", base)
+    assert "would be read and written" in error
+
+
+def test_a_warning_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, base, out = (
+        tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")
+    )
+    down, up, plain = torch.randn(4, 6), torch.randn(2, 4), torch.randn(2, 6)
+    save_file({"lora_unet_0.lora_down.weight": down, "lora_unet_0.lora_up.weight": up}, file)
+    save_file({"0.weight": plain}, base)
+    assert main([str(each) for each in merging(file, base, out)]) == 0
+    error = capsys.readouterr().err
+    assert "rank lowered to the weight's smaller side, the update unchanged: 0.weight" in error
+    assert error.count("\n") == 1
+    assert torch.allclose(load_file(out)["0.weight"], plain + up @ down, atol=1e-5)
 
 
 FAILURES = [

@@ -330,7 +330,7 @@ BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]]
     "no adapter": (remove_lora, {}, "the model has none"),
     "own key": (lambda model: None, {"metadata": {"lora_param": "x"}}, 'other than "lora_param"'),
     "number": (lambda model: None, {"metadata": {"x": 1}}, "must map strings to strings"),
-    "format": (lambda model: None, {"format": "zip"}, "format must be one of 'native'.*got 'zip'"),
+    "format": (lambda model: None, {"format": "zip"}, "format must be one of \\['kohya', 'native', 'peft'\\], got 'zip'"),
     "option": (lambda model: None, {"colour": 1}, "native takes .*got colour"),
     "missing": (lambda model: None, {"adapter": "x"}, "no weight with an adapter 'x'"),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parametrization import LoRAParametrization
+from ..parametrization import FLOATS, LoRAParametrization, show_dtypes
+from ..progress import progress
 
 
 @dataclass(frozen=True)
@@ -104,3 +107,29 @@ class Format:
     read: Callable[..., list[Pair]]
     write: Callable[..., None] | None = None
     about: Callable[[Path], About] = lambda path: About()
+
+
+def faults(pairs: Sequence[Pair]) -> Iterator[str]:
+    """Yield what is wrong with each pair in itself."""
+    if not pairs:
+        yield "there is no adapter in it"
+    for name, count in Counter(pair.weight for pair in pairs).items():
+        if count > 1:
+            yield f"{name}: there are {count} updates of it"
+    for pair in progress(pairs, "checking the factors"):
+        A, B = pair.lora_A, pair.lora_B
+        if A.dtype not in FLOATS or A.dtype != B.dtype:
+            kinds = show_dtypes(A.dtype, B.dtype)
+            yield f"{pair.weight}: factors must share one of {show_dtypes(*FLOATS)}, got {kinds}"
+        elif min(A.ndim, B.ndim) < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != pair.rank:
+            yield f"{pair.weight}: {tuple(A.shape)} and {tuple(B.shape)} are no pair"
+        elif not A.numel() * B.numel() or A.is_meta or B.is_meta:
+            yield f"{pair.weight}: the factors have no values"
+        elif not math.isfinite(pair.alpha) or not (A.isfinite().all() and B.isfinite().all()):
+            yield f"{pair.weight}: alpha and factors must be finite"
+
+
+def shortened(items: Sequence[str]) -> str:
+    """Join the first few of many."""
+    more = f"; and {len(items) - 8:,} more" if len(items) > 8 else ""
+    return "; ".join(items[:8]) + more

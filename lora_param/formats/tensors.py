@@ -80,11 +80,6 @@ def peek(path: Path) -> Header:
     return Header()
 
 
-def names_in(path: Path) -> frozenset[str]:
-    """Return the tensors' names of a safetensors file; none if it isn't one."""
-    return frozenset(peek(path).tensors)
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Map a safetensors file's tensors into memory: they are read when they are used.
 
