@@ -220,9 +220,9 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("an alpha alone", lambda t: t.update({"lora_unet_conv_in.alpha": torch.ones(())}), "lora_unet_conv_in has no lora_A"),
     ("many alphas", lambda t: t.update({f"{Q}.alpha": torch.ones(2)}), r"alpha of .* is \(2,\), not one number"),
     ("NaN for an alpha", lambda t: t.update({f"{Q}.alpha": torch.tensor(float("nan"))}), "alpha and factors must be finite"),
-    ("another shape", lambda t: t.update({DOWN: torch.ones(2, 7)}), r"has factors \(2, 7\) and \(6, 2\) for a Linear of \(6, 6\)"),
+    ("another shape", lambda t: t.update({DOWN: torch.ones(2, 7)}), r"has factors \(2, 7\) and \(6, 2\) for a weight of \(6, 6\)"),
     ("another rank", lambda t: t.update({DOWN: torch.ones(3, 6)}), r"has factors \(3, 6\) and \(6, 2\)"),
-    ("a kernel turned", lambda t: t.update({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 3, 3, 4), "lora_unet_conv_in.lora_up.weight": torch.ones(6, 2, 1, 1)}), r"for a Conv2d of \(6, 4, 3, 3\)"),
+    ("a kernel turned", lambda t: t.update({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 3, 3, 4), "lora_unet_conv_in.lora_up.weight": torch.ones(6, 2, 1, 1)}), r"for a weight of \(6, 4, 3, 3\)"),
     ("one weight twice", lambda t: t.update(linear("lycoris_mid_attn1_to_q")), "there are 2 updates of it"),
 ]  # fmt: skip
 

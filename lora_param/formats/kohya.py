@@ -64,7 +64,7 @@ def read(path: Path, model: nn.Module | None, *, prefix: str = "") -> list[Pair]
     """
     tensors = {key: each for key, each in load_tensors(path).items() if key.startswith(prefix)}
     factors, rest = layout.grouped(tensors, *KEYS)
-    flat = flat_names(model, prefix) if model else {name: [name] for name in factors}
+    flat = flat_names(model, prefix) if model is not None else {name: [name] for name in factors}
     complaints = [f"{key} is no plain LoRA's, which is all that is supported" for key in rest]
     for name in factors:
         if len(paths := flat.get(name, [])) > 1:

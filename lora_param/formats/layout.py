@@ -40,15 +40,7 @@ def knows(patterns: Iterable[str], names: Iterable[str]) -> bool:
 
 
 def grouped(tensors: Mapping[str, Tensor], *patterns: str) -> tuple[Factors, dict[str, Tensor]]:
-    """Sort tensors by module and role.
-
-    Args:
-        tensors: A file's tensors by key.
-        patterns: Expressions for a whole key, with groups `name` and `role`.
-
-    Returns:
-        The tensors that a pattern knows, by name and role, and the rest by key.
-    """
+    """Sort tensors by the patterns' groups `name` and `role`; return the rest by key."""
     known: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
     compiled = [re.compile(pattern) for pattern in patterns]
@@ -95,10 +87,16 @@ def is_transposed(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_conv1d(module)
 
 
-def turned(module: nn.Module | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def turned(A: Tensor, B: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """Turn factors `(rank, in, ...)`, `(out, rank, ...)` to those of the stored weight, or back."""
     A, B = A.flatten(1), B.flatten(1)
-    return (B.T, A.T) if is_transposed(module) else (A, B)
+    return (B.T.contiguous(), A.T.contiguous()) if transposed else (A, B)
+
+
+def unflattened(A: Tensor, B: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give the factors of a convolution its kernel, as the libraries keep them."""
+    kernel = () if weight is None else weight.shape[2:]
+    return A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *[1] * len(kernel))
 
 
 def weight_of(module: nn.Module | None) -> Tensor | None:
@@ -106,18 +104,13 @@ def weight_of(module: nn.Module | None) -> Tensor | None:
     return None if module is None else original_of(module, "weight")
 
 
-def misfit(
-    name: str, module: nn.Module | None, weight: Tensor | None, A: Tensor, B: Tensor
-) -> list[str]:
-    """Complain of factors that aren't those of a module's weight, kernel and all."""
-    got, wanted = (B.shape[0], *A.shape[1:]), None
-    if weight is not None:
-        wanted = tuple(weight.shape)[:: -1 if is_transposed(module) else 1]
-    fits = wanted is None or _trimmed(got) == _trimmed(wanted)
-    if fits and _trimmed(B.shape[1:]) == _trimmed(A.shape[:1]):
+def misfit(name: str, weight: Tensor | None, A: Tensor, B: Tensor, transposed: bool) -> list[str]:
+    """Complain of factors that aren't those of a weight, kernel and all."""
+    got = (B.shape[0], *A.shape[1:])
+    wanted = got if weight is None else tuple(weight.shape)[:: -1 if transposed else 1]
+    if _trimmed(got) == _trimmed(wanted) and _trimmed(B.shape[1:]) == _trimmed(A.shape[:1]):
         return []
-    owner = "" if module is None else f" for a {type(module).__name__} of {wanted}"
-    return [f"{name} has factors {tuple(A.shape)} and {tuple(B.shape)}{owner}"]
+    return [f"{name} has factors {tuple(A.shape)} and {tuple(B.shape)} for a weight of {wanted}"]
 
 
 def differing(tensors: Mapping[str, Tensor], model: nn.Module | None) -> list[str]:
@@ -136,50 +129,26 @@ def differing(tensors: Mapping[str, Tensor], model: nn.Module | None) -> list[st
 def paired(
     path: Path, factors: Factors, places: Mapping[str, str | None], model: nn.Module | None
 ) -> list[Pair]:
-    """Build the pairs of linear and convolution layers.
-
-    Args:
-        path: The file, for error messages.
-        factors: Its tensors.
-        places: A module's path for each of their names; `None` where there is none.
-        model: The model; `None` for the names in the file.
-
-    Returns:
-        A pair per weight. No alpha means the rank, and so does 0, as it does to the libraries.
-
-    Raises:
-        FileError: Lists the names without a module or a factor, misshapen factors, and other
-            layers.
-    """
+    """Build the pairs of linear and convolution layers; no alpha, or 0, means the rank."""
     modules, pairs, complaints = modules_of(model), [], []
     refuse(path, [*halves(factors), *missing([n for n in factors if places[n] is None], model)])
     for name, found in factors.items():
-        module = modules.get(places[name] or "") if model else None
+        module = modules.get(places[name] or "") if model is not None else None
         A, B, alpha = found["A"], found["B"], found.get("alpha", torch.zeros(()))
         if module is not None and not isinstance(module, LAYERS):
             complaints.append(f"{name} is a {type(module).__name__}, not a linear or convolution")
         elif alpha.numel() != 1:
             complaints.append(f"alpha of {name} is {tuple(alpha.shape)}, not one number")
         else:
-            complaints += misfit(name, module, weight_of(module), A, B)
+            complaints += misfit(name, weight_of(module), A, B, False)
             full = f"{places[name]}.weight".removeprefix(".")
-            pairs.append(Pair(full, A.flatten(1), B.flatten(1), alpha.item() or float(len(A))))
+            pairs.append(Pair(full, *turned(A, B, False), alpha.item() or float(len(A))))
     refuse(path, complaints)
     return pairs
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
-    """Load a state dict with `weights_only=True`: tensors and plain containers, no code.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Tensors by key.
-
-    Raises:
-        FileError: It is damaged, or holds anything but tensors by name.
-    """
+    """Load a state dict with `weights_only=True`: tensors and plain containers, no code."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage can make anything of a pickle

@@ -50,22 +50,24 @@ def read(
         raise FileError(f"{path}: the file doesn't hold its lora_alpha; pass it as alpha=")
     factors, rest = layout.grouped(layout.load_pickle(path), *KEYS)
     modules = layout.modules_of(model)
-    places = {name: _place(name, modules) if model else name for name in factors}
+    places = {name: _place(name, modules) if model is not None else name for name in factors}
     complaints = layout.missing([name for name in factors if places[name] is None], model)
     base = {_in_plain(key, places): tensor for key, tensor in rest.items()}
     layout.refuse(path, [*complaints, *layout.halves(factors), *layout.differing(base, model)])
     pairs = []
     for name, found in factors.items():
-        module = modules.get(places[name] or "") if model else None
+        module = modules.get(places[name] or "") if model is not None else None
         weight = layout.weight_of(module)
         try:
             A, B, r = _whole(module, weight, found["A"], found["B"], enable_lora)
         except ValueError as error:
             complaints.append(f"{name} {error}")
             continue
-        complaints += layout.misfit(name, module, weight, A, B)
+        complaints += layout.misfit(name, weight, A, B, layout.is_transposed(module))
         full = f"{places[name]}.weight".removeprefix(".")
-        pairs.append(Pair(full, *layout.turned(module, A, B), alpha * len(A) / r))
+        pairs.append(
+            Pair(full, *layout.turned(A, B, layout.is_transposed(module)), alpha * len(A) / r)
+        )
     layout.refuse(path, complaints)
     return pairs
 
