@@ -29,7 +29,9 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
+from lora_param.formats import peft
 from lora_param.formats.peft_config import NEUTRAL, NUMBERS, OFF
+from lora_param.formats.skeleton import skeleton
 
 from .cases import shake
 
@@ -508,6 +510,8 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("missing factor", lambda t: t.pop(B), "0 has no lora_B"),
     ("no factors", lambda t: t.clear(), "there is no adapter in it"),
     ("module that isn't there", lambda t: t.update({A.replace("0", "7"): t.pop(A), B.replace("0", "7"): t.pop(B)}), 'no module for 7; the nearest to the first are "[01].weight"'),
+    ("wrapper that isn't there", lambda t: t.update({f"{PREFIX}0.base_layer.lora_A.weight": t.pop(A), f"{PREFIX}0.base_layer.lora_B.weight": t.pop(B)}), "no module for 0.base_layer; the"),
+    ("part of what is no attention", lambda t: t.update({f"{PREFIX}0.base_layer.out_proj.lora_A.weight": t.pop(A), f"{PREFIX}0.base_layer.out_proj.lora_B.weight": t.pop(B)}), "no module for 0.base_layer.out_proj; the"),
     ("DoRA's magnitudes", lambda t: t.update({f"{PREFIX}0.lora_magnitude_vector.weight": torch.ones(5)}), "0.lora_magnitude_vector.weight is neither a factor nor equal"),
     ("bias", lambda t: t.update({f"{PREFIX}0.base_layer.bias": torch.ones(5)}), "0.bias is neither a factor nor equal to the model's"),
     ("transposed", lambda t: t.update({A: t[A].T.contiguous()}), "0 has rank 6, by its"),
@@ -572,7 +576,19 @@ def test_a_convolution_that_peft_trains_otherwise_warns_both_ways(
         save_lora(base, tmp_path / "out", format="peft")
 
 
+class Scaled(nn.Linear):
+    """A linear layer with one more matrix, and a forward that PEFT's wrapper doesn't know."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(*shape)
+        self.gain_weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.gain_weight
+
+
 HOMELESS: list[tuple[str, nn.Module, dict[str, Any], str]] = [
+    ("own tensor of a subclass", nn.Sequential(Scaled(4, 4)), {"target": "0.gain_weight"}, "0.gain_weight: PEFT has no place"),
     ("model itself", nn.Linear(6, 5), {}, "weight: PEFT adapts what is inside a model"),
     ("LSTM", nn.Sequential(nn.LSTM(4, 5)), {}, "0.weight_ih_l0: PEFT has no place for this tensor of a"),
     ("transposed convolution", nn.Sequential(nn.ConvTranspose1d(4, 5, 3)), {}, "0.weight: PEFT has no place"),
@@ -597,3 +613,65 @@ def test_what_peft_cannot_hold_is_refused_by_name_before_writing(
     with pytest.raises(FileError, match=f"nothing was written: .*{message}"):
         save_lora(model, tmp_path / "out", format="peft")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_warns(tmp_path: Path) -> None:
+    base, _ = trained_in_peft(
+        Case("", lambda: nn.Sequential(Scaled(4, 4)), floats(2, 4), ["0"]), tmp_path
+    )
+    with pytest.warns(UserWarning, match=r"PEFT adapts 0\.weight by other maths"):
+        load_lora(base, tmp_path)
+
+
+# Outlines: what the command line knows of a base
+
+
+OUTLINED = [
+    each
+    for each in CASES
+    if each.id in ("linear", "conv2d", "attention", "embedding", "GPT-2", "Llama")
+]
+
+
+@pytest.mark.parametrize("case", OUTLINED, ids=lambda case: case.id)
+def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path) -> None:
+    base, _ = trained_in_peft(case, tmp_path)
+    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()})
+    for ours, theirs in zip(
+        peft.read(tmp_path, outline, mha_out_proj="once"),
+        peft.read(tmp_path, base, mha_out_proj="once"),
+        strict=True,
+    ):
+        assert (ours.weight, ours.alpha) == (theirs.weight, theirs.alpha)
+        assert torch.equal(ours.lora_A, theirs.lora_A)
+        assert torch.equal(ours.lora_B, theirs.lora_B)
+
+
+def test_an_outline_does_not_say_how_experts_lie(tmp_path: Path) -> None:
+    case = next(each for each in CASES if each.id == "transposed experts")
+    base, _ = trained_in_peft(case, tmp_path)
+    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()})
+    with pytest.raises(FileError, match=r"0\.up: PEFT's layout of a stack depends on the module"):
+        peft.read(tmp_path, outline)
+
+
+PLAIN = [each for each in CASES if not (each.parameters and "rank_pattern" in each.options)]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.id)
+def test_without_a_model_the_updates_have_the_same_norms(case: Case, tmp_path: Path) -> None:
+    base, _ = trained_in_peft(case, tmp_path)
+
+    def norms(model: nn.Module | None) -> list[float]:
+        return sorted(
+            float((pair.lora_B @ pair.lora_A).norm() * pair.alpha / pair.rank)
+            for pair in peft.read(tmp_path, model, mha_out_proj="once")
+        )
+
+    assert norms(None) == pytest.approx(norms(base), rel=1e-5)
+
+
+def test_without_a_model_a_target_parameters_rank_cannot_be_said(tmp_path: Path) -> None:
+    trained_in_peft(next(each for each in CASES if each.id == "three of one module"), tmp_path)
+    with pytest.raises(FileError, match="which rank a target parameter has can't be said"):
+        peft.read(tmp_path, None)

@@ -27,8 +27,6 @@ KEYS = (
     r"base_model\.model\.(?P<name>.+)\.lora_(?P<role>[AB])\.weight",
     r"base_model\.model\.(?P<name>.+)\.lora_embedding_(?P<role>[AB])",
 )
-
-
 READ_TWICE = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
 
 
@@ -71,6 +69,8 @@ def read(
     factors, rest = layout.grouped(tensors, *KEYS)
     base = {key.removeprefix(PREFIX).replace(".base_layer.", "."): rest[key] for key in rest}
     layout.refuse(path, [*layout.differing(base, model), *layout.halves(factors)])
+    if model is None and config.get("target_parameters") and config.get("rank_pattern"):
+        raise FileError(f"{path}: which rank a target parameter has can't be said without a model")
     modules = None if model is None else layout.modules_of(model)
     places = {name: place_of(name, modules, config) for name in factors}
     complaints = layout.missing([name for name in factors if places[name] is None], model)
@@ -83,7 +83,7 @@ def read(
         transposed = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
         transposed |= layout.is_conv1d(place.module) and place.kind == "layer"
         transposed |= outlined and bool(config.get("fan_in_fan_out"))
-        faults = list(refusals(place, idle=not B.any()))
+        faults = list(refusals(place, idle=place.kind == "alone" and not B.any()))
         faults += [] if faults else _faults(place, A, B, rank, transposed)
         if not faults:
             A, B = _ours(place, A, B, rank, transposed)

@@ -36,8 +36,9 @@ def place_of(name: str, modules: Mapping[str, nn.Module] | None, config: Config)
     """Resolve a name in a file; PEFT nests wrappers around several parameters of one module."""
     if modules is None:
         return Place(name, f"{name}.weight", name.removesuffix(OUT_PROJ))
-    if name.endswith(OUT_PROJ) and name.removesuffix(OUT_PROJ) in modules:
-        return home_of(name.replace(WRAPPED, "") + ".weight", modules, ())
+    part = f"{name.removesuffix(OUT_PROJ)}.out_proj"
+    if name.endswith(OUT_PROJ) and part in modules:
+        return home_of(f"{part}.weight", modules, ())._replace(name=name)
     path = re.sub(rf"({re.escape(WRAPPED)})+$", "", name)
     depth = name.count(WRAPPED, len(path))
     if (module := modules.get(path)) is None:
@@ -92,5 +93,5 @@ def _has_place(place: Place, module: nn.Module, tensor: Tensor) -> bool:
     if place.kind == "parameter":
         bare = layer_of(type(module)) in (UNLISTED, layer_of(nn.Linear))
         return bare and tensor.ndim in (2, 3)
-    known = isinstance(module, (*layout.LAYERS, nn.Embedding)) or layout.is_conv1d(place.module)
-    return place.kind != "layer" or (known and place.weight.endswith("weight"))
+    known = isinstance(module, (*layout.LAYERS, nn.Embedding)) or layout.is_conv1d(module)
+    return place.kind != "layer" or (known and place.weight.rpartition(".")[2] == "weight")
