@@ -292,6 +292,30 @@ def test_converting_there_and_back_gives_the_same_adapter(
     works(capsys, "merge", there, "--base", base, "--out", tmp_path / "merged.safetensors")
 
 
+def test_attention_is_known_by_its_names_in_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    register_lora(model, rank=2)
+    shake(model)
+    adapter, base = tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
+    save_lora(model, adapter)
+    save_file(base_state_dict(model), base)
+    assert main(["convert", str(adapter), str(tmp_path / "folder"), "--to", "peft"]) == 0
+    option = "--option", 'mha_out_proj="once"'
+    capsys.readouterr()
+    back = tmp_path / "back.safetensors"
+    works(capsys, "convert", tmp_path / "folder", back, "--to", "native", "--base", base, *option)
+    load_lora(model, back, base="require")
+
+
+def test_a_grouped_convolution_is_refused_by_peft_though_only_the_file_knows_it(
+    files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "groups" in fails(capsys, "convert", files[0], tmp_path / "folder", "--to", "peft")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_converting_asks_for_what_the_file_does_not_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
