@@ -63,9 +63,6 @@ def save_lora(
         >>> _ = register_lora(model, rank=1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_lora(model, f"{folder}/adapter.safetensors", metadata={"license": "MIT"})
-        ...     fresh = torch.nn.Linear(3, 2)
-        ...     load_lora(fresh, f"{folder}/adapter.safetensors", base="ignore")
-        ['weight']
     """
     check_model(model, "save_lora")
     entries = adapters_of(model, adapter)
@@ -156,16 +153,9 @@ def load_lora(
 def fitted(
     path: Path, pairs: Sequence[Pair], model: nn.Module, about: About
 ) -> list[tuple[Weight, Pair]]:
-    """Find each pair's weight in a model, in model order.
+    """Find each pair's weight in a model or its outline, in model order.
 
-    Args:
-        path: Where the pairs are from, for error messages.
-        pairs: The pairs.
-        model: The model, or an outline of it.
-        about: What the file says besides.
-
-    Returns:
-        The weights and their pairs, none of a higher rank than the weight's smaller side.
+    The pairs that are returned have no higher rank than the weight's smaller side.
 
     Raises:
         FileError: The model lacks weights, or their shapes are others.

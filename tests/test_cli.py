@@ -263,10 +263,12 @@ def test_a_file_without_a_fingerprint_can_not_be_checked_to_the_bit(
     assert "it holds no fingerprint" in fails(capsys, "check", files[0], "--base", files[1])
 
 
-def linears(tmp_path: Path) -> tuple[nn.Module, Path, Path]:
-    """Build a model that every format can hold, and save its adapter and its base."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Conv1d(5, 4, 3), nn.Linear(5, 4))
+def linears() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Conv1d(5, 4, 3), nn.Linear(5, 4))
+
+
+def written(model: nn.Module, tmp_path: Path) -> tuple[nn.Module, Path, Path]:
+    """Adapt a model, and save its adapter and its base."""
     register_lora(model, rank=2, alpha=3.0)
     shake(model)
     save_lora(model, tmp_path / "adapter.safetensors")
@@ -278,13 +280,13 @@ def linears(tmp_path: Path) -> tuple[nn.Module, Path, Path]:
 def test_converting_there_and_back_gives_the_same_adapter(
     to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, adapter, base = linears(tmp_path)
+    model, adapter, base = written(linears(), tmp_path)
     there, back = tmp_path / name, tmp_path / "back.safetensors"
     works(capsys, "convert", adapter, there, "--to", to)
     found = json.loads(works(capsys, "info", there, "--json"))
     assert (found["format"], found["totals"]["weights"]) == (to, 3)
     works(capsys, "convert", there, back, "--to", "native", "--base", base)
-    fresh = nn.Sequential(nn.Linear(6, 5), nn.Conv1d(5, 4, 3), nn.Linear(5, 4))
+    fresh = linears()
     fresh.load_state_dict(base_state_dict(model))
     load_lora(fresh, back, base="require")
     for a, b in zip(lora_parameters(fresh), lora_parameters(model), strict=True):
@@ -296,11 +298,7 @@ def test_attention_is_known_by_its_names_in_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    register_lora(model, rank=2)
-    shake(model)
-    adapter, base = tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
-    save_lora(model, adapter)
-    save_file(base_state_dict(model), base)
+    _, adapter, base = written(model, tmp_path)
     assert main(["convert", str(adapter), str(tmp_path / "folder"), "--to", "peft"]) == 0
     option = "--option", 'mha_out_proj="once"'
     capsys.readouterr()
@@ -320,7 +318,7 @@ def test_a_grouped_convolution_is_refused_by_peft_though_only_the_file_knows_it(
 def test_converting_asks_for_what_the_file_does_not_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, adapter, base = linears(tmp_path)
+    _, adapter, base = written(linears(), tmp_path)
     there = tmp_path / "kohya.safetensors"
     works(capsys, "convert", adapter, there, "--to", "kohya")
     out = tmp_path / "out"
@@ -336,7 +334,7 @@ def test_converting_asks_for_what_the_file_does_not_say(
 def test_converting_never_writes_into_the_folder_that_it_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, adapter, base = linears(tmp_path)
+    _, adapter, base = written(linears(), tmp_path)
     folder = tmp_path / "folder"
     works(capsys, "convert", adapter, folder, "--to", "peft")
     (file,) = folder.glob("*.safetensors")

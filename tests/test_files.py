@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pickle
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -260,6 +261,30 @@ def test_two_thousand_weights_come_back(path: Path) -> None:
     register_lora(model, rank=1)
     save_lora(model, path, base={})
     assert len(load_lora(fresh, path)) == 2_000
+
+
+def test_progress_shows_on_everything_that_can_be_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    def bar(items: Any, label: str, *rest: Any, **options: Any) -> Any:
+        shown.append(label)
+        return items
+
+    monkeypatch.setattr("tqdm.tqdm", bar)
+    save_lora(net(), path)
+    assert shown == ["checking the factors", "digesting"]
+    load_lora(plain(), path)
+    assert shown[2:] == ["digesting", "checking the factors", "loading"]
+
+
+def test_nothing_shows_where_tqdm_is_not_installed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    save_lora(net(), path)
+    assert load_lora(plain(), path) == ["0.weight", "2.weight"]
 
 
 # The base

@@ -24,21 +24,10 @@ KEY = "lora_param"
 VERSION = 1
 SCALE = "alpha / rank"
 
-FIELDS: dict[str, tuple[type, ...]] = {
-    "library": (str,),
-    "scale": (str,),
-    "adapter": (str,),
-    "model": (str,),
-    "weights": (dict,),
-    "base": (dict,),
-    "sha256": (str,),
-}
-WEIGHT_FIELDS: dict[str, tuple[type, ...]] = {
-    "rank": (int,),
-    "alpha": (float,),
-    "shape": (list,),
-    "layer": (dict,),
-}
+TEXTS = ("library", "scale", "adapter", "model", "sha256")
+FIELDS = dict.fromkeys(TEXTS, str) | {"weights": dict, "base": dict}
+WEIGHT_FIELDS = {"rank": int, "alpha": float, "shape": list, "layer": dict}
+"""What our metadata hold, and what they hold of each weight."""
 
 
 def recognises(path: Path) -> bool:
@@ -47,14 +36,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, model: nn.Module | None = None) -> list[Pair]:
-    """Read our own file and check every bit of it against its seal.
-
-    Args:
-        path: The file.
-        model: Not needed: the file has the weights' own names.
-
-    Returns:
-        The pairs, in the order in which they were saved.
+    """Read our own file, which has the weights' own names, and check every bit against its seal.
 
     Raises:
         FileError: The file is damaged, or of a version that this release doesn't know.
@@ -101,15 +83,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
     base: Mapping[str, str] | None = None,
 ) -> None:
-    """Write our own file.
-
-    Args:
-        path: Where to.
-        pairs: The pairs.
-        model: The model that they belong to.
-        adapter: The adapter's name.
-        metadata: Strings of the caller's.
-        base: What `fingerprint(model)` returned; it is taken now if `None`.
+    """Write our own file, with strings of the caller's, and what `fingerprint(model)` returned.
 
     Raises:
         LoRAError: The metadata aren't strings, or take our own key.
@@ -176,12 +150,12 @@ def _record(path: Path) -> dict[str, Any]:
                 f"{path}: written in version {version} of the format, and this release of "
                 f"lora_param knows versions up to {VERSION}; update it"
             )
-        faults = [key for key, kinds in FIELDS.items() if type(record[key]) not in kinds]
+        faults = [key for key, kind in FIELDS.items() if type(record[key]) is not kind]
         faults += [
             f"{key} of {name:.80}"
             for name, each in record["weights"].items()
-            for key, kinds in WEIGHT_FIELDS.items()
-            if type(each[key]) not in kinds or any(type(n) is not int for n in each["shape"])
+            for key, kind in WEIGHT_FIELDS.items()
+            if type(each[key]) is not kind or (kind is list and {*map(type, each[key])} != {int})
         ]
         faults += [name for name, found in record["base"].items() if type(found) is not str]
         faults += [] if version == VERSION and record["scale"] == SCALE else ["version or scale"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,7 +125,9 @@ def faults(pairs: Sequence[Pair]) -> Iterator[str]:
             yield f"{pair.weight}: {tuple(A.shape)} and {tuple(B.shape)} are no pair"
         elif not A.numel() * B.numel() or A.is_meta or B.is_meta:
             yield f"{pair.weight}: the factors have no values"
-        elif not math.isfinite(pair.alpha) or not (A.isfinite().all() and B.isfinite().all()):
+        elif not abs(pair.alpha) <= sys.float_info.max or not (
+            A.isfinite().all() and B.isfinite().all()
+        ):
             yield f"{pair.weight}: alpha and factors must be finite"
 
 

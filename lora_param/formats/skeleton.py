@@ -31,13 +31,8 @@ def skeleton(
 ) -> nn.Module:
     """Build a model on the meta device whose parameters have these names and shapes.
 
-    Args:
-        shapes: Shapes by the parameters' full names.
-        layers: What `described` says of a parameter's module, by the parameter's full name; the
-            others are guessed.
-
-    Returns:
-        A model that can be adapted, written to any format, and not run.
+    It can be adapted and written to any format, and not run. Modules are what `described` said of
+    them, by a parameter's full name in `layers`; the others are guessed.
     """
     tensors: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
     known: dict[str, Mapping[str, Any]] = {}

@@ -49,13 +49,7 @@ class Header:
 
 
 def header(path: Path) -> Header:
-    """Read a safetensors file's header and check it against the file's size.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The header; positions are from the beginning of the file.
+    """Read a safetensors file's header, and check it against the file's size.
 
     Raises:
         FileError: It is no safetensors file, or a damaged one.
@@ -83,12 +77,6 @@ def peek(path: Path) -> Header:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Map a safetensors file's tensors into memory: they are read when they are used.
 
-    Args:
-        path: The file.
-
-    Returns:
-        Tensors by name.
-
     Raises:
         FileError: The file is damaged.
     """
@@ -101,13 +89,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Args:
-        path: Where to; an older file there stays until the new one is complete.
-        tensors: Tensors by name, of the dtypes in `DTYPES`.
-        metadata: Strings for the header.
-    """
+    """Write tensors of the dtypes in `DTYPES` to a safetensors file, whole or not at all."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     # Readers view the bytes in place, so every tensor has to begin at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -160,9 +142,10 @@ def strict_json(text: str) -> Any:
     """Parse JSON without duplicate keys, NaN or infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
             raise ValueError("a key is there twice")
-        return dict(pairs)
+        return found
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
