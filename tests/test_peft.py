@@ -274,6 +274,18 @@ def test_only_the_named_modules_are_adapted_where_names_end_alike(tmp_path: Path
     assert adapted == ["base_model.model.fc.lora_A"]
 
 
+def test_a_rank_and_an_alpha_are_of_one_name_where_names_end_alike(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    model = copy.deepcopy(base)
+    register_lora(model, rank={"1.*": 2, "*": 1}, alpha={"1.*": 4, "*": 3})
+    shake(model)
+    save_lora(model, tmp_path, format="peft")
+    with quiet():
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(output(theirs, x), output(model, x))
+
+
 def test_a_safetensors_file_finds_the_config_beside_it(tmp_path: Path) -> None:
     base, theirs = trained_in_peft(LINEAR, tmp_path)
     load_lora(base, tmp_path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -87,27 +89,27 @@ def _said(path: Path, names: Iterable[str]) -> dict[str, tuple[int, float]]:
         raise FileError(f"{path}: {CONFIG} is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise FileError(f"{path}: {CONFIG} is no JSON object")
-    configs = {
-        "": {key: each for key, each in fields.items() if key.partition(".")[0] not in PARTS}
-    }
-    for part in PARTS:
-        start = f"{part}."
-        configs[part] = {
-            key.removeprefix(start): fields[key] for key in fields if key[: len(start)] == start
-        }
+    configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for field, value in fields.items():
+        configs[_part(field)][field.removeprefix(f"{_part(field)}.")] = value
     layout.refuse(path, (each for config in configs.values() for each in unsupported(config)))
-    said = {}
-    for name in names:
-        part, _, inside = name.partition(".")
-        part, inside = (part, inside) if part in PARTS else ("", name)
-        if configs[part]:
-            said[name] = rank_and_alpha(configs[part], inside)
-    return said
+    return {
+        name: rank_and_alpha(configs[_part(name)], name.removeprefix(f"{_part(name)}."))
+        for name in names
+        if _part(name) in configs
+    }
+
+
+def _part(name: str) -> str:
+    """Return which part of a pipeline a name begins with; none if it has one model's names."""
+    first = name.partition(".")[0]
+    return first if first in PARTS else ""
 
 
 def _paths(name: str) -> Iterator[str]:
     """Yield the paths that a name can mean, in a pipeline or in one model of it."""
     name = name.replace(".processor.", ".").removesuffix("_lora")
     for each in (name, *(re.sub(*old, name) for old in OLD)):
-        part, _, inside = each.partition(".")
-        yield from (each, inside) if part in PARTS else (each,)
+        yield each
+        if part := _part(each):
+            yield each.removeprefix(f"{part}.")

@@ -100,11 +100,10 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module, *, prefix: str = 
             complaints.append(f"{name} could be {' or '.join(flat[name])}")
         elif not pair.alpha:
             complaints.append(f"{pair.weight} has an alpha of 0, which means the rank there")
-        weight = original_of(module, tensor)
-        kernel = () if weight is None else weight.shape[2:]
+        down, up = layout.unflattened(pair.lora_A, pair.lora_B, original_of(module, tensor))
         tensors |= {
-            f"{name}.lora_down.weight": pair.lora_A.reshape(pair.rank, -1, *kernel),
-            f"{name}.lora_up.weight": pair.lora_B.reshape(*pair.lora_B.shape, *[1] * len(kernel)),
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
             f"{name}.alpha": torch.tensor(pair.alpha),
         }
     layout.refuse(path, complaints, "written")
