@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,46 +22,33 @@ GUESSES = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 def described(module: nn.Module) -> dict[str, Any]:
     """Return what `skeleton` needs to know of a module, for JSON."""
     extras = CONV if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
-    return {"type": _name(layer_of(type(module)).kind)} | {
-        name: getattr(module, name) for name in extras
-    }
+    kind = _name(layer_of(type(module)).kind)
+    return {"type": kind} | {name: getattr(module, name) for name in extras}
 
 
-def skeleton(
-    shapes: Mapping[str, Shape], layers: Mapping[str, Mapping[str, Any]] | None = None
-) -> nn.Module:
+def skeleton(shapes: Mapping[str, Shape], layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     """Build a model on the meta device whose parameters have these names and shapes.
 
     It can be adapted and written to any format, and not run. Modules are what `described` said of
     them, by a parameter's full name in `layers`; the others are guessed.
     """
     tensors: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
-    known: dict[str, Mapping[str, Any]] = {}
     for name, shape in shapes.items():
         path, _, tensor = name.rpartition(".")
         tensors[path][tensor] = shape
-        if layers and name in layers:
-            known[path] = layers[name]
-    kinds = {_name(layer.kind): layer.kind for layer in TABLE}
-    root = _module("", kinds, known, tensors[""])
-    for path in sorted(tensors):
-        module, walked = root, ""
-        for part in path.split(".") if path else ():
-            walked = f"{walked}.{part}" if walked else part
-            if part not in module._modules:
-                module._modules[part] = _module(walked, kinds, known, tensors.get(walked, {}))
-            module = module._modules[part]  # type: ignore[assignment]
-    return root
+    facts = {name.rpartition(".")[0]: each for name, each in layers.items() if name in shapes}
+    modules = {"": _module(tensors[""], facts.get("", {}))}
+    for path in list(tensors):
+        for each in accumulate(path.split("."), "{}.{}".format):
+            if each not in modules:
+                modules[each] = _module(tensors[each], facts.get(each, {}))
+                parent, _, name = each.rpartition(".")
+                modules[parent]._modules[name] = modules[each]
+    return modules[""]
 
 
-def _module(
-    path: str,
-    kinds: Mapping[str, type[nn.Module] | str],
-    known: Mapping[str, Mapping[str, Any]],
-    tensors: Mapping[str, Shape],
-) -> nn.Module:
-    facts = known.get(path, {})
-    kind = kinds.get(str(facts["type"]), nn.Module) if "type" in facts else _guess(tensors)
+def _module(tensors: Mapping[str, Shape], facts: Mapping[str, Any]) -> nn.Module:
+    kind = KINDS.get(str(facts["type"]), nn.Module) if "type" in facts else _guess(tensors)
     if isinstance(kind, str):
         place, _, name = kind.rpartition(".")
         kind = type(name, (nn.Module,), {"__module__": place})
@@ -68,10 +56,11 @@ def _module(
     nn.Module.__init__(module)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         module.groups, module.padding_mode = 1, "zeros"
-        module.dilation = (1,) * (len(tensors["weight"]) - 2)
+        module.dilation = (1,) * (len(tensors.get("weight", ())) - 2)
     for name, of in CONV.items():
         value = facts.get(name)
-        if isinstance(value := tuple(value) if isinstance(value, list) else value, of):
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, of):
             setattr(module, name, value)
     for name, shape in tensors.items():
         module._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"))
@@ -86,3 +75,6 @@ def _guess(tensors: Mapping[str, Shape]) -> type[nn.Module]:
 
 def _name(kind: type[nn.Module] | str) -> str:
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+KINDS = {_name(layer.kind): layer.kind for layer in TABLE}
