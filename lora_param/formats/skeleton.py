@@ -26,7 +26,9 @@ def described(module: nn.Module) -> dict[str, Any]:
     return {"type": kind} | {name: getattr(module, name) for name in extras}
 
 
-def skeleton(shapes: Mapping[str, Shape], layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+def skeleton(
+    shapes: Mapping[str, Shape], layers: Mapping[str, Mapping[str, Any]] | None = None
+) -> nn.Module:
     """Build a model on the meta device whose parameters have these names and shapes.
 
     It can be adapted and written to any format, and not run. Modules are what `described` said of
@@ -36,7 +38,8 @@ def skeleton(shapes: Mapping[str, Shape], layers: Mapping[str, Mapping[str, Any]
     for name, shape in shapes.items():
         path, _, tensor = name.rpartition(".")
         tensors[path][tensor] = shape
-    facts = {name.rpartition(".")[0]: each for name, each in layers.items() if name in shapes}
+    known = (layers or {}).items()
+    facts = {name.rpartition(".")[0]: each for name, each in known if name in shapes}
     modules = {"": _module(tensors[""], facts.get("", {}))}
     for path in list(tensors):
         for each in accumulate(path.split("."), "{}.{}".format):
