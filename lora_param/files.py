@@ -48,7 +48,8 @@ def save_lora(
         metadata: Strings to keep with it, such as a licence or the base's home.
         format: `"native"`, `"peft"` or `"kohya"`.
         **options: What the format takes besides. Native: `base`, what `fingerprint(model)`
-            returned, because taking it reads every parameter of the base; `{}` for none.
+            returned, because taking it reads every parameter of the base; `{}` for none. Kohya:
+            `prefix`, such as `"lora_unet_"`.
 
     Raises:
         AdapterError: There is no such adapter, or there are several and none is named.
@@ -106,7 +107,8 @@ def load_lora(
             doesn't look, which saves reading every parameter.
         freeze: Freeze the base when the adapter is registered, as `register_lora` does.
         trainable: Whether the factors require gradients.
-        **options: What the format takes besides: `alpha` for loralib's files, and so on.
+        **options: What the format takes besides: `alpha` and `enable_lora` for loralib,
+            `mha_out_proj` for PEFT, `prefix` for Kohya and diffusers; see `lora_param.formats`.
 
     Returns:
         The adapted parameters' names in model order.
