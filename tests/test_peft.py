@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
     FileError,
@@ -30,169 +22,22 @@ from lora_param import (
     save_lora,
 )
 from lora_param.formats import peft
-from lora_param.formats.peft_config import NEUTRAL, NUMBERS, OFF
 from lora_param.formats.skeleton import skeleton
 
 from .cases import shake
-
-
-class Experts(nn.Module):
-    """Two stacks in one module, around which PEFT nests its wrappers."""
-
-    is_transposed = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 6, 4) / 2)
-        self.gate = nn.Parameter(torch.randn(6, 4) / 2)
-        self.down = nn.Parameter(torch.randn(3, 4, 6) / 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.einsum("eoi,...i->...eo", self.up, x) * (x @ self.gate.T)[..., None, :]
-        return torch.einsum("eoi,...ei->...o", self.down, hidden)
-
-
-class TransposedExperts(nn.Module):
-    """A stack stored (in, out), as some of transformers' are."""
-
-    is_transposed = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.randn(3, 4, 6) / 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("eio,...i->...eo", self.up, x)
-
-
-def chain(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(*(copy.deepcopy(layer) for layer in layers))
-
-
-class Attention(nn.Module):
-    """Attention between linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 3)
-        self.attention = nn.MultiheadAttention(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(self.attention(x, x, x, need_weights=False)[0])
-
-
-def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(vocab_size=17, n_positions=9, n_embd=8, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def vit() -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-        image_size=8, patch_size=4, num_labels=3,
-    )  # fmt: skip
-    return transformers.ViTForImageClassification(config)
-
-
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(
-        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
-    )  # fmt: skip
-    return transformers.MixtralForCausalLM(config)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, what PEFT adapts of it, and what that is called here."""
-
-    id: str
-    make: Callable[[], nn.Module]
-    make_input: Callable[[], Tensor]
-    target: list[str]
-    parameters: list[str] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def base(self) -> nn.Module:
-        torch.manual_seed(0)
-        return self.make().eval()
-
-    def config(self, **options: Any) -> LoraConfig:
-        shared = {"r": 2, "lora_alpha": 3, "target_modules": self.target}
-        return LoraConfig(
-            **shared | {"target_parameters": self.parameters or None} | self.options | options
-        )
-
-
-def floats(*shape: int) -> Callable[[], Tensor]:
-    return lambda: torch.randn(shape)
-
-
-def tokens(*shape: int) -> Callable[[], Tensor]:
-    return lambda: torch.randint(0, 9, shape)
-
-
-CASES = [
-    Case("linear", chain(nn.Linear(6, 5), nn.Linear(5, 4)), floats(3, 6), ["0", "1"]),
-    Case("rank and alpha patterns", chain(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 6)), floats(3, 6), ["0", "1", "2"], options={"rank_pattern": {"1": 3, r"\d": 1}, "alpha_pattern": {"^2": 0.5}}),
-    Case("rslora", chain(nn.Linear(6, 5), nn.Linear(5, 4)), floats(3, 6), ["0", "1"], options={"use_rslora": True, "rank_pattern": {"1": 3}}),
-    Case("conv1d", chain(nn.Conv1d(4, 5, 3, stride=2, padding=1)), floats(2, 4, 7), ["0"]),
-    Case("conv2d", chain(nn.Conv2d(4, 5, (1, 3), stride=(2, 1))), floats(2, 4, 7, 7), ["0"]),
-    Case("conv2d 1x1", chain(nn.Conv2d(4, 5, 1)), floats(2, 4, 3, 3), ["0"]),
-    Case("conv3d", chain(nn.Conv3d(3, 4, 2)), floats(2, 3, 4, 4, 4), ["0"]),
-    Case("embedding", chain(nn.Embedding(9, 4, padding_idx=2), nn.Linear(4, 3)), tokens(2, 5), ["0", "1"]),
-    Case("attention", Attention, floats(5, 2, 8), ["fc1", "attention"]),
-    Case("transformers Conv1D", chain(Conv1D(5, 6), Conv1D(4, 5)), floats(3, 6), ["0", "1"]),
-    Case("Conv1D and Linear", chain(Conv1D(5, 6), nn.Linear(5, 4)), floats(3, 6), ["0", "1"]),
-    Case("experts", chain(nn.Linear(4, 4), Experts()), floats(2, 4), ["0"], ["1.down", "1.up"]),
-    Case("three of one module", chain(Experts()), floats(2, 4), [], ["0.up", "0.gate", "0.down"], {"rank_pattern": {"up": 3}}),
-    Case("transposed experts", chain(TransposedExperts()), floats(2, 4), [], ["0.up"]),
-    Case("Llama", llama, tokens(2, 5), ["q_proj", "v_proj", "down_proj", "lm_head"]),
-    Case("Llama with embeddings", llama, tokens(2, 5), ["embed_tokens", "q_proj"]),
-    Case("GPT-2", gpt2, tokens(2, 5), ["c_attn", "c_proj", "wpe"]),
-    Case("ViT", vit, floats(2, 3, 8, 8), ["projection", "classifier", "fc1"]),
-    Case("Mixtral", mixtral, tokens(2, 5), ["q_proj"], ["experts.gate_up_proj", "experts.down_proj"]),
-]  # fmt: skip
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let PEFT warn; what we warn of is tested where it is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def output(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad(), quiet():
-        result = model(x)
-    result = getattr(result, "logits", result)
-    return result[0] if isinstance(result, tuple) else result
-
-
-def trained_in_peft(case: Case, folder: Path, **options: Any) -> tuple[nn.Module, PeftModel]:
-    """Return a base, and what PEFT made of a copy of it and saved."""
-    base = case.base()
-    with quiet():
-        model = get_peft_model(copy.deepcopy(base), case.config(**options)).eval()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape).to(parameter) / 3
-        model.save_pretrained(folder)
-    return base, model
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text())
+from .peft_cases import (
+    CASES,
+    LINEAR,
+    PREFIX,
+    Attention,
+    Case,
+    edit_config,
+    edit_tensors,
+    floats,
+    output,
+    quiet,
+    trained_in_peft,
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -222,9 +67,6 @@ def test_what_is_trained_here_gives_the_same_outputs_in_peft(case: Case, tmp_pat
     with quiet():
         load_lora(fresh, tmp_path / "out")
     torch.testing.assert_close(output(fresh, x), output(model, x))
-
-
-LINEAR = CASES[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -413,242 +255,21 @@ def test_an_out_proj_that_peft_left_at_zero_is_read(tmp_path: Path) -> None:
     load_lora(base, tmp_path)
 
 
-# What can't be honoured
-
-PREFIX = "base_model.model."
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps(config_of(folder) | fields))
-
-
-def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-
-
-FIELDS: list[tuple[str, Any]] = [
-    ("peft_type", "LOHA"),
-    ("use_dora", True),
-    ("lora_bias", True),
-    ("bias", "all"),
-    ("bias", "lora_only"),
-    ("modules_to_save", ["classifier"]),
-    ("trainable_token_indices", [1, 2]),
-    ("layer_replication", [[0, 2], [1, 3]]),
-    ("megatron_config", {"a": 1}),
-    ("alora_invocation_tokens", [1]),
-    ("use_qalora", True),
-    ("velora_config", {"scale": 1.0}),
-    ("monteclora_config", {"a": 1}),
-    ("use_bdlora", {"a": 1}),
-    ("arrow_config", {"a": 1}),
-    ("kasa_config", {"a": 1}),
-    ("ensure_weight_tying", True),
-    *[("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")],
-    ("a_field_of_tomorrow", 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "value"), FIELDS, ids=[f"{n}={v}" for n, v in FIELDS])
-def test_a_field_that_changes_the_maths_is_refused_by_name(
-    name: str, value: Any, tmp_path: Path
-) -> None:
-    base, _ = trained_in_peft(LINEAR, tmp_path)
-    edit_config(tmp_path, **{name: value})
-    with pytest.raises(FileError, match=f"not supported: {name}="):
-        load_lora(base, tmp_path)
-    assert type(base[0]) is nn.Linear
-
-
-def test_every_field_of_the_installed_peft_is_decided() -> None:
-    refused = {name for name, _ in FIELDS}
-    assert set(LoraConfig().to_dict()) <= NUMBERS | NEUTRAL | set(OFF) | refused
-
-
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_an_initialisation_that_leaves_the_base_alone_is_read(init: Any, tmp_path: Path) -> None:
-    base, _ = trained_in_peft(LINEAR, tmp_path)
-    edit_config(tmp_path, init_lora_weights=init, a_field_of_tomorrow=None)
-    load_lora(base, tmp_path)
-
-
-CONFIGS: list[tuple[str, dict[str, Any], str]] = [
-    ("rank that is no integer", {"r": "2"}, "a rank of '2'"),
-    ("alpha that is no number", {"lora_alpha": None, "alpha_pattern": {"0": "x"}}, "an alpha of 'x'"),
-    ("infinite alpha", {"lora_alpha": 10**400}, "an alpha of 1000"),
-    ("pattern that is no expression", {"rank_pattern": {"(": 2}}, r"the pattern '\('"),
-    ("pattern that takes for ever", {"rank_pattern": {"(a+)+x": 2}}, "the pattern"),
-    ("pattern of many repetitions", {"alpha_pattern": {".*" * 9: 2}}, "the pattern"),
-    ("patterns that are no mapping", {"rank_pattern": ["0"]}, "a rank of"),
-    ("parameters that are no names", {"target_parameters": [1]}, "target_parameters="),
-    ("another rank", {"r": 3}, "0 has rank 2, by its adapter_config.json 3"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"), [c[1:] for c in CONFIGS], ids=[c[0] for c in CONFIGS]
-)
-def test_a_config_that_does_not_fit_is_refused(
-    fields: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    base, _ = trained_in_peft(LINEAR, tmp_path)
-    edit_config(tmp_path, **fields)
-    with pytest.raises(FileError, match=message):
-        load_lora(base, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"r": 1, "r": 2}', "[" * 10**5, "\x00", '{"r": NaN}']
-)
-def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
-    base, _ = trained_in_peft(LINEAR, tmp_path)
-    (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(FileError, match=r"adapter_config.json: no (JSON|config of PEFT's)"):
-        load_lora(base, tmp_path)
-
-
-def test_tensors_without_a_config_are_refused(tmp_path: Path) -> None:
-    base, _ = trained_in_peft(LINEAR, tmp_path)
-    (tmp_path / "adapter_config.json").unlink()
-    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        with pytest.raises(FileError, match=r"adapter_config\.json can't be read"):
-            load_lora(base, path)
-
-
-A, B = f"{PREFIX}0.lora_A.weight", f"{PREFIX}0.lora_B.weight"
-BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
-    ("missing factor", lambda t: t.pop(B), "0 has no lora_B"),
-    ("no factors", lambda t: t.clear(), "there is no adapter in it"),
-    ("module that isn't there", lambda t: t.update({A.replace("0", "7"): t.pop(A), B.replace("0", "7"): t.pop(B)}), 'no module for 7; the nearest to the first are "[01].weight"'),
-    ("wrapper that isn't there", lambda t: t.update({f"{PREFIX}0.base_layer.lora_A.weight": t.pop(A), f"{PREFIX}0.base_layer.lora_B.weight": t.pop(B)}), "no module for 0.base_layer; the"),
-    ("part of what is no attention", lambda t: t.update({f"{PREFIX}0.base_layer.out_proj.lora_A.weight": t.pop(A), f"{PREFIX}0.base_layer.out_proj.lora_B.weight": t.pop(B)}), "no module for 0.base_layer.out_proj; the"),
-    ("DoRA's magnitudes", lambda t: t.update({f"{PREFIX}0.lora_magnitude_vector.weight": torch.ones(5)}), "0.lora_magnitude_vector.weight is neither a factor nor equal"),
-    ("bias", lambda t: t.update({f"{PREFIX}0.base_layer.bias": torch.ones(5)}), "0.bias is neither a factor nor equal to the model's"),
-    ("transposed", lambda t: t.update({A: t[A].T.contiguous()}), "0 has rank 6, by its"),
-    ("another shape", lambda t: t.update({A: torch.ones(2, 7)}), r"0 has factors \(2, 7\) and \(5, 2\) for a weight of \(5, 6\)"),
-    ("a vector", lambda t: t.update({A: torch.ones(2)}), r"lora_A of 0 is torch.float32 of \(2,\)"),
-    ("integers", lambda t: t.update({A: torch.ones(2, 6).int()}), "lora_A of 0 is torch.int32"),
-    ("infinity", lambda t: t[A].fill_(math.inf), "0.weight: alpha and factors must be finite"),
-    ("both spellings", lambda t: t.update({f"{PREFIX}0.lora_embedding_A": torch.ones(2, 6)}), "0.lora_embedding_A is neither"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("edit", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
-def test_tensors_that_do_not_fit_are_refused_whole(
-    edit: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
-) -> None:
-    base, _ = trained_in_peft(LINEAR, tmp_path)
-    edit_tensors(tmp_path, edit)
-    with pytest.raises(FileError, match=message):
-        load_lora(base, tmp_path)
-    assert type(base[0]) is nn.Linear
-
-
-def test_base_weights_that_peft_saved_have_to_be_the_models_own(tmp_path: Path) -> None:
-    case = next(each for each in CASES if each.id == "Llama with embeddings")
-    base, _ = trained_in_peft(case, tmp_path)
-    key = f"{PREFIX}model.embed_tokens.base_layer.weight"
-    assert key in load_file(tmp_path / "adapter_model.safetensors")
-    edit_tensors(tmp_path, lambda t: t[key][0].add_(1))
-    with pytest.raises(FileError, match=r"model.embed_tokens.weight is neither a factor nor equal"):
-        load_lora(base, tmp_path)
-
-
-def test_a_grouped_convolution_is_refused_both_ways(tmp_path: Path) -> None:
-    case = Case("grouped", chain(nn.Conv2d(4, 6, 3, groups=2)), floats(2, 4, 5, 5), ["0"])
-    base, _ = trained_in_peft(case, tmp_path)
-    with pytest.raises(FileError, match=r"0\.weight: PEFT's update of a grouped convolution"):
-        load_lora(base, tmp_path)
-    register_lora(base, rank=2)
-    with pytest.raises(FileError, match=r"0\.weight: PEFT's update of a grouped convolution"):
-        save_lora(base, tmp_path / "out", format="peft")
-    assert not (tmp_path / "out").exists()
-
-
-OTHER_MATHS: list[tuple[str, nn.Module]] = [
-    ("dilated", nn.Conv1d(4, 5, 3, dilation=2, padding="same")),
-    ("padded", nn.Conv1d(4, 5, 3, padding=1, padding_mode="circular")),
-]
-
-
-@pytest.mark.parametrize(
-    "layer", [each[1] for each in OTHER_MATHS], ids=[o[0] for o in OTHER_MATHS]
-)
-def test_a_convolution_that_peft_trains_otherwise_warns_both_ways(
-    layer: nn.Module, tmp_path: Path
-) -> None:
-    base, theirs = trained_in_peft(Case("", chain(layer), floats(2, 4, 7), ["0"]), tmp_path)
-    with pytest.warns(UserWarning, match="PEFT adapts 0.weight by other maths"):
-        load_lora(base, tmp_path)
-    x = torch.randn(2, 4, 7)
-    assert not torch.allclose(output(base, x), output(theirs, x), atol=1e-3)
-    with pytest.warns(UserWarning, match="PEFT adapts 0.weight by other maths"):
-        save_lora(base, tmp_path / "out", format="peft")
-
-
-class Scaled(nn.Linear):
-    """A linear layer with one more matrix, and a forward that PEFT's wrapper doesn't know."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__(*shape)
-        self.gain_weight = nn.Parameter(torch.ones(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) @ self.gain_weight
-
-
-HOMELESS: list[tuple[str, nn.Module, dict[str, Any], str]] = [
-    ("own tensor of a subclass", nn.Sequential(Scaled(4, 4)), {"target": "0.gain_weight"}, "0.gain_weight: PEFT has no place"),
-    ("model itself", nn.Linear(6, 5), {}, "weight: PEFT adapts what is inside a model"),
-    ("LSTM", nn.Sequential(nn.LSTM(4, 5)), {}, "0.weight_ih_l0: PEFT has no place for this tensor of a"),
-    ("transposed convolution", nn.Sequential(nn.ConvTranspose1d(4, 5, 3)), {}, "0.weight: PEFT has no place"),
-    ("bilinear", nn.Sequential(nn.Bilinear(4, 3, 5)), {}, "0.weight: PEFT has no place"),
-    ("embedding bag", nn.Sequential(nn.EmbeddingBag(7, 5)), {"target": "0"}, "0.weight: PEFT has no place"),
-    ("attention of kdim", nn.Sequential(nn.MultiheadAttention(8, 2, kdim=6)), {}, "0.k_proj_weight: PEFT has no place"),
-    ("four dimensions", nn.ModuleDict({"a": nn.ParameterDict({"w": torch.ones(2, 2, 3, 3)})}), {"target": "a.w"}, "a.w: PEFT has no place"),
-    ("parameter of a list", nn.Sequential(nn.ParameterList([torch.ones(3, 3)])), {"target": "0.0"}, "0.0: PEFT has no place"),
-    ("experts beside Conv1D", nn.Sequential(Conv1D(5, 6), Experts()), {"target": ["0", "up"]}, "1.up: PEFT can't adapt it in one file with a Conv1D"),
-    ("name that ends another", nn.ModuleDict({"e": Experts(), "x": nn.ModuleDict({"e": Experts()})}), {"target": "e.up", "exclude": "x.*"}, "x.e.up: PEFT would adapt it too"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "message"), [h[1:] for h in HOMELESS], ids=[h[0] for h in HOMELESS]
-)
-def test_what_peft_cannot_hold_is_refused_by_name_before_writing(
-    model: nn.Module, options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    model = copy.deepcopy(model)
-    register_lora(model, rank=1, **options)
-    with pytest.raises(FileError, match=f"nothing was written: .*{message}"):
-        save_lora(model, tmp_path / "out", format="peft")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_linear_layer_with_a_forward_of_its_own_warns(tmp_path: Path) -> None:
-    base, _ = trained_in_peft(
-        Case("", lambda: nn.Sequential(Scaled(4, 4)), floats(2, 4), ["0"]), tmp_path
-    )
-    with pytest.warns(UserWarning, match=r"PEFT adapts 0\.weight by other maths"):
-        load_lora(base, tmp_path)
-
-
 # Outlines: what the command line knows of a base
 
 
 OUTLINED = [
     each
     for each in CASES
-    if each.id in ("linear", "conv2d", "attention", "embedding", "GPT-2", "Llama")
+    if each.id
+    in ("linear", "conv2d", "attention", "embedding", "GPT-2", "Llama", "transposed experts")
 ]
 
 
 @pytest.mark.parametrize("case", OUTLINED, ids=lambda case: case.id)
 def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path) -> None:
     base, _ = trained_in_peft(case, tmp_path)
-    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()})
+    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()}, {})
     for ours, theirs in zip(
         peft.read(tmp_path, outline, mha_out_proj="once"),
         peft.read(tmp_path, base, mha_out_proj="once"),
@@ -659,12 +280,41 @@ def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path)
         assert torch.equal(ours.lora_B, theirs.lora_B)
 
 
-def test_an_outline_does_not_say_how_experts_lie(tmp_path: Path) -> None:
-    case = next(each for each in CASES if each.id == "transposed experts")
-    base, _ = trained_in_peft(case, tmp_path)
-    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()})
-    with pytest.raises(FileError, match=r"0\.up: PEFT's layout of a stack depends on the module"):
+SQUARE = next(each for each in CASES if each.id == "square experts")
+
+
+@pytest.mark.parametrize(
+    ("version", "turned"),
+    [("0.18.1", (True, True)), ("0.19.0", (True, False)), ("0.19.1", (False, True))],
+)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_square_stack_lies_as_it_did_in_the_release_that_wrote_it(
+    is_transposed: bool, version: str, turned: tuple[bool, bool], tmp_path: Path
+) -> None:
+    base, _ = trained_in_peft(SQUARE, tmp_path)
+    [plain] = peft.read(tmp_path, base)
+    edit_config(tmp_path, peft_version=version)
+    base[0].is_transposed = is_transposed
+    [pair] = peft.read(tmp_path, base)
+    update, expected = pair.lora_B @ pair.lora_A, plain.lora_B @ plain.lora_A
+    torch.testing.assert_close(update.mT if turned[is_transposed] else update, expected)
+
+
+def test_a_square_stack_of_unknown_origin_is_refused(tmp_path: Path) -> None:
+    base, _ = trained_in_peft(SQUARE, tmp_path)
+    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()}, {})
+    with pytest.raises(FileError, match=r"0\.up: which side of its square matrices is which"):
         peft.read(tmp_path, outline)
+    edit_config(tmp_path, peft_version=None)
+    with pytest.raises(FileError, match=r"0\.up: which side of its square matrices is which"):
+        load_lora(base, tmp_path)
+
+
+def test_a_stack_of_an_outline_is_not_written(tmp_path: Path) -> None:
+    base, _ = trained_in_peft(SQUARE, tmp_path)
+    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()}, {})
+    with pytest.raises(FileError, match=r"0\.up: PEFT's layout of a stack depends on the module"):
+        peft.write(tmp_path / "out", peft.read(tmp_path, base), outline)
 
 
 PLAIN = [each for each in CASES if not (each.parameters and "rank_pattern" in each.options)]

@@ -17,8 +17,8 @@ from ..errors import FileError
 from ..surgery import tensor_names
 from . import layout
 from .pair import About, Pair
-from .peft_config import load_config, rank_and_alpha
-from .peft_places import Place, home_of, place_of, refusals
+from .peft_config import Config, load_config, rank_and_alpha
+from .peft_places import IN_OUT, Place, home_of, place_of, refusals
 from .tensors import load_tensors, peek, replacing, save_tensors
 
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -78,18 +78,17 @@ def read(
     for place in found:
         A, B = factors[place.name]["A"], factors[place.name]["B"]
         rank, alpha = rank_and_alpha(config, place.key)
-        # Of an outline's module the type is a guess.
-        outlined = place.tensor is not None and place.tensor.is_meta and place.kind == "layer"
-        transposed = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
-        transposed |= layout.is_conv1d(place.module) and place.kind == "layer"
-        transposed |= outlined and bool(config.get("fan_in_fan_out"))
         faults = list(refusals(place, idle=place.kind == "alone" and not B.any()))
-        faults += [] if faults else _faults(place, A, B, rank, transposed)
-        if not faults:
-            A, B = _ours(place, A, B, rank, transposed)
+        if faults:
+            complaints += faults
+            continue
+        transposed = _is_transposed(place, A, config, tensors)
+        if faults := list(_faults(place, A, B, rank, transposed)):
+            complaints += faults
+        else:
+            A, B = _ours(place, A, B, rank, bool(transposed))
             B = B * 2 if place.kind == "out_proj" and mha_out_proj != "once" else B
             pairs.append(Pair(place.weight, A, B, alpha))
-        complaints += faults
     layout.refuse(path, complaints)
     _warn(found, READ_TWICE if mha_out_proj is None else "")
     return pairs
@@ -111,7 +110,7 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module) -> None:
     names = {pair.weight for pair in pairs}
     placed = [(home_of(pair.weight, modules, names), pair) for pair in pairs]
     places = [place for place, _ in placed]
-    complaints = [fault for place in places for fault in refusals(place)]
+    complaints = [fault for place in places for fault in refusals(place, written=True)]
     layout.refuse(path, [*complaints, *_misread(placed, modules)], "written")
     _warn(places, "the file holds half of it")
     tensors = {}
@@ -144,17 +143,41 @@ def _misread(
             yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
 
 
-def _faults(place: Place, A: Tensor, B: Tensor, rank: int, transposed: bool) -> list[str]:
-    """Complain of shapes."""
+def _faults(
+    place: Place, A: Tensor, B: Tensor, rank: int, transposed: bool | None
+) -> Iterator[str]:
+    """Yield what is wrong with the shapes."""
     experts = len(place.tensor) if place.stacked and place.tensor is not None else 1
     if place.module is None:
         experts = max(len(A) // max(rank, 1), 1)
     if rank < 1 or len(A) != rank * experts:
-        return [f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}"]
-    if not place.stacked and experts == 1:
-        return layout.misfit(place.name, place.tensor, A, B, transposed)
-    fits = A.ndim == B.ndim == 2 and B.shape[1] == len(A)
-    return [] if fits else [f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}"]
+        yield f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}"
+    elif not place.stacked and experts == 1:
+        yield from layout.misfit(place.name, place.tensor, A, B, bool(transposed))
+    elif not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
+        yield f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}"
+    elif transposed is None:
+        yield f"{place.weight}: which side of its square matrices is which can't be known"
+
+
+def _is_transposed(
+    place: Place, A: Tensor, config: Config, tensors: Mapping[str, Tensor]
+) -> bool | None:
+    """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
+    if place.stacked and place.tensor is not None:
+        _, rows, columns = place.tensor.shape
+        if rows != columns:
+            return A.shape[1] == rows
+        found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version")))
+        if found is None or place.is_outline:
+            return None
+        # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
+        version, such = tuple(map(int, found.groups())), getattr(place.module, IN_OUT, False)
+        return version < (0, 19, 0) or bool(such) == (version > (0, 19, 0))
+    if f"{PREFIX}{place.name}.lora_embedding_A" in tensors:
+        return True
+    guessed = place.is_outline and bool(config.get("fan_in_fan_out"))
+    return place.kind == "layer" and (guessed or layout.is_conv1d(place.module))
 
 
 def _ours(place: Place, A: Tensor, B: Tensor, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -162,22 +185,16 @@ def _ours(place: Place, A: Tensor, B: Tensor, rank: int, transposed: bool) -> tu
         return layout.turned(A, B, transposed)
     A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
     B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
-    return _swapped(place, A, B)
+    return (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
 
 
 def _theirs(place: Place, pair: Pair) -> tuple[Tensor, Tensor]:
     A, B = pair.lora_A, pair.lora_B
     if place.stacked:
-        A, B = _swapped(place, A, B)
+        A, B = (B.mT, A.mT) if getattr(place.module, IN_OUT, False) else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
     transposed = place.kind == "layer" and layout.is_transposed(place.module)
     return layout.unflattened(*layout.turned(A, B, transposed), place.tensor)
-
-
-def _swapped(place: Place, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Swap the sides where a module says that it stores its experts `(in, out)`."""
-    transposed = getattr(place.module, "is_transposed", False)
-    return (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
 
 
 def _with_other_halves(pairs: Sequence[Pair], modules: Mapping[str, nn.Module]) -> list[Pair]:
@@ -207,6 +224,7 @@ def _config(
     vague = any(not _tails(path).isdisjoint(targets) for path in modules.keys() - targets)
     return {
         "peft_type": "LORA",
+        "peft_version": "0.19.1",  # the first with this layout of stacks
         "base_model_name_or_path": getattr(modules[""], "name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,

@@ -14,6 +14,7 @@ from . import layout
 from .peft_config import Config
 
 WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
+IN_OUT = "is_transposed"  # by which transformers' experts say that they are stored `(in, out)`
 
 
 class Place(NamedTuple):
@@ -30,6 +31,12 @@ class Place(NamedTuple):
     def stacked(self) -> bool:
         """Whether it is a stack of experts' matrices."""
         return self.kind == "parameter" and self.tensor is not None and self.tensor.ndim == 3
+
+    @property
+    def is_outline(self) -> bool:
+        """Whether only the shape is known, and how its module computes is a guess."""
+        meta = self.tensor is not None and self.tensor.is_meta
+        return meta and not hasattr(self.module, IN_OUT)
 
 
 def place_of(name: str, modules: Mapping[str, nn.Module] | None, config: Config) -> Place | None:
@@ -72,7 +79,7 @@ def home_of(weight: str, modules: Mapping[str, nn.Module], names: Collection[str
     return place
 
 
-def refusals(place: Place, *, idle: bool = False) -> Iterator[str]:
+def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iterator[str]:
     """Yield why PEFT has no place for a pair, or doesn't use it; an idle one has no effect."""
     module, weight = place.module, place.weight
     if module is None:
@@ -85,7 +92,9 @@ def refusals(place: Place, *, idle: bool = False) -> Iterator[str]:
         yield f"{weight}: PEFT's update of a grouped convolution is no change of its weight"
     elif place.kind == "alone" and not idle:
         yield f"{weight}: PEFT never applies an adapter of an attention's out_proj alone"
-    elif place.stacked and place.tensor.is_meta and not hasattr(module, "is_transposed"):
+    elif (
+        written and place.stacked and place.tensor.is_meta and not hasattr(module, "is_transposed")
+    ):
         yield f"{weight}: PEFT's layout of a stack depends on the module, and this is an outline"
 
 
