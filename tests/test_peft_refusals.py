@@ -140,6 +140,7 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("a vector", lambda t: t.update({A: torch.ones(2)}), r"lora_A of 0 is torch.float32 of \(2,\)"),
     ("integers", lambda t: t.update({A: torch.ones(2, 6).int()}), "lora_A of 0 is torch.int32"),
     ("infinity", lambda t: t[A].fill_(math.inf), "0.weight: alpha and factors must be finite"),
+    ("half of each spelling", lambda t: t.update({f"{PREFIX}0.lora_embedding_B": t.pop(B).T.contiguous()}), "0 has factors"),
     ("both spellings", lambda t: t.update({f"{PREFIX}0.lora_embedding_A": torch.ones(2, 6)}), "0.lora_embedding_A is neither"),
 ]  # fmt: skip
 

@@ -73,25 +73,16 @@ def read(
         raise FileError(f"{path}: which rank a target parameter has can't be said without a model")
     modules = None if model is None else layout.modules_of(model)
     places = {name: place_of(name, modules, config) for name in factors}
-    complaints = layout.missing([name for name in factors if places[name] is None], model)
-    pairs, found = [], [place for place in places.values() if place]
+    found = [place for place in places.values() if place]
+    results: list[Pair | str] = []
     for place in found:
-        A, B = factors[place.name]["A"], factors[place.name]["B"]
-        rank, alpha = rank_and_alpha(config, place.key)
-        faults = list(refusals(place, idle=place.kind == "alone" and not B.any()))
-        if faults:
-            complaints += faults
-            continue
-        transposed = _is_transposed(place, A, config, tensors)
-        if faults := list(_faults(place, A, B, rank, transposed)):
-            complaints += faults
-        else:
-            A, B = _ours(place, A, B, rank, bool(transposed))
-            B = B * 2 if place.kind == "out_proj" and mha_out_proj != "once" else B
-            pairs.append(Pair(place.weight, A, B, alpha))
-    layout.refuse(path, complaints)
+        embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
+        results += _results(place, factors[place.name], config, embedded, mha_out_proj != "once")
+    unplaced = [name for name, place in places.items() if place is None]
+    complaints = [each for each in results if isinstance(each, str)]
+    layout.refuse(path, [*layout.missing(unplaced, model), *complaints])
     _warn(found, READ_TWICE if mha_out_proj is None else "")
-    return pairs
+    return [each for each in results if isinstance(each, Pair)]
 
 
 def write(path: Path, pairs: Sequence[Pair], model: nn.Module) -> None:
@@ -124,6 +115,21 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module) -> None:
     save_tensors(path / SAFE, tensors, {"format": "pt"})
     with replacing(path / CONFIG) as file:
         file.write(content)
+
+
+def _results(
+    place: Place, found: Mapping[str, Tensor], config: Config, embedded: bool, twice: bool
+) -> Iterator[Pair | str]:
+    """Yield the pair, or what is wrong with it."""
+    A, B = found["A"], found["B"]
+    rank, alpha = rank_and_alpha(config, place.key)
+    faults = list(refusals(place, idle=place.kind == "alone" and not B.any()))
+    transposed = None if faults else _is_transposed(place, A, config, embedded)
+    if faults := faults or list(_faults(place, A, B, rank, transposed)):
+        yield from faults
+        return
+    A, B = _ours(place, A, B, rank, bool(transposed))
+    yield Pair(place.weight, A, B * 2 if twice and place.kind == "out_proj" else B, alpha)
 
 
 def _misread(
@@ -160,9 +166,7 @@ def _faults(
         yield f"{place.weight}: which side of its square matrices is which can't be known"
 
 
-def _is_transposed(
-    place: Place, A: Tensor, config: Config, tensors: Mapping[str, Tensor]
-) -> bool | None:
+def _is_transposed(place: Place, A: Tensor, config: Config, embedded: bool) -> bool | None:
     """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
     if place.stacked and place.tensor is not None:
         _, rows, columns = place.tensor.shape
@@ -174,7 +178,7 @@ def _is_transposed(
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version, such = tuple(map(int, found.groups())), getattr(place.module, IN_OUT, False)
         return version < (0, 19, 0) or bool(such) == (version > (0, 19, 0))
-    if f"{PREFIX}{place.name}.lora_embedding_A" in tensors:
+    if embedded:
         return True
     guessed = place.is_outline and bool(config.get("fan_in_fan_out"))
     return place.kind == "layer" and (guessed or layout.is_conv1d(place.module))
