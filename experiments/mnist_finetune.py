@@ -20,6 +20,7 @@ Expected: the 9s improve several-fold, the other digits pay for it, and off is e
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -29,7 +30,6 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_param as lp
@@ -37,7 +37,7 @@ import lora_param as lp
 from . import mnist
 from .machine import choose_device, environment, next_folder, timed
 from .mnist import Split
-from .mnist_results import SOURCE, Run, summary, table, timings, verdict
+from .mnist_results import SOURCE, STATES, Run, Score, summary, table, timings, verdict
 from .mnist_training import RichBoyNet, adam, score, shuffled, train
 from .plotting import plot_wrong_counts
 
@@ -129,13 +129,16 @@ def finetune(net: RichBoyNet, split: Split, config: Config, generator: torch.Gen
     return train(net, optimizer, split, batches, config.finetune_batches, "fine-tuning")
 
 
-def run_seed(config: Config, seed: int, splits: tuple[Split, Split]) -> tuple[Run, RichBoyNet]:
+def run_seed(
+    config: Config, seed: int, splits: tuple[Split, Split], path: Path
+) -> tuple[Run, RichBoyNet]:
     """Pretrain, adapt, fine-tune and test with one seed, and check what LoRA promises.
 
     Args:
         config: The settings.
         seed: The seed.
         splits: Training and test images.
+        path: Where to save the adapter.
 
     Returns:
         The figures, and the network with its adapter.
@@ -152,7 +155,7 @@ def run_seed(config: Config, seed: int, splits: tuple[Split, Split]) -> tuple[Ru
         run.losses["pretraining"] = pretrain(net, splits[0], config, generator)
     test("pretrained")
     copies = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
-    digests = lp.fingerprint(net)
+    digests, fresh = lp.fingerprint(net), copy.deepcopy(net)
     rank, alpha = config.rank, config.alpha
     lp.register_lora(net, rank=rank, alpha=alpha, init="gaussian", generator=generator)
     if seed == config.seed:
@@ -165,7 +168,14 @@ def run_seed(config: Config, seed: int, splits: tuple[Split, Split]) -> tuple[Ru
     with timed(run.seconds, "checks"):
         check_network(net, copies, alpha / rank)
         lp.assert_frozen(net, digests)  # bits: torch.equal takes 0 and -0 for the same
-        check_counts(run)
+        lp.save_lora(net, path)
+        lp.load_lora(fresh, path, base="require")
+        loaded = score(fresh, splits[1], config.test_batch_size, "testing, loaded")
+        check_counts(run, loaded)
+    if seed == config.seed:
+        base = sum(tensor.numel() * tensor.element_size() for tensor in copies.values())
+        size = path.stat().st_size
+        print(f"{path.name}: {size:,} bytes, the network {base:,}: {size / base:.1%}\n", flush=True)
     return run, net
 
 
@@ -213,10 +223,12 @@ def check_network(net: RichBoyNet, copies: dict[str, Tensor], scale: float) -> N
             _claim(layer.weight, before, f"disabled, {name}.weight is its original")
 
 
-def check_counts(run: Run) -> None:
-    """Check that the network, its adapter disabled, errs exactly as it did before."""
-    before, off = (run.scores[state].wrong for state in ("pretrained", "LoRA off"))
-    _claim(torch.tensor(off), torch.tensor(before), "disabled, the test counts are as before")
+def check_counts(run: Run, loaded: Score) -> None:
+    """Check that the network errs as before with its adapter off, and as now with it loaded."""
+    before, on, off = (torch.tensor(run.scores[state].wrong) for state in STATES)
+    _claim(off, before, "disabled, the test counts are as before")
+    claim = "loaded from its file into a fresh copy, the adapter gives the same test counts"
+    _claim(torch.tensor(loaded.wrong), on, claim)
 
 
 def _claim(found: Tensor, expected: Tensor, text: str) -> None:
@@ -243,10 +255,9 @@ def run(config: Config) -> Result:
         splits = mnist.load(Path(config.data), device)
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
-        figures, net = run_seed(config, seed, splits)
-        runs.append(figures)
         name = "adapter" if config.seeds == 1 else f"adapter_seed{seed}"
-        save_file(lp.lora_state_dict(net), folder / f"{name}.safetensors")
+        figures, net = run_seed(config, seed, splits, folder / f"{name}.safetensors")
+        runs.append(figures)
         for phase, time in figures.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + time
     result = Result(config, tuple(runs), seconds, folder)

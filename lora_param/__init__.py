@@ -10,7 +10,15 @@
 """
 
 from .base import assert_frozen, base_frozen, fingerprint
-from .errors import AdapterError, FrozenError, LoRAError, StateDictError, TargetError
+from .errors import (
+    AdapterError,
+    FileError,
+    FrozenError,
+    LoRAError,
+    StateDictError,
+    TargetError,
+)
+from .files import load_lora, save_lora
 from .merge import lora_merged, merge_lora
 from .parametrization import LoRAParametrization
 from .register import disable_lora, enable_lora, lora_disabled, register_lora, remove_lora
@@ -28,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "AdapterSummary",
+    "FileError",
     "FrozenError",
     "LoRAError",
     "LoRAParametrization",
@@ -41,6 +50,7 @@ __all__ = [
     "disable_lora",
     "enable_lora",
     "fingerprint",
+    "load_lora",
     "load_lora_state_dict",
     "lora_disabled",
     "lora_merged",
@@ -51,4 +61,5 @@ __all__ = [
     "named_lora_parameters",
     "register_lora",
     "remove_lora",
+    "save_lora",
 ]

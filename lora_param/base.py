@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
         FIPS 180-4 for SHA-256.
     """
     originals = _originals(model, buffers)
-    return {name: _digest(name, tensor) for name, tensor in originals.items()}
+    return {name: digest_of(name, tensor) for name, tensor in originals.items()}
 
 
 def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
@@ -133,7 +134,7 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
     changed = [
         name
         for name, digest in fingerprint.items()
-        if name in now and _digest(name, now[name]) != digest
+        if name in now and digest_of(name, now[name]) != digest
     ]
     complaints = []
     if changed:
@@ -190,7 +191,19 @@ def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(name: str, tensor: Tensor) -> str:
+def bytes_of(name: str, tensor: Tensor) -> Any:
+    """Return a tensor's bytes, without a copy and without numpy, which torch doesn't require.
+
+    Args:
+        name: What it is called, for the error message.
+        tensor: The tensor.
+
+    Returns:
+        Something to hash or to write.
+
+    Raises:
+        LoRAError: It has none of its own: on the meta device, sparse, sharded, wrapped.
+    """
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
     size = tensor.numel() * tensor.element_size() if plain else 0
     if plain and not tensor.is_meta:
@@ -198,10 +211,18 @@ def _digest(name: str, tensor: Tensor) -> str:
     if not plain or tensor.is_meta or (size and not tensor.data_ptr()):
         raise LoRAError(
             f"{name}: a {type(tensor).__name__} of {tensor.layout} on {tensor.device} has no bytes "
-            "of its own; take the fingerprint of the model before it is sharded or converted"
+            "of its own; do this before the model is sharded or converted"
         )
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    if size:
-        # The bytes themselves, without a copy and without numpy, which torch doesn't require.
-        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
-    return digest.hexdigest()
+    if not size:
+        return b""
+    content: Any = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    content.tensor = tensor  # keeps the memory
+    return content
+
+
+def digest_of(name: str, tensor: Tensor) -> str:
+    """Return the SHA-256 digest of a tensor, over its bytes, dtype and shape."""
+    content = bytes_of(name, tensor)
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    found.update(content)
+    return found.hexdigest()

@@ -21,3 +21,7 @@ class StateDictError(LoRAError):
 
 class FrozenError(LoRAError, AssertionError):
     """An original that had to stay as it was has changed."""
+
+
+class FileError(LoRAError):
+    """A file is damaged, of an unknown format, or holds what doesn't fit the model."""

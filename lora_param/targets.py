@@ -60,7 +60,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
     Raises:
         TargetError: One of the selectors matches nothing, or nothing of two or more dimensions.
     """
-    weights = {weight.name: weight for weight in _catalogue(model)}
+    weights = {weight.name: weight for weight in catalogue(model)}
     places = _places(model, weights)
     if target is None:
         chosen = {
@@ -72,7 +72,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
         if not chosen:
             raise TargetError(
                 "target=None finds no linear, convolution, attention or recurrent layer; name the "
-                f"weights, for example {_nearest('', weights)}"
+                f"weights, for example {nearest('', weights)}"
             )
     else:
         chosen = set()
@@ -131,7 +131,7 @@ def spread(
     return [value[pattern] for pattern in deciders if pattern is not None]
 
 
-def _catalogue(model: nn.Module) -> list[Weight]:
+def catalogue(model: nn.Module) -> list[Weight]:
     """List every parameter, and every tensor that the table expects, there or not."""
     return [
         Weight(path, module, tensor)
@@ -266,13 +266,13 @@ def _unmatched(
             "needs a tensor of two or more dimensions"
         )
     if not isinstance(selector, str):
-        return f"{option} {_show(selector)} matches no weight; there are {_nearest('', weights)}"
+        return f"{option} {_show(selector)} matches no weight; there are {nearest('', weights)}"
     if any(_glob(selector, path) for weight in weights.values() for path in _parents(weight.path)):
         hint = f'for all below it, write "{selector}.*"'
         return f'{option} "{selector}" has no weight of its own; {hint}'
     if known := {type(place.module).__name__ for place in places if _glob(selector, place.path)}:
         return f'{option} "{selector}" is a {", ".join(sorted(known))} with nothing to adapt'
-    return f'{option} "{selector}" matches no weight; the nearest are {_nearest(selector, weights)}'
+    return f'{option} "{selector}" matches no weight; the nearest are {nearest(selector, weights)}'
 
 
 def _parents(path: str) -> list[str]:
@@ -280,7 +280,7 @@ def _parents(path: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _nearest(pattern: str, weights: Mapping[str, Weight]) -> str:
+def nearest(pattern: str, weights: Mapping[str, Weight]) -> str:
     """Quote up to three names whose ends are the most like a pattern."""
     length = pattern.count(".") + 1
 
@@ -291,8 +291,8 @@ def _nearest(pattern: str, weights: Mapping[str, Weight]) -> str:
         )
 
     candidates = [weight for weight in weights.values() if not _is_flat(weight)]
-    nearest = sorted(candidates, key=likeness, reverse=True)[:3]
-    return ", ".join(f'"{weight.name}"' for weight in nearest) or "none: the model has no weights"
+    likest = sorted(candidates, key=likeness, reverse=True)[:3]
+    return ", ".join(f'"{weight.name}"' for weight in likest) or "none: the model has no weights"
 
 
 def _show(selector: Selector) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import lora_param
 from experiments import mnist_finetune, mnist_source_loop
@@ -71,18 +70,11 @@ def test_picture_is_a_png(output: Path) -> None:
 
 
 def test_adapter_file_fits_a_fresh_network(output: Path) -> None:
-    tensors = load_file(output / "001" / "adapter.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "linear1.weight.default.lora_A": (1, 784),
-        "linear1.weight.default.lora_B": (1000, 1),
-        "linear2.weight.default.lora_A": (1, 1000),
-        "linear2.weight.default.lora_B": (2000, 1),
-        "linear3.weight.default.lora_A": (1, 2000),
-        "linear3.weight.default.lora_B": (10, 1),
-    }
-    net = RichBoyNet()
-    lora_param.register_lora(net, rank=1)
-    lora_param.load_lora_state_dict(net, tensors)
+    net, path = RichBoyNet(), output / "001" / "adapter.safetensors"
+    names = ["linear1.weight", "linear2.weight", "linear3.weight"]
+    assert lora_param.load_lora(net, path, base="ignore") == names
+    with pytest.raises(lora_param.FileError, match="6 of 6 parameters differ"):
+        lora_param.load_lora(RichBoyNet(), path, base="require")
 
 
 def test_same_seed_gives_the_same_figures_in_a_new_folder(
@@ -97,6 +89,8 @@ def test_same_seed_gives_the_same_figures_in_a_new_folder(
     assert (output / "002" / "adapter.safetensors").read_bytes() == before["adapter.safetensors"]
     printed = capsys.readouterr()
     assert "2,807,010 original + 6,794 added by LoRA = 2,813,804" in printed.out
+    assert "adapter.safetensors: " in printed.out
+    assert "bytes, the network 11,228,040: " in printed.out
     assert "LoRA off: the wrong counts are exactly the pretrained network's" in printed.out
     assert printed.err == ""  # no progress bars where the output is no terminal
 
@@ -202,12 +196,15 @@ def test_weight_that_stays_adapted_breaks_the_claim_of_off(
         mnist_finetune.check_network(*adapted, scale=1.0)
 
 
-def test_other_counts_with_lora_off_break_a_claim() -> None:
+def test_other_counts_break_a_claim() -> None:
     run = Run(0, {state: Score(tuple(range(10)), 100) for state in STATES})
-    mnist_finetune.check_counts(run)
-    run.scores["LoRA off"] = Score((1, *range(1, 10)), 100)
+    other = Score((1, *range(1, 10)), 100)
+    mnist_finetune.check_counts(run, run.scores["LoRA on"])
+    with pytest.raises(mnist_finetune.BrokenClaimError, match="loaded from its file"):
+        mnist_finetune.check_counts(run, other)
+    run.scores["LoRA off"] = other
     with pytest.raises(mnist_finetune.BrokenClaimError, match="disabled, the test counts"):
-        mnist_finetune.check_counts(run)
+        mnist_finetune.check_counts(run, run.scores["LoRA on"])
 
 
 BAD_OPTIONS = [

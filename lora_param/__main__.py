@@ -1,0 +1,286 @@
+"""The command line: what is in an adapter's file, in which format, for which base."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .base import bytes_of, digest_of
+from .errors import FileError, LoRAError
+from .files import fitted
+from .formats import FORMATS, About, Format, Pair, read, recognised, write
+from .formats.layout import load_pickle
+from .formats.pair import shortened
+from .formats.skeleton import Shape, skeleton
+from .formats.tensors import DTYPES, Header, header, load_tensors, peek, write_blobs
+from .progress import progress
+
+PROGRAM = "lora-param"
+RAW = argparse.RawDescriptionHelpFormatter  # an example stays one line
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """Print what a file holds: its format, its base, and each update's size."""
+    row, about = _recognised(arguments.file)
+    pairs = read(row, arguments.file, None, **_options(arguments.option))
+    weights = [
+        _figures(pair, about.shapes.get(pair.weight)) for pair in progress(pairs, "measuring")
+    ]
+    totals = {"weights": len(pairs), "parameters": sum(map(_size, pairs))}
+    if arguments.json:
+        said = {"format": row.name, "base": about.model, "adapter": about.adapter}
+        print(json.dumps(said | {"weights": weights, "totals": totals}, indent=2))
+        return
+    columns = "{weight:{width}}  {shape:>14}  {rank:>5}  {alpha:>8}  {norm:>11}  {effective:>9}"
+    titles = {key: key for key in ("weight", "shape", "rank", "alpha")}
+    width = max(len(pair.weight) for pair in pairs)
+    print(f"format {row.name}, base {about.model or 'not said'}\n")
+    print(columns.format(**titles, width=width, norm="|dW|", effective="eff. rank"))
+    for each in weights:
+        shown = each | {
+            "shape": "x".join(map(str, each["shape"])),
+            "alpha": f"{each['alpha']:g}",
+            "norm": f"{each['norm']:.4g}",
+            "effective": f"{each['effective_rank']:.2f}",
+        }
+        print(columns.format(**shown, width=width))
+    print(f"\n{totals['weights']:,} weights, {totals['parameters']:,} parameters")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Write a file again in another format."""
+    row, about = _recognised(arguments.file)
+    _keep_apart(arguments.out, arguments.file, arguments.base)
+    tensors = _checkpoint(arguments.base) if arguments.base else {}
+    if not tensors and not about.shapes:
+        raise FileError(
+            f"{arguments.file}: the format {row.name} doesn't say what its weights are; give the "
+            "checkpoint that it was trained on with --base"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()} or about.shapes
+    model, fitting = _fitting(arguments.file, row, about, shapes, arguments.option)
+    guessed = [pair.weight for pair in fitting if pair.weight not in about.layers]
+    if arguments.to == "peft" and any(len(shapes[name]) > 2 for name in guessed):
+        raise FileError(
+            f"{arguments.file}: no checkpoint says how a convolution is grouped; load this file on "
+            'the model and call save_lora(..., format="peft")'
+        )
+    options = _options(arguments.write_option)
+    if arguments.to == "native":
+        found = progress(list(tensors), "digesting")
+        options["base"] = {name: digest_of(name, tensors[name]) for name in found} or about.base
+    write(arguments.to, arguments.out, fitting, model, about.adapter, **options)
+    print(f"{arguments.out}: {len(fitting):,} weights, format {arguments.to}")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Compare a checkpoint with the base that a file was trained on, bit for bit."""
+    row, about = _recognised(arguments.file)
+    tensors = _checkpoint(arguments.base)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _fitting(arguments.file, row, about, shapes, arguments.option)
+    if not about.base:
+        raise FileError(
+            f"{arguments.file}: fits by names and shapes; it holds no fingerprint of its base, so "
+            "whether it was trained on these very bits can't be said"
+        )
+    present = progress([name for name in about.base if name in tensors], "digesting")
+    now = {name: digest_of(name, tensors[name]) for name in present}
+    # A checkpoint may hold tied weights once; equal biases are no sign of that.
+    tied = {digest for name, digest in now.items() if len(shapes[name]) > 1}
+    if found := [
+        name
+        for name, digest in about.base.items()
+        if now.get(name, digest if digest in tied else None) != digest
+    ]:
+        raise FileError(
+            f"{arguments.file}: {len(found)} of {len(about.base)} parameters of its base aren't "
+            f"those of {arguments.base}: {shortened(found)}"
+        )
+    print(f"{arguments.base}: the base to the bit, all {len(about.base):,} parameters")
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Fold a file's adapter into a checkpoint, one tensor in memory at a time."""
+    row, about = _recognised(arguments.file)
+    _keep_apart(arguments.out, arguments.file, arguments.base)
+    head = header(arguments.base)
+    shapes = {name: entry.shape for name, entry in head.tensors.items()}
+    _, fitting = _fitting(arguments.file, row, about, shapes, arguments.option)
+    pairs = {pair.weight: pair for pair in fitting}
+    base = {} if arguments.any_base else about.base
+    write_blobs(
+        arguments.out, head.tensors, head.metadata, _merged(arguments.base, head, pairs, base)
+    )
+    print(f"{arguments.out}: {len(pairs):,} of {len(head.tensors):,} tensors changed")
+
+
+def _merged(
+    path: Path, head: Header, pairs: Mapping[str, Pair], base: Mapping[str, str]
+) -> Iterator[Any]:
+    with open(path, "rb") as file:
+        for name, entry in progress(list(head.tensors.items()), "merging"):
+            content = bytearray(entry.end - entry.begin)
+            file.seek(entry.begin)
+            file.readinto(content)
+            dtype = DTYPES.get(entry.dtype)
+            if dtype is None and name in pairs:
+                raise FileError(f"{path}: {name} is {entry.dtype}, which no update can be added to")
+            if dtype is None or (name not in pairs and name not in base):
+                yield content
+                continue
+            tensor = torch.frombuffer(content or bytearray(8), dtype=dtype)
+            tensor = tensor[: len(content) // dtype.itemsize].view(entry.shape)
+            if name in base and digest_of(name, tensor) != base[name]:
+                raise FileError(
+                    f"{path}: {name} isn't that of the base that the adapter was trained on; give "
+                    "that one, or --any-base"
+                )
+            if name in pairs:
+                tensor = pairs[name].parametrization()(tensor)
+                if not tensor.isfinite().all():
+                    raise FileError(f"{path}: {name} would not be finite in {dtype}")
+            yield bytes_of(name, tensor)
+
+
+def _recognised(path: Path) -> tuple[Format, About]:
+    row = recognised(path)
+    return row, row.about(path)
+
+
+def _checkpoint(path: Path) -> dict[str, Tensor]:
+    return load_tensors(path) if peek(path).tensors else load_pickle(path)
+
+
+def _fitting(
+    path: Path, row: Format, about: About, shapes: Mapping[str, Shape], options: Sequence[str]
+) -> tuple[nn.Module, list[Pair]]:
+    """Read a file's pairs against a model's outline; return both."""
+    model = skeleton(shapes, about.layers)
+    pairs = read(row, path, model, **_options(options))
+    return model, [pair for _, pair in fitted(path, pairs, model, about)]
+
+
+def _figures(pair: Pair, shape: Shape | None) -> dict[str, Any]:
+    """Measure an update by its singular values, found from the factors without forming it.
+
+    The effective rank is the exponential of the entropy of the singular values' distribution, the
+    mean over a stack: Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
+    """
+    A, B = (torch.linalg.qr(each.double())[1] for each in (pair.lora_A.mT, pair.lora_B))
+    values = torch.linalg.svdvals(B @ A.mT) * abs(pair.alpha / pair.rank)
+    share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
+    return {
+        "weight": pair.weight,
+        "shape": shape or (*pair.lora_B.shape[:-1], pair.lora_A.shape[-1]),
+        "rank": pair.rank,
+        "alpha": pair.alpha,
+        "norm": values.norm().item(),
+        "effective_rank": effective.mean().item(),
+        "parameters": _size(pair),
+    }
+
+
+def _size(pair: Pair) -> int:
+    return pair.lora_A.numel() + pair.lora_B.numel()
+
+
+def _keep_apart(out: Path, *inputs: Path | None) -> None:
+    written = [out, *out.iterdir()] if out.is_dir() else [out] * out.exists()
+    for each in inputs:
+        if each is not None and each.exists() and any(map(each.samefile, written)):
+            raise FileError(f"{out}: would be read and written; name another")
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise LoRAError(f"an option is written NAME=VALUE, got {each}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+PATH = {"type": Path}
+REPEATED = {"metavar": "NAME=VALUE", "action": "append", "default": []}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "file": PATH | {"metavar": "FILE", "help": "the adapter, in any format"},
+    "out": PATH | {"metavar": "OUT", "help": "the file to write, for PEFT the folder"},
+    "--base": PATH | {"metavar": "CHECKPOINT", "required": True, "help": "the base"},
+    "[--base]": PATH | {"metavar": "CHECKPOINT", "help": "the base, where FILE doesn't say"},
+    "--out": PATH | {"metavar": "OUT.safetensors", "required": True},
+    "--to": {"choices": [each.name for each in FORMATS if each.write], "required": True},
+    "--json": {"action": "store_true", "help": "print JSON"},
+    "--any-base": {"action": "store_true", "help": "whether trained on this base or not"},
+    "--option": REPEATED | {"help": "what FILE's format asks for, such as alpha=16"},
+    "--write-option": REPEATED | {"help": "what OUT's format takes"},
+}
+COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]] = {
+    info: ("adapter.safetensors --json", ("file", "--json", "--option")),
+    convert: (
+        "adapter.safetensors for_peft --to peft",
+        ("file", "out", "--to", "[--base]", "--option", "--write-option"),
+    ),
+    check: ("adapter.safetensors --base model.safetensors", ("file", "--base", "--option")),
+    merge: (
+        "adapter.safetensors --base model.safetensors --out merged.safetensors",
+        ("file", "--base", "--out", "--any-base", "--option"),
+    ),
+}
+"""Each command's example and arguments."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; those of the process if `None`.
+
+    Returns:
+        The exit status.
+    """
+    parser = _Parser(prog=PROGRAM, description="Look into, convert, check and merge adapter files.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for call, (example, names) in COMMANDS.items():
+        said = f"{call.__doc__}".splitlines()[0]
+        epilog = f"example: {PROGRAM} {call.__name__} {example}"
+        command = commands.add_parser(
+            call.__name__, help=said, description=said, epilog=epilog, formatter_class=RAW
+        )
+        command.set_defaults(call=call)
+        for name in names:
+            command.add_argument(name.strip("[]"), **ARGUMENTS[name])
+    arguments = parser.parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda said, *rest: print(f"{PROGRAM}: {said}", file=sys.stderr)
+            arguments.call(arguments)
+    except (LoRAError, OSError) as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The formats of adapter files: a row each in one table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import FileError, LoRAError
+from . import diffusers, kohya, loralib, native, peft
+from .pair import About, Format, Pair, faults, shortened
+from .tensors import header
+
+FORMATS: tuple[Format, ...] = (
+    Format("native", native.recognises, native.read, native.write, native.about),
+    Format("peft", peft.recognises, peft.read, peft.write, peft.about),
+    Format("kohya", kohya.recognises, kohya.read, kohya.write),
+    Format("diffusers", diffusers.recognises, diffusers.read),
+    Format("loralib", loralib.recognises, loralib.read),
+)
+"""A file is recognised by one row."""
+
+__all__ = ["FORMATS", "About", "Format", "Pair", "read", "recognised", "write"]
+
+
+def recognised(path: Path) -> Format:
+    """Return the row of a file's format, or raise a `FileError`."""
+    rows = [each for each in FORMATS if each.recognises(path)]
+    if len(rows) == 1:
+        return rows[0]
+    if path.suffix == ".safetensors" or not path.exists():
+        header(path)  # says what is wrong with it
+    known = ", ".join(each.name for each in rows or FORMATS)
+    raise FileError(f"{path}: {'could be any of' if rows else 'is of no known format:'} {known}")
+
+
+def read(row: Format, path: Path, model: nn.Module | None, **options: Any) -> list[Pair]:
+    """Read a file's pairs; each is whole in itself, whether it fits the model isn't known."""
+    _check_options(row, row.read, options)
+    pairs = row.read(path, model, **options)
+    if complaints := list(faults(pairs)):
+        raise FileError(f"{path}: {shortened(complaints)}")
+    return pairs
+
+
+def write(
+    format: str, path: Path, pairs: list[Pair], model: nn.Module, adapter: str, **options: Any
+) -> None:
+    """Write pairs in the format of that name, which may have a place for the adapter's name."""
+    written = {each.name: each for each in FORMATS if each.write}
+    if (row := written.get(format)) is None or row.write is None:
+        raise LoRAError(f"format must be one of {sorted(written)}, got {format!r}")
+    _check_options(row, row.write, options)
+    if "adapter" in inspect.signature(row.write).parameters:
+        options["adapter"] = adapter
+    row.write(path, pairs, model, **options)
+
+
+def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(call).parameters.values()
+    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} - {"adapter"}
+    if unknown := sorted(options.keys() - known):
+        raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")

@@ -1,0 +1,108 @@
+"""PEFT's `adapter_config.json`: which fields decide the numbers, and which can't be honoured."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+from .tensors import strict_json
+
+Config = Mapping[str, Any]
+
+NUMBERS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"}
+NEUTRAL = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "target_modules", "exclude_modules", "lora_dropout"),
+    *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core", "loftq_config"),
+    *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+}
+"""Fields that leave a trained adapter's numbers alone. Every field of no set has to be off."""
+OFF = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # The other initialisations change the base.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+}
+"""What counts as off beside what is false or `None`."""
+
+
+def load_config(path: Path) -> Config:
+    """Parse a config and check it.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        Its fields.
+
+    Raises:
+        FileError: It isn't there, is no JSON object, or lists the fields that can't be honoured.
+    """
+    try:
+        config = strict_json(path.read_text("utf-8"))
+    except OSError:
+        raise FileError(f"{path} can't be read; PEFT's tensors need it beside them") from None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: no JSON: {error}") from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise FileError(f"{path}: no config of PEFT's")
+    if complaints := list(unsupported(config)):
+        raise FileError(f"{path}: not supported: {', '.join(complaints)}")
+    return config
+
+
+def unsupported(config: Config) -> Iterator[str]:
+    """Yield each field that changes the numbers in a way that can't be honoured."""
+    for field, value in config.items():
+        off = not value or (field in OFF and value in OFF[field])
+        if not off and field not in NUMBERS | NEUTRAL:
+            yield f"{field}={value!r:.60}"
+    ranks = {"r": config.get("r", 8), **_patterns(config, "rank_pattern")}
+    alphas = {"lora_alpha": config.get("lora_alpha", 8), **_patterns(config, "alpha_pattern")}
+    yield from (f"a rank of {rank!r:.60}" for rank in ranks.values() if type(rank) is not int)
+    for alpha in alphas.values():
+        if type(alpha) not in (int, float) or not -1e300 < alpha < 1e300:
+            yield f"an alpha of {alpha!r:.60}"
+    yield from (f"the pattern {key!r:.60}" for key in {**ranks, **alphas} if not _is_safe(key))
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
+        yield f"target_parameters={targets!r:.60}"
+
+
+def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
+    """Return what a config gives a weight.
+
+    Args:
+        config: A config in which nothing is unsupported.
+        key: The module's path, or the name of a target parameter.
+
+    Returns:
+        The rank, and the alpha, for rsLoRA times `sqrt(rank)`.
+    """
+    rank = _matched(_patterns(config, "rank_pattern"), key, config.get("r", 8))
+    alpha = _matched(_patterns(config, "alpha_pattern"), key, config.get("lora_alpha", 8))
+    return rank, alpha * math.sqrt(max(rank, 0)) if config.get("use_rslora") else float(alpha)
+
+
+def _matched(patterns: Config, key: str, default: Any) -> Any:
+    """Decide as PEFT does: by the first pattern that matches the key or its end after a dot."""
+    hits = (value for each, value in patterns.items() if re.match(rf"(.*\.)?({each})$", key))
+    return next(hits, default)
+
+
+def _patterns(config: Config, field: str) -> Config:
+    value = config.get(field) or {}
+    return value if isinstance(value, dict) else {"": value}
+
+
+def _is_safe(pattern: str) -> bool:
+    """Refuse what is no expression, or could take for ever: a repeated group, many repetitions."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) < 5

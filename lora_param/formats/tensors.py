@@ -1,0 +1,167 @@
+"""Safetensors files: a header that is checked, tensors that are mapped, writes that are atomic."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..base import bytes_of
+from ..errors import FileError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that weights and factors can have, by their names in a header."""
+
+LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says about one tensor: its dtype's name, its shape, where its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself.
+
+    Attributes:
+        metadata: Its strings.
+        tensors: What it says about each tensor, in the order of their bytes.
+    """
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, Entry] = field(default_factory=dict)
+
+
+def header(path: Path) -> Header:
+    """Read a safetensors file's header, and check it against the file's size.
+
+    Raises:
+        FileError: It is no safetensors file, or a damaged one.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+                raise ValueError("its header would be longer than the file")
+            return _checked(strict_json(file.read(length).decode()), 8 + length, size)
+    except OSError as error:
+        raise FileError(f"{path}: can't be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise FileError(f"{path}: no safetensors file, or a damaged one: {error!s:.200}") from None
+
+
+def peek(path: Path) -> Header:
+    """Return a safetensors file's header, or an empty one where there is none."""
+    with suppress(FileError):
+        return header(path)
+    return Header()
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file's tensors into memory: they are read when they are used.
+
+    Raises:
+        FileError: The file is damaged.
+    """
+    names = header(path).tensors
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        raise FileError(f"{path}: a damaged safetensors file: {error!s:.200}") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors of the dtypes in `DTYPES` to a safetensors file, whole or not at all."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    # Readers view the bytes in place, so every tensor has to begin at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    entries = {
+        name: Entry(codes[each.dtype], tuple(each.shape), 0, each.numel() * each.element_size())
+        for name, each in ordered
+    }
+    write_blobs(path, entries, metadata, (bytes_of(name, each) for name, each in ordered))
+
+
+def write_blobs(
+    path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], blobs: Iterable[Any]
+) -> None:
+    """Write a safetensors file from its tensors' bytes as they come, whole or not at all."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, entry in entries.items():
+        end = begin + entry.end - entry.begin
+        content[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
+        begin = end
+    encoded = json.dumps(content, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing(path) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for blob in blobs:
+            file.write(blob)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file in the same folder that takes the path's place when it is complete."""
+    target = path.resolve()  # a link stays one
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise FileError(f"{path}: can't be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def strict_json(text: str) -> Any:
+    """Parse JSON without duplicate keys, NaN or infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+def _checked(content: Any, start: int, size: int) -> Header:
+    metadata = content.pop("__metadata__", {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no strings")
+    entries = {}
+    for name, each in content.items():
+        begin, end = each["data_offsets"]
+        numbers = [*each["shape"], begin, end - begin, size - start - end]
+        if not isinstance(each["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"{name:.80} has no place in it")
+        entries[name] = Entry(each["dtype"], tuple(each["shape"]), start + begin, start + end)
+    return Header(metadata, dict(sorted(entries.items(), key=lambda item: item[1].begin)))
