@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..classes import type_before
 from ..errors import FileError
 from ..surgery import tensor_names
 from . import layout
@@ -267,5 +268,6 @@ def _warn(places: Sequence[Place], consequence: str) -> None:
 def _has_other_maths(module: nn.Module | None) -> bool:
     dilated = any(each != 1 for each in getattr(module, "dilation", ()))
     padded = getattr(module, "padding_mode", "zeros") != "zeros"
-    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return dilated or padded or own
+    if not isinstance(module, nn.Linear):
+        return dilated or padded
+    return type_before(module).forward is not nn.Linear.forward
