@@ -246,13 +246,13 @@ def run(config: Config) -> Result:
         The figures, and where they were written.
     """
     device = choose_device(config.device)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "data"):
+        splits = mnist.load(Path(config.data), device)
     folder = next_folder(Path(config.output))
     print(
         f"device {device}, {torch.get_num_threads()} CPU threads; writing to {folder}\n", flush=True
     )
-    seconds: dict[str, float] = {}
-    with timed(seconds, "data"):
-        splits = mnist.load(Path(config.data), device)
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
         name = "adapter" if config.seeds == 1 else f"adapter_seed{seed}"

@@ -108,13 +108,9 @@ def _plus(y: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
     if y.dim() != 2:
         return torch.add(y, low @ up, alpha=scale)
     if up.requires_grad and up.shape[0] < 16 and y.shape[0] > 64 and y.is_cpu:
-        up = (
-            up.contiguous()
-        )  # for its gradient: on a transpose this narrow BLAS takes thrice as long
-    # In place, `y` would have to be batched in the way that `low` is.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return torch.addmm(y, low, up, alpha=scale)
-    return y.addmm_(low, up, alpha=scale)
+        # For its gradient: on a transpose as narrow as this, BLAS takes up to three times as long.
+        up = up.contiguous()
+    return y.addmm_(low, up, alpha=scale) if _alone() else torch.addmm(y, low, up, alpha=scale)
 
 
 def _plus_channels(y: Tensor, low: Tensor, lora_B: Tensor, scale: float, sizes: int) -> Tensor:
@@ -123,6 +119,15 @@ def _plus_channels(y: Tensor, low: Tensor, lora_B: Tensor, scale: float, sizes: 
         y, low = y.movedim(-sizes - 1, -1), low.movedim(-sizes - 1, -1)
         return torch.add(y, low @ lora_B.t(), alpha=scale).movedim(-1, -sizes - 1)
     flat, low = y.flatten(-sizes), low.flatten(-sizes)
-    if flat.dim() == 2:
-        return torch.addmm(flat, lora_B, low, alpha=scale).view_as(y)
-    return torch.baddbmm(flat, lora_B.expand(len(y), -1, -1), low, alpha=scale).view_as(y)
+    batched = flat.dim() == 3
+    lora_B = lora_B.expand(len(y), -1, -1) if batched else lora_B
+    if _alone() and not torch.is_grad_enabled():  # autograd would copy what is changed by a view
+        (flat.baddbmm_ if batched else flat.addmm_)(lora_B, low, alpha=scale)
+        return y
+    add = torch.baddbmm if batched else torch.addmm
+    return add(flat, lora_B, low, alpha=scale).view_as(y)
+
+
+def _alone() -> bool:
+    """Whether a result may be changed in place: it may not if it might be batched otherwise."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())

@@ -195,29 +195,38 @@ def _in_activation_space(
 
 def _ends(module: nn.Module, name: str) -> tuple[Tensor, list[LoRAParametrization]] | None:
     """Return a weight as it is beneath its adapters, and those that are on; `None` without such."""
-    chains = chains_of(module)
-    entries = list(chains[name]) if name in chains else []
-    others = [entry for entry in entries if not isinstance(entry, LoRAParametrization)]
-    if entries[: len(others)] != others:
-        return None
-    adapters = [entry for entry in entries[len(others) :] if entry.enabled]
+    others, adapters = _separated(module, name) or ([], [])
+    adapters = [entry for entry in adapters if entry.enabled]
     if not adapters:
         return None
-    originals = originals_of(chains[name])
+    originals = originals_of(chains_of(module)[name])
     weight = others[0](*originals) if others else originals[0]
     for entry in others[1:]:
         weight = entry(weight)
-    return weight, adapters
+    # One that was registered by hand may have another matrix view.
+    matrices = all(e.lora_A.dim() == 2 and len(e.lora_B) == len(weight) for e in adapters)
+    return (weight, adapters) if matrices else None
+
+
+def _separated(
+    module: nn.Module, name: str
+) -> tuple[list[nn.Module], list[LoRAParametrization]] | None:
+    """Part a chain in others' entries and adapters behind them; `None` if it isn't so ordered."""
+    chains = chains_of(module)
+    entries = list(chains[name]) if name in chains else []
+    # By exact type: a subclass, or an adapter with parametrized factors, may compute otherwise.
+    ours = [type(entry) is LoRAParametrization for entry in entries]
+    count = sum(ours)
+    if not all(ours[len(ours) - count :]):
+        return None
+    return entries[: len(ours) - count], entries[len(ours) - count :]
 
 
 def in_activation_space(module: nn.Module, name: str) -> bool:
     """Say whether a module would compute, or computes, a tensor's adapters in activation space."""
     base = type_before(module)
-    chains = chains_of(module)
-    entries = list(chains[name]) if name in chains else []
-    ours = [isinstance(entry, LoRAParametrization) for entry in entries]
-    last = ours == sorted(ours)  # no other behind one of ours
-    return bool(name == "weight" and activation_of(base) and layer_of(base).suits(module) and last)
+    stock = name == "weight" and activation_of(base) is not None and layer_of(base).suits(module)
+    return stock and _separated(module, name) is not None
 
 
 def _refuse_reset(self: nn.Module) -> None:

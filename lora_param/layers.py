@@ -51,8 +51,8 @@ def _ungrouped(module: Any) -> bool:
     return bool(module.groups == 1)
 
 
-def _unscaled(module: Any) -> bool:
-    return not module.scale_grad_by_freq
+def _plain_lookup(module: Any) -> bool:
+    return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
 
 
 def _without_slices(base: Any) -> Callable[..., Any]:
@@ -124,7 +124,7 @@ TABLE: tuple[Layer, ...] = (
     Layer(
         nn.Embedding,
         activation=embedding,
-        suits=_unscaled,
+        suits=_plain_lookup,
         default=False,
         refusal=_embedding_rule,
     ),
