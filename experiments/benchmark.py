@@ -191,18 +191,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [cell for cell in cells() if cell.quick or not arguments.quick]
     least = 0.0 if arguments.quick else TURN
     work = [(cell, mode) for mode in MODES.get(device.type, MODES["cpu"]) for cell in chosen]
-    results = [
-        measure(cell, mode, device, least)
-        for cell, mode in tqdm(work, "cells", disable=None, unit="cell")
-    ]
-    report = {
-        "environment": environment(device) | {"ways": list(WAYS)},
-        "cells": results,
-        "verbs": verbs(),
-    }
-    print(show(report))
+    results: list[dict[str, Any]] = []
     folder = next_folder(arguments.output)
-    (folder / "benchmark.json").write_text(json.dumps(report, indent=1))
+    report = {"environment": environment(device), "cells": results, "verbs": verbs()}
+    for cell, mode in tqdm(work, "cells", disable=None, unit="cell"):
+        results.append(measure(cell, mode, device, least))
+        # Each time, so that an interrupted run leaves what it has measured.
+        (folder / "benchmark.json").write_text(json.dumps(report, indent=1))
+    print(show(report))
     draw(results, folder / "benchmark.png")
     print(f"\nwritten to {folder}")
 
