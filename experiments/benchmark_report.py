@@ -87,6 +87,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), ls="", marker=marker, label=way, **filled)  # type: ignore[arg-type]
     axes.axvline(1, color="0.7", zorder=0)
     axes.set_xscale("log")
+    axes.minorticks_off()
     axes.set_xticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
     axes.set_yticks(range(len(results)), [_name(each) for each in results])
     axes.tick_params(axis="y", labelsize=7)
