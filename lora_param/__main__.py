@@ -19,6 +19,7 @@ from .files import fitted
 from .formats import FORMATS, About, Format, Pair, read, recognised, write
 from .formats.layout import load_pickle
 from .formats.pair import shortened
+from .formats.peft import CONFIG
 from .formats.skeleton import Shape, skeleton
 from .formats.tensors import DTYPES, Header, header, load_tensors, peek, write_blobs
 from .progress import progress
@@ -75,8 +76,8 @@ def convert(arguments: argparse.Namespace) -> None:
         )
     options = _options(arguments.write_option)
     if arguments.to == "native":
-        found = progress(list(tensors), "digesting")
-        options["base"] = {name: digest_of(name, tensors[name]) for name in found} or about.base
+        found = progress([] if about.base else list(tensors), "digesting")
+        options["base"] = about.base or {name: digest_of(name, tensors[name]) for name in found}
     write(arguments.to, arguments.out, fitting, model, about.adapter, **options)
     print(f"{arguments.out}: {len(fitting):,} weights, format {arguments.to}")
 
@@ -178,6 +179,8 @@ def _figures(pair: Pair, shape: Shape | None) -> dict[str, Any]:
     A, B = (torch.linalg.qr(each.double())[1] for each in (pair.lora_A.mT, pair.lora_B))
     values = torch.linalg.svdvals(B @ A.mT) * abs(pair.alpha / pair.rank)
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    if not values.norm().isfinite():
+        raise FileError(f"{pair.weight}: its update isn't finite")
     effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
     return {
         "weight": pair.weight,
@@ -196,9 +199,11 @@ def _size(pair: Pair) -> int:
 
 def _keep_apart(out: Path, *inputs: Path | None) -> None:
     written = [out, *out.iterdir()] if out.is_dir() else [out] * out.exists()
-    for each in inputs:
-        if each is not None and each.exists() and any(map(each.samefile, written)):
-            raise FileError(f"{out}: would be read and written; name another")
+    for given in inputs:
+        inside = [*given.iterdir()] if given and given.is_dir() else []
+        for each in [given, given.with_name(CONFIG), *inside] if given else []:
+            if each.exists() and any(map(each.samefile, written)):
+                raise FileError(f"{out}: would be read and written; name another")
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:
@@ -276,8 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda said, *rest: print(f"{PROGRAM}: {said}", file=sys.stderr)
             arguments.call(arguments)
-    except (LoRAError, OSError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:  # whatever a hostile file brings about
+        kind = "" if isinstance(error, (LoRAError, OSError)) else f"{type(error).__name__}: "
+        print(f"{PROGRAM}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

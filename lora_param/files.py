@@ -18,11 +18,11 @@ from .formats.pair import About, Pair, faults, shortened
 from .layers import layer_of
 from .parametrization import LoRAParametrization, check_adapter
 from .progress import progress
-from .refusals import check_model, check_unshared, check_weights
+from .refusals import check_model, check_structure, check_unshared, check_weights
 from .register import adapters_of
 from .state import load_lora_state_dict
 from .surgery import all_or_nothing, attach, template_of
-from .targets import Weight, catalogue, nearest
+from .targets import Weight, catalogue, is_flat, nearest
 
 
 def save_lora(
@@ -65,7 +65,7 @@ def save_lora(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_lora(model, f"{folder}/adapter.safetensors", metadata={"license": "MIT"})
     """
-    check_model(model, "save_lora")
+    check_structure(model, "save_lora")
     entries = adapters_of(model, adapter)
     names = sorted({entry.adapter for _, entry in entries})
     if len(names) > 1:
@@ -171,9 +171,13 @@ def fitted(
             f"this model lacks {len(missing)} of {len(by_name)}: {shortened(missing)}; the nearest "
             f"to the first are {nearest(missing[0], weights)}"
         )
+    check_weights([weights[name] for name in by_name], "")
     found, complaints, lowered = [], [], []
     for name, weight in weights.items():
         if (pair := by_name.get(name)) is None:
+            continue
+        if is_flat(weight):
+            complaints.append(f"{name} has fewer than two dimensions")
             continue
         *batch, fan_out, fan_in = _view(weight)
         shapes = tuple(pair.lora_A.shape), tuple(pair.lora_B.shape)
@@ -239,7 +243,7 @@ def _doubt(about: About, model: nn.Module) -> str:
     if not about.base:
         return 'there is no fingerprint of its base in it; pass base="warn" to load it anyway'
     try:
-        now = fingerprint(model)
+        now = fingerprint(model, buffers=True)
     except LoRAError as error:
         return f'the base can\'t be compared, pass base="ignore": {error}'
     differing = [name for name, found in about.base.items() if now.get(name) != found]

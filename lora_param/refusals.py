@@ -121,6 +121,12 @@ def _name_taken(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
+def _merged_for_now(weight: Weight, tensor: Tensor | None) -> str | None:
+    if "_lora_merged" in weight.module.__dict__:
+        return "it is merged for a lora_merged block; call this after the block"
+    return None
+
+
 def _made_in_inference_mode(weight: Weight, tensor: Tensor | None) -> str | None:
     if tensor is not None and tensor.is_inference():
         return (
@@ -204,6 +210,7 @@ def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
 
 RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
     _name_taken,
+    _merged_for_now,
     _normed_by_hook,
     _not_there,
     _lazy,

@@ -155,8 +155,10 @@ def put_plain(module: nn.Module, values: Mapping[str, Tensor]) -> Callable[[], N
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
     _restore_class(module, base, found)
     _reorder(module._parameters, found.order)
+    module.__dict__["_lora_merged"] = True
 
     def bring_back() -> None:
+        del module.__dict__["_lora_merged"]
         for name in values:
             del module._parameters[name]
         holder._modules.clear()

@@ -78,7 +78,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
         chosen = set()
         for selector in _selectors("target", target):
             hits = _hits("target", selector, places)
-            broad = {name for name in hits if not _is_flat(weights[name])}
+            broad = {name for name in hits if not is_flat(weights[name])}
             if not broad:
                 raise TargetError(_unmatched("target", selector, hits, weights, places))
             chosen |= broad
@@ -146,7 +146,7 @@ def _of_module(path: str, module: nn.Module) -> list[str]:
     if layer_of(type(module)) is not UNLISTED:
         return [_join(path, tensor) for tensor in listed(module, present)]
     own = [Weight(path, module, tensor) for tensor in present]
-    return [weight.name for weight in own if not _is_flat(weight)]
+    return [weight.name for weight in own if not is_flat(weight)]
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,8 @@ def _glob(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
-def _is_flat(weight: Weight) -> bool:
+def is_flat(weight: Weight) -> bool:
+    """Say whether a weight has fewer than the two dimensions that a matrix needs."""
     tensor = original_of(weight.module, weight.tensor)
     return tensor is not None and not is_lazy(tensor) and tensor.ndim < 2
 
@@ -290,7 +291,7 @@ def nearest(pattern: str, weights: Mapping[str, Weight]) -> str:
             difflib.SequenceMatcher(None, pattern, end).ratio() for end in [*ends, weight.name]
         )
 
-    candidates = [weight for weight in weights.values() if not _is_flat(weight)]
+    candidates = [weight for weight in weights.values() if not is_flat(weight)]
     likest = sorted(candidates, key=likeness, reverse=True)[:3]
     return ", ".join(f'"{weight.name}"' for weight in likest) or "none: the model has no weights"
 

@@ -193,6 +193,49 @@ def test_merging_never_writes_over_what_it_reads(
     assert (adapter.read_bytes(), base.read_bytes()) == before
 
 
+@pytest.mark.filterwarnings("ignore")  # what PEFT does otherwise
+def test_what_is_in_a_folder_that_is_read_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder, base = nn.Sequential(nn.Linear(6, 5)), tmp_path / "peft", tmp_path / "b"
+    save_file(model.state_dict(), base, {"format": "pt"})
+    register_lora(model, rank=2)
+    save_lora(model, folder, format="peft")
+    tensors, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    before = tensors.read_bytes(), config.read_bytes()
+    for adapter, out in ((folder, tensors), (folder, config), (tensors, config)):
+        assert "would be read and written" in fails(capsys, *merging(adapter, base, out))
+    assert (tensors.read_bytes(), config.read_bytes()) == before
+
+
+def test_converting_beside_another_base_keeps_the_bases_fingerprint(
+    files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, out = files
+    other = tmp_path / "other.safetensors"
+    save_file({name: each + 1 for name, each in load_file(base).items()}, other)
+    works(capsys, "convert", str(adapter), str(out), "--to", "native", "--base", str(other))
+    works(capsys, "check", str(out), "--base", str(base))
+    fails(capsys, "check", str(out), "--base", str(other))
+
+
+@pytest.mark.parametrize("option", ["alpha=abc", "alpha=[1]", "alpha={}", f"alpha={'9' * 400}"])
+def test_an_option_of_any_kind_ends_in_one_line(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lora.pt"
+    torch.save({"0.lora_A": torch.ones(2, 6), "0.lora_B": torch.ones(5, 2)}, file)
+    fails(capsys, "info", str(file), "--option", option)
+
+
+def test_the_outputs_of_a_checkpoint_with_bytes_of_another_shape_are_refused(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, out = files
+    base.write_bytes(base.read_bytes().replace(b"[5,6]", b"[6,6]"))
+    assert "bytes of another shape" in fails(capsys, *merging(adapter, base, out))
+
+
 def test_a_merged_weight_that_overflows_is_not_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -269,3 +269,11 @@ def test_a_merged_block_needs_an_adapter() -> None:
         lora_merged(nn.Linear(3, 2)),
     ):
         pass
+
+
+def test_registering_in_a_merged_block_is_refused() -> None:
+    layer = adapted("a")
+    before = state(layer)
+    with lora_merged(layer), pytest.raises(TargetError, match="it is merged for a lora_merged"):
+        register_lora(layer, rank=1, adapter="b")
+    assert state(layer) == before

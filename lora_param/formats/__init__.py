@@ -40,8 +40,15 @@ def recognised(path: Path) -> Format:
 def read(row: Format, path: Path, model: nn.Module | None, **options: Any) -> list[Pair]:
     """Read a file's pairs; each is whole in itself, whether it fits the model isn't known."""
     _check_options(row, row.read, options)
-    pairs = row.read(path, model, **options)
-    if complaints := list(faults(pairs)):
+    try:
+        pairs = row.read(path, model, **options)
+        complaints = list(faults(pairs))
+    except LoRAError:
+        raise
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise FileError(f"{path}: can't be read as {row.name}'s: {reason:.200}") from error
+    if complaints:
         raise FileError(f"{path}: {shortened(complaints)}")
     return pairs
 

@@ -96,15 +96,17 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module, *, prefix: str = 
         name = _flat_name(module_path, model, prefix)
         if not isinstance(module, layout.LAYERS) or tensor != "weight" or not module_path:
             complaints.append(f"no place for {pair.weight} of a {type(module).__name__}")
-        elif len(flat[name]) > 1:
-            complaints.append(f"{name} could be {' or '.join(flat[name])}")
-        elif not pair.alpha:
-            complaints.append(f"{pair.weight} has an alpha of 0, which means the rank there")
+            continue
+        if flat.get(name) != [module_path]:
+            complaints.append(f"{name} could be {' or '.join(flat.get(name, ['another part']))}")
+        alpha = torch.tensor(pair.alpha, dtype=torch.float32)
+        if not alpha or not alpha.isfinite():
+            complaints.append(f"{pair.weight} has an alpha of {pair.alpha:g}, in float32 {alpha:g}")
         down, up = layout.unflattened(pair.lora_A, pair.lora_B, original_of(module, tensor))
         tensors |= {
             f"{name}.lora_down.weight": down,
             f"{name}.lora_up.weight": up,
-            f"{name}.alpha": torch.tensor(pair.alpha),
+            f"{name}.alpha": alpha,
         }
     layout.refuse(path, complaints, "written")
     save_tensors(path, tensors, {"format": "pt"})

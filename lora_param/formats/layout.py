@@ -137,12 +137,12 @@ def paired(
         A, B, alpha = found["A"], found["B"], found.get("alpha", torch.zeros(()))
         if module is not None and not isinstance(module, LAYERS):
             complaints.append(f"{name} is a {type(module).__name__}, not a linear or convolution")
-        elif alpha.numel() != 1:
+        elif alpha.numel() != 1 or alpha.is_complex():
             complaints.append(f"alpha of {name} is {tuple(alpha.shape)}, not one number")
         else:
             complaints += misfit(name, weight_of(module), A, B, False)
             full = f"{places[name]}.weight".removeprefix(".")
-            pairs.append(Pair(full, *turned(A, B, False), alpha.item() or float(len(A))))
+            pairs.append(Pair(full, *turned(A, B, False), float(alpha.item()) or float(len(A))))
     refuse(path, complaints)
     return pairs
 

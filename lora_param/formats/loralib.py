@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import FileError
 from . import layout, peft
 from .pair import Pair
+from .tensors import peek
 
 KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -18,7 +19,8 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 def recognises(path: Path) -> bool:
     """Say whether a file is called as a pickle is, and not as PEFT's; it isn't opened."""
-    return path.is_file() and path.suffix in SUFFIXES and path.name != peft.PICKLED
+    named = path.is_file() and path.suffix in SUFFIXES and path.name != peft.PICKLED
+    return named and not peek(path).tensors
 
 
 def read(

@@ -112,10 +112,13 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module) -> None:
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
     content = json.dumps(_config(placed, modules), indent=2).encode()
-    path.mkdir(parents=True, exist_ok=True)
-    save_tensors(path / SAFE, tensors, {"format": "pt"})
-    with replacing(path / CONFIG) as file:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: no folder can be made: {error.strerror}") from None
+    with replacing(path / CONFIG) as file:  # takes its place after the tensors have taken theirs
         file.write(content)
+        save_tensors(path / SAFE, tensors, {"format": "pt"})
 
 
 def _results(

@@ -105,4 +105,4 @@ def _is_safe(pattern: str) -> bool:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) < 5
+    return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{?]", pattern)) < 4

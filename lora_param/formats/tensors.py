@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -54,6 +55,8 @@ def header(path: Path) -> Header:
     Raises:
         FileError: It is no safetensors file, or a damaged one.
     """
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: can't be read: no regular file")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -121,8 +124,13 @@ def write_blobs(
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder that takes the path's place when it is complete."""
-    target = path.resolve()  # a link stays one
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
+    try:
+        target = path.resolve()  # a link stays one
+        if target.exists() and not target.is_file():
+            raise OSError(f"{'a folder' if target.is_dir() else 'no regular file'} is there")
+        temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(f"{path}: can't be written: {error}") from error
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -163,5 +171,8 @@ def _checked(content: Any, start: int, size: int) -> Header:
         numbers = [*each["shape"], begin, end - begin, size - start - end]
         if not isinstance(each["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError(f"{name:.80} has no place in it")
+        dtype = DTYPES.get(each["dtype"])
+        if dtype and math.prod(each["shape"]) * dtype.itemsize != end - begin:
+            raise ValueError(f"{name:.80} has bytes of another shape")
         entries[name] = Entry(each["dtype"], tuple(each["shape"]), start + begin, start + end)
     return Header(metadata, dict(sorted(entries.items(), key=lambda item: item[1].begin)))
