@@ -585,7 +585,7 @@ def test_a_pickle_runs_no_code(suffix: str, tmp_path: Path) -> None:
     for save in (lambda o, f: f.write_bytes(pickle.dumps(o)), torch.save):
         save({"0.weight.lora_A": Bomb(touched)}, file)
         options = {"alpha": 4.0} if suffix in (".pt", ".bin") else {}  # which is what it asks first
-        with pytest.raises(FileError, match="read safely|a damaged one|no known format"):
+        with pytest.raises(FileError, match=r"read safely|a damaged one|no known format"):
             load_lora(plain(), file, **options)
     assert not touched.exists()
 
