@@ -65,7 +65,7 @@ def _linear(
     for term, down, up in products:
         low = F.linear(_dropped(flat, term), down.to(flat.dtype))
         y = _plus(y, low, up, term.scale)
-    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
+    return y if flat is x else _shaped(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def convolution(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -85,6 +85,9 @@ def convolution(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -
 
 def embedding(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
     """Look up `Embedding` rows: `[...]` to `[..., fan_in]`; the padding row gets no gradient."""
+    if torch.is_autocast_enabled(weight.device.type):  # which leaves a lookup alone
+        with torch.autocast(weight.device.type, enabled=False):
+            return embedding(module, x, weight, terms)
     index, pad = x.reshape(-1), module.padding_idx
     y = F.embedding(index, weight, pad)
     for lora_A, lora_B, scale, _ in terms:
@@ -95,7 +98,7 @@ def embedding(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> 
             low = torch.cat([low.masked_fill(padded, 0), padded.to(low.dtype)], 1)
             up = torch.cat([up, (lora_B[pad] @ lora_A).detach().unsqueeze(0)])
         y = _plus(y, low.to(y.dtype), up, scale)
-    return y.view(*x.shape, y.shape[-1])
+    return _shaped(y, (*x.shape, y.shape[-1]))
 
 
 def _dropped(x: Tensor, term: Term) -> Tensor:
@@ -107,10 +110,12 @@ def _plus(y: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
     up = up.to(y.dtype)
     if y.dim() != 2:
         return torch.add(y, low @ up, alpha=scale)
+    if not _alone():
+        return torch.addmm(y, low, up, alpha=scale)
     if up.requires_grad and up.shape[0] < 16 and y.shape[0] > 64 and y.is_cpu:
         # For its gradient: on a transpose as narrow as this, BLAS takes up to three times as long.
         up = up.contiguous()
-    return y.addmm_(low, up, alpha=scale) if _alone() else torch.addmm(y, low, up, alpha=scale)
+    return y.addmm_(low, up, alpha=scale)
 
 
 def _plus_channels(y: Tensor, low: Tensor, lora_B: Tensor, scale: float, sizes: int) -> Tensor:
@@ -120,14 +125,27 @@ def _plus_channels(y: Tensor, low: Tensor, lora_B: Tensor, scale: float, sizes: 
         return torch.add(y, low @ lora_B.t(), alpha=scale).movedim(-1, -sizes - 1)
     flat, low = y.flatten(-sizes), low.flatten(-sizes)
     batched = flat.dim() == 3
-    lora_B = lora_B.expand(len(y), -1, -1) if batched else lora_B
+    lora_B = lora_B.expand(y.shape[0], -1, -1) if batched else lora_B
     if _alone() and not torch.is_grad_enabled():  # autograd would copy what is changed by a view
         (flat.baddbmm_ if batched else flat.addmm_)(lora_B, low, alpha=scale)
         return y
     add = torch.baddbmm if batched else torch.addmm
-    return add(flat, lora_B, low, alpha=scale).view_as(y)
+    return _shaped(add(flat, lora_B, low, alpha=scale), y.shape)
+
+
+def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """Give a result its shape without making it a view, which could not be changed in place."""
+    if _is_traced():  # by jit, which would take the shape for a constant
+        return y.view(*shape)
+    result: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    return result
 
 
 def _alone() -> bool:
-    """Whether a result may be changed in place: it may not if it might be batched otherwise."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    """Whether a result may be changed in place: not if it might be traced, or batched otherwise."""
+    traced = torch.compiler.is_compiling() or _is_traced()
+    return not (traced or torch._C._are_functorch_transforms_active())
+
+
+def _is_traced() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

@@ -173,22 +173,17 @@ def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
 def _in_activation_space(
     base: type[nn.Module], activation: Callable[..., Tensor], suits: Callable[[Any], bool]
 ) -> Callable[..., Any]:
-    argument = list(inspect.signature(base.forward).parameters)[1]
+    stock: Any = base.forward
+    argument = list(inspect.signature(stock).parameters)[1]
 
-    @functools.wraps(base.forward)
+    @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get(argument)
-        ends = _ends(self, "weight") if suits(self) else None
-        if (
-            ends is None
-            or len(args) + len(kwargs) != 1
-            or not isinstance(x, Tensor)
-            or x.layout is not torch.strided
-            or x.is_nested
-        ):
-            return base.forward(self, *args, **kwargs)
-        weight, adapters = ends
-        return activation(self, x, weight, terms_of(adapters))
+        usual = len(args) + len(kwargs) == 1 and base.forward is stock and suits(self)
+        dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+        if usual and dense and (ends := _ends(self, "weight")):
+            return activation(self, x, ends[0], terms_of(ends[1]))
+        return base.forward(self, *args, **kwargs)
 
     return forward
 
@@ -215,11 +210,15 @@ def _separated(
     chains = chains_of(module)
     entries = list(chains[name]) if name in chains else []
     # By exact type: a subclass, or an adapter with parametrized factors, may compute otherwise.
-    ours = [type(entry) is LoRAParametrization for entry in entries]
+    ours = [type(e) is LoRAParametrization and not _is_hooked(e) for e in entries]
     count = sum(ours)
-    if not all(ours[len(ours) - count :]):
+    if not all(ours[len(ours) - count :]) or (entries and _is_hooked(chains[name])):
         return None
     return entries[: len(ours) - count], entries[len(ours) - count :]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def in_activation_space(module: nn.Module, name: str) -> bool:

@@ -48,7 +48,7 @@ def _graph_rule(module: nn.Module) -> str | None:
 
 
 def _ungrouped(module: Any) -> bool:
-    return bool(module.groups == 1)
+    return module.groups == 1 and "_conv_forward" not in module.__dict__
 
 
 def _plain_lookup(module: Any) -> bool:
@@ -86,6 +86,7 @@ class Layer:
         view: From a weight's shape to the shape of its matrix view.
         activation: Its forward in activation space; `None` where it stays in weight space.
         suits: Whether `activation` is right for one module of the type.
+        drops: Whether dropout can act on its input.
         default: Whether `target=None` adapts it.
         refusal: From a module to why it can't be adapted, or `None`.
         rereads: Whether its forward reads one weight several times.
@@ -97,6 +98,7 @@ class Layer:
     view: Callable[[Shape], Shape] = kernel
     activation: Callable[..., Tensor] | None = None
     suits: Callable[[Any], bool] = _always
+    drops: bool = True
     default: bool = True
     refusal: Callable[[nn.Module], str | None] = _never_refused
     rereads: bool = False
@@ -125,6 +127,7 @@ TABLE: tuple[Layer, ...] = (
         nn.Embedding,
         activation=embedding,
         suits=_plain_lookup,
+        drops=False,
         default=False,
         refusal=_embedding_rule,
     ),
@@ -148,11 +151,15 @@ def layer_of(cls: type[nn.Module]) -> Layer:
 def activation_of(cls: type[nn.Module]) -> Callable[..., Tensor] | None:
     """Return the activation-space forward of a type that computes as its row's own type does."""
     layer, kind = _row(cls)
-    same = all(
-        getattr(cls, method, None) is getattr(kind, method, None)
-        for method in ("forward", "_conv_forward")
-    )
-    return layer.activation if same else None
+    return layer.activation if _methods(cls) == _STOCK.setdefault(kind, _methods(kind)) else None
+
+
+def _methods(cls: type) -> tuple[Any, Any]:
+    return getattr(cls, "forward", None), getattr(cls, "_conv_forward", None)
+
+
+_STOCK = {layer.kind: _methods(layer.kind) for layer in TABLE if isinstance(layer.kind, type)}
+"""What computes each type, as torch has it: somebody may have put another method in its place."""
 
 
 def _row(cls: type[nn.Module]) -> tuple[Layer, type]:

@@ -100,9 +100,9 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     values: defaultdict[nn.Module, dict[str, Tensor]] = defaultdict(dict)
     for weight, _ in adapters_of(model):
         value = value_of(weight.module, weight.tensor)
-        values[weight.module][weight.tensor] = (
-            value.clone() if isinstance(value, nn.Parameter) else value
-        )
+        originals = originals_of(chains_of(weight.module)[weight.tensor])
+        shared = any(value.data_ptr() == original.data_ptr() for original in originals)
+        values[weight.module][weight.tensor] = value.clone() if shared else value
     with ExitStack() as stack:
         for module, each in values.items():
             stack.callback(put_plain(module, each))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Integral, Real
 from typing import Any, Literal, cast
 
@@ -33,7 +34,7 @@ class LoRAParametrization(nn.Module):
         adapter: The adapter's name, by which `enable_lora` and the like find it.
         dropout: Probability, `0 <= dropout < 1`, with which entries of a layer's input are dropped
             in front of `lora_A` in training. Weight space can't do that: in training, reading the
-            weight with a graph is an error.
+            weight with a graph warns.
         init: How `lora_A` is drawn: `"kaiming"`, uniform with a = sqrt(5), that is in
             ±1/sqrt(fan_in), or `"gaussian"` with a standard deviation of 1/rank.
             `lora_B` is zero, so a fresh adapter changes nothing.
@@ -133,9 +134,10 @@ class LoRAParametrization(nn.Module):
         if not self.enabled:
             return weight
         if self.dropout and self.training and torch.is_grad_enabled():
-            raise LoRAError(
-                f"adapter {self.adapter!r} has dropout, for the layer's input, but something "
-                "reads the weight without calling the layer; set its dropout to 0, or call eval()"
+            warnings.warn(
+                f"adapter {self.adapter!r} has dropout, which needs its layer's input; what reads "
+                "the weight without calling the layer gets the update without dropout",
+                stacklevel=2,
             )
         if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
             with torch.autocast(weight.device.type, enabled=False):

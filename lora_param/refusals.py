@@ -15,7 +15,7 @@ from .classes import chains_of, in_activation_space, type_before
 from .errors import AdapterError, LoRAError, TargetError
 from .layers import layer_of
 from .parametrization import FLOATS, LoRAParametrization, show_dtypes
-from .surgery import chain_of, check_module, memory_of, original_of, template_of
+from .surgery import chain_of, check_module, memory_of, original_of, plain_for_now, template_of
 from .targets import Weight
 
 FIXED = {
@@ -42,6 +42,11 @@ def check_structure(model: nn.Module, call: str) -> None:
     """Raise unless the structure of a model can be changed."""
     check_module(model, call)
     for path, module in model.named_modules():
+        if module in plain_for_now:
+            raise LoRAError(
+                f"{path or 'model'}: {call} can't be called in a lora_merged block, in which there "
+                "are no adapters; call it after the block"
+            )
         for base in type(module).__mro__:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
                 raise LoRAError(
@@ -68,11 +73,13 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
 def check_droppable(weights: Sequence[Weight], dropout: float) -> None:
     """Raise for the first weight whose input an adapter doesn't meet."""
     for weight in weights:
-        if dropout and not in_activation_space(weight.module, weight.tensor):
+        cls = type_before(weight.module)
+        drops = in_activation_space(weight.module, weight.tensor) and layer_of(cls).drops
+        if dropout and not drops:
             raise TargetError(
-                f"{weight.name}: dropout needs a layer that computes in activation space, and a "
-                f"{type_before(weight.module).__name__} reads its weight as a whole; "
-                "use dropout=0, or exclude this weight"
+                f"{weight.name}: dropout needs a layer that computes in activation space, and an "
+                f"input to drop from, which a {cls.__name__} has not; use dropout=0, or exclude "
+                "this weight"
             )
 
 
@@ -118,12 +125,6 @@ def _name_taken(weight: Weight, tensor: Tensor | None) -> str | None:
         return (
             'its module has something of its own called "parametrizations", where torch keeps these'
         )
-    return None
-
-
-def _merged_for_now(weight: Weight, tensor: Tensor | None) -> str | None:
-    if "_lora_merged" in weight.module.__dict__:
-        return "it is merged for a lora_merged block; call this after the block"
     return None
 
 
@@ -210,7 +211,6 @@ def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
 
 RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
     _name_taken,
-    _merged_for_now,
     _normed_by_hook,
     _not_there,
     _lazy,

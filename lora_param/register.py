@@ -73,7 +73,8 @@ def register_lora(
         init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
         generator: Source of the draws, made in model order; the global one if `None`.
         dtype: The factors' dtype; `None` means each weight's own. With float32 factors on a
-            bfloat16 or float16 weight the update is computed in float32 and rounded once.
+            bfloat16 or float16 weight, weight space computes the update in float32 and rounds the
+            sum once; activation space casts the factors to the input's dtype.
 
     Returns:
         The adapted parameters' names in model order, such as `["linear1.weight"]`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,10 @@ def detach(module: nn.Module, name: str, parametrization: LoRAParametrization) -
         _reorder(module._parameters, found.order)
 
 
+plain_for_now: WeakSet[nn.Module] = WeakSet()
+"""Modules whose chains are put away."""
+
+
 def put_plain(module: nn.Module, values: Mapping[str, Tensor]) -> Callable[[], None]:
     """Put frozen Parameters in the place of chains; return what brings the chains back."""
     cls, base, found = type(module), type_before(module), found_of(module)
@@ -155,12 +160,12 @@ def put_plain(module: nn.Module, values: Mapping[str, Tensor]) -> Callable[[], N
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
     _restore_class(module, base, found)
     _reorder(module._parameters, found.order)
-    module.__dict__["_lora_merged"] = True
+    plain_for_now.add(module)
 
     def bring_back() -> None:
-        del module.__dict__["_lora_merged"]
+        plain_for_now.discard(module)
         for name in values:
-            del module._parameters[name]
+            module._parameters.pop(name, None)
         holder._modules.clear()
         holder._modules.update(chains)
         module._modules["parametrizations"] = holder

@@ -39,7 +39,10 @@ def images_with_boxes(name: str) -> tuple[Any, ...]:
     masks = torch.zeros(2, 96, 96, dtype=torch.uint8)
     masks[:, 30:60, 30:60] = 1
     target = {"boxes": boxes, "labels": torch.ones(2, dtype=torch.int64)}
-    target |= {"keypoints": keypoints, "masks": masks}
+    target |= {
+        "keypoints": keypoints.float(),
+        "masks": masks,
+    }  # float32, or torchvision refuses them
     return [torch.rand(3, 96, 96), torch.rand(3, 96, 96)], [target, target]
 
 

@@ -414,13 +414,85 @@ def test_dropout_is_refused_where_only_weight_space_is_possible(case: Case) -> N
     assert not any(parametrize.is_parametrized(each) for each in layer.modules())
 
 
-def test_reading_a_weight_under_dropout_is_an_error_and_not_a_silent_leak() -> None:
+def test_reading_a_weight_under_dropout_warns_of_what_it_gets() -> None:
     layer = adapted(nn.Linear(8, 5), dropout=0.1)
-    with pytest.raises(LoRAError, match="adapter 'default' has dropout, for the layer's input"):
+    with pytest.warns(UserWarning, match="adapter 'default' has dropout, which needs its layer's"):
         Reading(layer)(torch.randn(2, 8))
     Reading(layer.eval())(torch.randn(2, 8))
     with torch.no_grad():
         assert layer.train().weight.shape == (5, 8)
+
+
+def test_dropout_is_refused_for_indices() -> None:
+    with pytest.raises(TargetError, match="an input to drop from, which a Embedding has not"):
+        register_lora(nn.Embedding(7, 5), rank=2, target="weight", dropout=0.1)
+
+
+def test_a_dynamic_batch_exports_and_compiles_to_no_more_graphs() -> None:
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    for make, x in (
+        (lambda: nn.Linear(6, 5), torch.randn(4, 6)),
+        (lambda: nn.Conv2d(4, 5, 3), torch.randn(4, 4, 6, 6)),
+    ):
+        layer = adapted(make())
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},)).module()
+        more = torch.cat([x] * 30)
+        torch.testing.assert_close(exported(more), layer(more), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # jit's own
+@each_case
+def test_a_trace_by_jit_gives_the_same(case: Case) -> None:
+    layer, inputs = build(case)
+    traced = torch.jit.trace(layer, inputs)
+    torch.testing.assert_close(traced(*inputs), layer(*inputs))
+
+
+# Stock unbatched convolutions give views too, and a product permuted to channels last is one.
+FRESH = [case for case in SINGLE if not any(each in case.id for each in ("unbatched", "last"))]
+
+
+@pytest.mark.parametrize("case", FRESH, ids=lambda case: case.id)
+def test_an_output_can_be_changed_in_place(case: Case) -> None:
+    layer, inputs = build(case)
+    with torch.no_grad():
+        y = layer(*inputs)
+    y += torch.ones_like(y, requires_grad=True)
+    layer(*inputs).detach_()
+
+
+def test_a_method_that_somebody_has_replaced_is_called() -> None:
+    layer, x = nn.Conv2d(4, 5, 3), torch.randn(2, 4, 6, 6)
+    layer._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x, 2 * weight, bias)
+    plain = copy.deepcopy(layer)
+    adapted(layer)
+    assert lora_summary(layer).weights[0].space == "weight"
+    expected = nn.functional.conv2d(x, 2 * layer.weight, plain.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_forward_that_somebody_has_patched_into_the_class_is_called(monkeypatch) -> None:
+    layer, x = adapted(nn.Linear(6, 5)), torch.randn(3, 6)
+    expected = layer(x)
+    stock = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: stock(self, input) + 1)
+    torch.testing.assert_close(layer(x), expected + 1)
+    torch.testing.assert_close(adapted(nn.Linear(6, 5))(x).shape, expected.shape)
+
+
+def test_a_hook_on_an_adapter_acts_on_the_output() -> None:
+    layer, x = adapted(nn.Linear(6, 5)), torch.randn(3, 6)
+    layer.parametrizations.weight[0].register_forward_hook(lambda module, args, out: 2 * out)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+def test_a_compiled_lookup_keeps_its_dtype_under_autocast() -> None:
+    torch._dynamo.reset()
+    layer, x = nn.Embedding(7, 5), torch.tensor([1, 2])
+    adapted(layer, target="weight")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.compile(layer, backend="eager")(x).dtype == layer(x).dtype == torch.float32
 
 
 class Gated(LoRAParametrization):

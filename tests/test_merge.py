@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from lora_param import (
     AdapterError,
     LoRAError,
     TargetError,
+    base_state_dict,
     disable_lora,
     fingerprint,
     lora_disabled,
     lora_merged,
     merge_lora,
     register_lora,
+    remove_lora,
 )
 
 from .cases import CASES, Case, outputs, shake
@@ -200,7 +203,7 @@ def test_in_a_merged_block_the_model_is_plain_and_gives_the_same(case: Case) -> 
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want.detach())
     assert state(layer) == before
-    assert [torch.equal(*pair) for pair in zip(outputs(layer, inputs), expected, strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(outputs(layer, inputs), expected, strict=True))
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -271,9 +274,28 @@ def test_a_merged_block_needs_an_adapter() -> None:
         pass
 
 
-def test_registering_in_a_merged_block_is_refused() -> None:
+@pytest.mark.parametrize("verb", [register_lora, remove_lora, merge_lora, base_state_dict])
+def test_the_verbs_are_refused_in_a_merged_block(verb: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(adapted("a"), nn.Linear(5, 4))
+    before = state(model)
+    with lora_merged(model), pytest.raises(LoRAError, match="can't be called in a lora_merged"):
+        verb(model)
+    assert state(model) == before
+
+
+def test_a_copy_made_in_a_merged_block_is_plain() -> None:
+    layer = adapted("a")
+    expected = layer.weight.clone()
+    with lora_merged(layer):
+        twin = copy.deepcopy(layer)
+    assert type(twin) is nn.Linear
+    assert torch.equal(twin.weight, expected)
+    register_lora(twin, rank=2)
+
+
+def test_what_replaces_a_weight_in_a_merged_block_is_lost_and_nothing_else() -> None:
     layer = adapted("a")
     before = state(layer)
-    with lora_merged(layer), pytest.raises(TargetError, match="it is merged for a lora_merged"):
-        register_lora(layer, rank=1, adapter="b")
+    with lora_merged(layer):
+        parametrizations.weight_norm(layer)
     assert state(layer) == before
