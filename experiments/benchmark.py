@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,7 +63,15 @@ def loss(y: Tensor) -> Tensor:
 
 
 def kept(model: nn.Module, x: Tensor) -> float:
-    """Count the MiB that a step keeps for backward, and as gradients, beyond the parameters."""
+    """Count the MiB that a step keeps for backward, and as gradients, beyond the parameters.
+
+    On CUDA it is the peak of what is allocated in a step, beyond what was before it.
+    """
+    if x.is_cuda:
+        step, before = trainer(model, x, None), torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return float(torch.cuda.max_memory_allocated() - before) / 2**20
     own = {each.untyped_storage().data_ptr() for each in (x, *model.parameters())}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -85,10 +95,11 @@ def interleave(turns: dict[str, Turn], device: torch.device, least: float) -> Fi
             turn()
     once = max(seconds(turns[first], 1, device), 1e-6)
     repeats = max(1, round(least / once))
-    rounds = [
-        {name: seconds(turn, repeats, device) for name, turn in turns.items()}
-        for _ in range(ROUNDS)
-    ]
+    order, shuffle = list(turns), random.Random(0).shuffle
+    rounds: list[dict[str, float]] = []
+    for _ in range(ROUNDS):
+        shuffle(order)  # so that nobody always comes after the same
+        rounds.append({name: seconds(turns[name], repeats, device) for name in order})
     return {
         name: {
             "ratio": quantiles([each[name] / each[first] for each in rounds]),
@@ -131,19 +142,29 @@ def measure(cell: Cell, mode: str, device: torch.device, least: float) -> dict[s
         except NotImplementedError:  # loralib has no such layer
             continue
     memory = {way: kept(model, x) for way, model in models.items()}
+    run: Callable[[Any], Any] = nn.Identity()
     if "compiled" in mode:
-        for model in models.values():
-            model.compile()
+        torch._dynamo.reset()  # each cell has graphs of its own, and there is a limit of them
+        run = functools.partial(torch.compile, dynamic=False)
     result: dict[str, Any] = {"cell": cell.name, "mode": mode, "mebibytes": memory}
     result["training"] = interleave(
-        {way: trainer(model, x, None) for way, model in models.items()}, device, least
+        {way: trainer(run(model), x, None) for way, model in models.items()}, device, least
     )
     result["training and AdamW"] = interleave(
-        {way: trainer(model, x, adamw(model)) for way, model in models.items()}, device, least
+        {way: trainer(run(model), x, adamw(model)) for way, model in models.items()},
+        device,
+        least,
     )
     for model in models.values():
         model.eval()
-    result["inference"] = infer(models, x, device, least)
+    merged = copy.deepcopy(models["lora_param"])
+    contestants = {way: model for way, model in models.items() if way != "full"}  # the floor's own
+    with torch.no_grad(), lp.lora_merged(merged):
+        turns: dict[str, Turn] = {
+            way: functools.partial(run(model), x.detach())
+            for way, model in (contestants | {"merged": merged}).items()
+        }
+        result["inference"] = interleave(turns, device, least)
     return result
 
 
@@ -151,19 +172,6 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer | None:
     """Build the optimizer of what is trainable; `None` for the floor."""
     trained = [each for each in model.parameters() if each.requires_grad]
     return torch.optim.AdamW(trained, lr=1e-6) if trained else None
-
-
-def infer(models: dict[str, nn.Module], x: Tensor, device: torch.device, least: float) -> Figures:
-    """Time inference of all ways but full fine-tuning, which is the floor's, and of merged ones."""
-    merged = copy.deepcopy(models["lora_param"])
-    with torch.no_grad(), lp.lora_merged(merged):
-        contestants = {way: model for way, model in models.items() if way != "full"}
-        contestants["merged"] = merged
-        turns: dict[str, Turn] = {
-            way: lambda model=model: model(x)  # type: ignore[misc]
-            for way, model in contestants.items()
-        }
-        return interleave(turns, device, least)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -106,7 +106,7 @@ GRID = {
 EVEN, TABLE, BLOCK = ("0", "2", "4", "6"), ("embedding",), ("self_attn", "linear1", "linear2")
 LLAMA = tuple(f"{each}_proj" for each in ("q", "k", "v", "o", "gate", "up", "down"))
 
-QUICK = ((64, 16, 4), (64, 1024, 4), (256, 128, 16), (1024, 1, 16), (1024, 128, 16))
+QUICK = ((64, 16, 4), (256, 128, 16), (1024, 1, 16), (1024, 128, 16))
 
 
 def cells() -> list[Cell]:
@@ -176,7 +176,8 @@ def peft(model: nn.Module, cell: Cell) -> nn.Module:
 
     names = cell.adapted(model)
     config = LoraConfig(r=cell.rank, lora_alpha=cell.rank, target_modules=names)
-    wrapped: nn.Module = get_peft_model(model, config)
+    # Else its factors would be float32 on a bfloat16 model, and ours not.
+    wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
     return wrapped
 
 
