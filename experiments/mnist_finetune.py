@@ -3,7 +3,7 @@
 Reproduces: the "LoRA from scratch" notebook of github.com/hkproj/pytorch-lora. One epoch on all
     digits, then 100 batches of nines for the adapter alone.
 Command: `python -m experiments.mnist_finetune`
-Hardware, time: 2 cores of a shared AMD EPYC; 39 s with nothing else running, 37 of them
+Hardware, time: 2 cores of a shared AMD EPYC; 39 to 55 s, nearly all of it
     pretraining, which waits for memory; up to five times that beside other work.
 Expected: the 9s improve several-fold, the other digits pay for it, and off is exactly as before.
     Figures vary with the seed. With seed 0, the notebook's own beneath:
