@@ -14,7 +14,7 @@ import functools
 import inspect
 import pickle
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
@@ -53,6 +53,14 @@ def originals_of(chain: Any) -> list[Tensor]:
     if chain.is_tensor:
         return [chain.original]
     return [getattr(chain, f"original{index}") for index in range(chain.ntensors)]
+
+
+def evaluated(chain: Sequence[nn.Module], originals: Sequence[Tensor]) -> Tensor:
+    """Apply a chain's entries, at least one, to the tensors at its start."""
+    value: Tensor = chain[0](*originals)
+    for entry in chain[1:]:
+        value = entry(value)
+    return value
 
 
 def type_before(module: nn.Module) -> type[nn.Module]:
@@ -195,9 +203,7 @@ def _ends(module: nn.Module, name: str) -> tuple[Tensor, list[LoRAParametrizatio
     if not adapters:
         return None
     originals = originals_of(chains_of(module)[name])
-    weight = others[0](*originals) if others else originals[0]
-    for entry in others[1:]:
-        weight = entry(weight)
+    weight = evaluated(others, originals) if others else originals[0]
     # One that was registered by hand may have another matrix view.
     matrices = all(e.lora_A.dim() == 2 and len(e.lora_B) == len(weight) for e in adapters)
     return (weight, adapters) if matrices else None

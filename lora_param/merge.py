@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classes import chains_of, originals_of
+from .classes import chains_of, evaluated, originals_of
 from .errors import AdapterError, LoRAError
 from .parametrization import LoRAParametrization
 from .refusals import check_model, check_structure, check_unshared
@@ -127,17 +127,10 @@ def _merged(weight: Weight, merging: set[int]) -> list[tuple[Tensor, Tensor]]:
         )
     originals = originals_of(chains_of(weight.module)[weight.tensor])
     with undisturbed(chain):
-        value = _evaluated(applied, originals)
+        value = evaluated(applied, originals)
         _check_finite(weight, originals, value)
         new = _inverted(weight, others, value) if others else [value]
     return list(zip(originals, new, strict=True))
-
-
-def _evaluated(chain: list[nn.Module], originals: list[Tensor]) -> Tensor:
-    value: Tensor = chain[0](*originals)
-    for entry in chain[1:]:
-        value = entry(value)
-    return value
 
 
 def _inverted(weight: Weight, others: list[nn.Module], value: Tensor) -> list[Tensor]:
@@ -152,7 +145,7 @@ def _inverted(weight: Weight, others: list[nn.Module], value: Tensor) -> list[Te
         for entry in reversed(others):
             new = entry.right_inverse(new)  # type: ignore[operator]
         originals = [new] if isinstance(new, Tensor) else list(new)
-        again = _evaluated(others, originals)
+        again = evaluated(others, originals)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise LoRAError(refusal) from error
     tolerance = 16 * torch.finfo(value.dtype).eps

@@ -113,9 +113,9 @@ def register_lora(
             )
         ranks, alphas = spread("rank", rank, weights), spread("alpha", alpha, weights)
         plans = [_plan(weight, r, a) for weight, r, a in zip(weights, ranks, alphas, strict=True)]
+        check_droppable(weights, check_dropout(dropout))
         if freeze:
             _freeze(model)
-        check_droppable(weights, check_dropout(dropout))
         for weight, (shape, value), r, a in zip(weights, plans, ranks, alphas, strict=True):
             *batch, fan_out, fan_in = shape
             parametrization = LoRAParametrization(

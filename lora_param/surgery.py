@@ -137,7 +137,6 @@ def detach(module: nn.Module, name: str, parametrization: LoRAParametrization) -
     found = found_of(module)
     _restore_class(module, base, found)
     if not remaining:
-        # By setattr, where recurrent layers keep a second list of their weights up to date.
         table = module._parameters if isinstance(chain.original, nn.Parameter) else module._buffers
         table[name] = chain.original
         if isinstance(module, nn.RNNBase):
