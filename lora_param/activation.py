@@ -106,10 +106,11 @@ def _dropped(x: Tensor, term: Term) -> Tensor:
 
 
 def _plus(y: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Add `low @ up * scale`, in one pass over `y` where it is a matrix."""
+    """Add `low @ up * scale` over the last dimension, in one pass over `y`."""
     up = up.to(y.dtype)
     if y.dim() != 2:
-        return torch.add(y, low @ up, alpha=scale)
+        rows, low = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
+        return _shaped(torch.addmm(rows, low, up, alpha=scale), y.shape)
     if not _alone():
         return torch.addmm(y, low, up, alpha=scale)
     if up.requires_grad and up.shape[0] < 16 and y.shape[0] > 64 and y.is_cpu:
@@ -122,7 +123,7 @@ def _plus_channels(y: Tensor, low: Tensor, lora_B: Tensor, scale: float, sizes: 
     """Add `lora_B @ low * scale` over channels, which stand before the last `sizes` dimensions."""
     if not y.is_contiguous():  # channels last
         y, low = y.movedim(-sizes - 1, -1), low.movedim(-sizes - 1, -1)
-        return torch.add(y, low @ lora_B.t(), alpha=scale).movedim(-1, -sizes - 1)
+        return _plus(y, low, lora_B.t(), scale).movedim(-1, -sizes - 1)
     flat, low = y.flatten(-sizes), low.flatten(-sizes)
     batched = flat.dim() == 3
     lora_B = lora_B.expand(y.shape[0], -1, -1) if batched else lora_B

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -320,7 +323,7 @@ def test_it_exports(case: Case) -> None:
 
 @each_case
 @pytest.mark.parametrize("rank", [1, 4])
-def test_several_adapters_are_one_pass(case: Case, rank: int) -> None:
+def test_several_adapters_match_the_oracle(case: Case, rank: int) -> None:
     layer, inputs = case.build(torch.float64)
     plain = copy.deepcopy(layer)
     for adapter in "abc":
@@ -328,6 +331,56 @@ def test_several_adapters_are_one_pass(case: Case, rank: int) -> None:
     shake(layer)
     disable_lora(layer, "b")
     check(layer, plain, inputs, 1e-10)
+
+
+PRODUCTS = {"mm", "addmm", "addmm_", "baddbmm", "baddbmm_", "bmm", "convolution", "embedding"}
+PASSES = {"mul", "mul_", "add", "add_", "clone", "copy_", "sum"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a forward runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.sizes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.calls[name] += 1
+        if isinstance(result, Tensor):
+            self.sizes[name] = max(self.sizes.get(name, 0), result.numel())
+        return result
+
+
+LARGE = [
+    Case("linear", lambda: nn.Linear(64, 48), floats(100, 64)),
+    Case("linear, sequences", lambda: nn.Linear(64, 48), floats(4, 25, 64)),
+    Case("transformers Conv1D", lambda: Conv1D(48, 64), floats(100, 64)),
+    Case("conv2d", lambda: nn.Conv2d(8, 48, 3), floats(2, 8, 12, 12)),
+    Case("conv2d channels last", lambda: nn.Conv2d(8, 48, 3).to(memory_format=torch.channels_last), floats(2, 8, 12, 12)),
+    Case("embedding", lambda: nn.Embedding(50, 48), lambda: (torch.randint(0, 50, (100,)),), target="weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
+@pytest.mark.parametrize("adapters", ["a", "abc"])
+def test_any_number_of_adapters_is_one_product_and_no_pass_over_the_output(
+    case: Case, adapters: str
+) -> None:
+    layer, inputs = case.build()
+    with Operations() as plain:
+        size = layer(*inputs).numel()
+    for adapter in adapters:
+        case.adapt(layer, adapter)
+    shake(layer)
+    with Operations() as seen:
+        layer(*inputs)
+    products = sum(seen.calls[name] - plain.calls[name] for name in PRODUCTS)
+    assert products == 2
+    passes = {name for name in PASSES & seen.sizes.keys() if seen.sizes[name] >= size}
+    assert passes <= {name for name in plain.sizes if plain.sizes[name] >= size}
 
 
 def test_a_parametrization_in_front_stays_in_activation_space() -> None:
@@ -428,7 +481,24 @@ def test_dropout_is_refused_for_indices() -> None:
         register_lora(nn.Embedding(7, 5), rank=2, target="weight", dropout=0.1)
 
 
-def test_a_dynamic_batch_exports_and_compiles_to_no_more_graphs() -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it itself
+@pytest.mark.parametrize(
+    ("make", "shape"), [(lambda: nn.Linear(6, 5), (6,)), (lambda: nn.Conv2d(4, 5, 3), (4, 6, 6))]
+)
+def test_batches_of_any_size_compile_to_no_more_graphs_than_plain(make, shape) -> None:
+    def graphs(layer: nn.Module) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(layer, backend=counter)
+        for batch in (4, 5, 60, 70, 300):
+            compiled(torch.randn(batch, *shape))
+        return int(counter.frame_count)
+
+    plain = make().requires_grad_(False)
+    assert graphs(adapted(copy.deepcopy(plain))) <= graphs(plain)
+
+
+def test_a_dynamic_batch_exports() -> None:
     batch = torch.export.Dim("batch", min=2, max=4096)
     for make, x in (
         (lambda: nn.Linear(6, 5), torch.randn(4, 6)),
@@ -477,7 +547,9 @@ def test_a_forward_that_somebody_has_patched_into_the_class_is_called(monkeypatc
     stock = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, input: stock(self, input) + 1)
     torch.testing.assert_close(layer(x), expected + 1)
-    torch.testing.assert_close(adapted(nn.Linear(6, 5))(x).shape, expected.shape)
+    another = adapted(nn.Linear(6, 5))
+    wanted = nn.functional.linear(x, another.weight, another.bias) + 1
+    torch.testing.assert_close(another(x), wanted)
 
 
 def test_a_hook_on_an_adapter_acts_on_the_output() -> None:
