@@ -201,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = [(cell, mode) for mode in MODES.get(device.type, MODES["cpu"]) for cell in chosen]
     results: list[dict[str, Any]] = []
     folder = next_folder(arguments.output)
-    report = {"environment": environment(device), "cells": results, "verbs": verbs()}
+    about = environment(device, "peft", "loralib", "transformers")
+    report = {"environment": about, "cells": results, "verbs": verbs()}
     for cell, mode in tqdm(work, "cells", disable=None, unit="cell"):
         results.append(measure(cell, mode, device, least))
         # Each time, so that an interrupted run leaves what it has measured.

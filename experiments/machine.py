@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -41,25 +41,37 @@ def _accelerator() -> str | None:
     return str(torch.accelerator.current_accelerator())
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device, *packages: str) -> dict[str, str | int]:
     """Describe what figures depend on beside the settings.
 
     Args:
         device: The device that computed them.
+        *packages: Further packages that took part; those that aren't installed are left out.
 
     Returns:
         Device, threads and versions.
     """
-    return {
+    found: dict[str, str | int] = {
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "device_name": _name(device),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "lora_param": version("lora_param"),
     }
+    for package in ("torchvision", "lora_param", *packages):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
 
 
 def next_folder(parent: Path) -> Path:

@@ -8,12 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .base import bytes_of, digest_of
+from .base import bytes_of, digest, digest_of
 from .errors import FileError, LoRAError
 from .files import fitted
 from .formats import FORMATS, About, Format, Pair, read, recognised, write
@@ -21,10 +21,13 @@ from .formats.layout import load_pickle
 from .formats.pair import shortened
 from .formats.peft import CONFIG
 from .formats.skeleton import Shape, skeleton
-from .formats.tensors import DTYPES, Header, header, load_tensors, peek, write_blobs
+from .formats.tensors import DTYPES, Entry, header, load_tensors, peek, write_blobs
+from .parametrization import FLOATS, adapted
 from .progress import progress
 
 PROGRAM = "lora-param"
+BLOCK = 2**24  # bytes of a tensor that are merged at a time
+OTHER_BASE = "give the base that the adapter was trained on, or --any-base"
 RAW = argparse.RawDescriptionHelpFormatter  # an example stays one line
 
 
@@ -38,7 +41,8 @@ def info(arguments: argparse.Namespace) -> None:
     totals = {"weights": len(pairs), "parameters": sum(map(_size, pairs))}
     if arguments.json:
         said = {"format": row.name, "base": about.model, "adapter": about.adapter}
-        print(json.dumps(said | {"weights": weights, "totals": totals}, indent=2))
+        found = {"metadata": about.metadata, "weights": weights, "totals": totals}
+        print(json.dumps(said | found, indent=2))
         return
     columns = "{weight:{width}}  {shape:>14}  {rank:>5}  {alpha:>8}  {norm:>11}  {effective:>9}"
     titles = {key: key for key in ("weight", "shape", "rank", "alpha")}
@@ -78,7 +82,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.to == "native":
         found = progress([] if about.base else list(tensors), "digesting")
         options["base"] = about.base or {name: digest_of(name, tensors[name]) for name in found}
-    write(arguments.to, arguments.out, fitting, model, about.adapter, **options)
+    write(arguments.to, arguments.out, fitting, model, about, **options)
     print(f"{arguments.out}: {len(fitting):,} weights, format {arguments.to}")
 
 
@@ -94,14 +98,8 @@ def check(arguments: argparse.Namespace) -> None:
             "whether it was trained on these very bits can't be said"
         )
     present = progress([name for name in about.base if name in tensors], "digesting")
-    now = {name: digest_of(name, tensors[name]) for name in present}
-    # A checkpoint may hold tied weights once; equal biases are no sign of that.
-    tied = {digest for name, digest in now.items() if len(shapes[name]) > 1}
-    if found := [
-        name
-        for name, digest in about.base.items()
-        if now.get(name, digest if digest in tied else None) != digest
-    ]:
+    found = [name for name in present if digest_of(name, tensors[name]) != about.base[name]]
+    if found := [*_missing(about.base, shapes), *found]:
         raise FileError(
             f"{arguments.file}: {len(found)} of {len(about.base)} parameters of its base aren't "
             f"those of {arguments.base}: {shortened(found)}"
@@ -110,7 +108,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    """Fold a file's adapter into a checkpoint, one tensor in memory at a time."""
+    """Fold a file's adapter into a checkpoint, some rows of one tensor in memory at a time."""
     row, about = _recognised(arguments.file)
     _keep_apart(arguments.out, arguments.file, arguments.base)
     head = header(arguments.base)
@@ -118,38 +116,51 @@ def merge(arguments: argparse.Namespace) -> None:
     _, fitting = _fitting(arguments.file, row, about, shapes, arguments.option)
     pairs = {pair.weight: pair for pair in fitting}
     base = {} if arguments.any_base else about.base
-    write_blobs(
-        arguments.out, head.tensors, head.metadata, _merged(arguments.base, head, pairs, base)
-    )
+    for name in pairs:
+        if DTYPES.get(kind := head.tensors[name].dtype) not in FLOATS:
+            raise FileError(f"{arguments.base}: {name} is {kind}, which no update can be added to")
+    if missing := _missing(base, shapes):
+        raise FileError(f"{arguments.base}: lacks {shortened(missing)}; {OTHER_BASE}")
+    with open(arguments.base, "rb") as file:
+        blocks = (
+            block
+            for name, entry in progress(list(head.tensors.items()), "merging")
+            for block in _merged(file, name, entry, pairs.get(name), base.get(name))
+        )
+        write_blobs(arguments.out, head.tensors, head.metadata, blocks)
     print(f"{arguments.out}: {len(pairs):,} of {len(head.tensors):,} tensors changed")
 
 
 def _merged(
-    path: Path, head: Header, pairs: Mapping[str, Pair], base: Mapping[str, str]
+    file: BinaryIO, name: str, entry: Entry, pair: Pair | None, expected: str | None
 ) -> Iterator[Any]:
-    with open(path, "rb") as file:
-        for name, entry in progress(list(head.tensors.items()), "merging"):
-            content = bytearray(entry.end - entry.begin)
-            file.seek(entry.begin)
-            file.readinto(content)
-            dtype = DTYPES.get(entry.dtype)
-            if dtype is None and name in pairs:
-                raise FileError(f"{path}: {name} is {entry.dtype}, which no update can be added to")
-            if dtype is None or (name not in pairs and name not in base):
-                yield content
-                continue
-            tensor = torch.frombuffer(content or bytearray(8), dtype=dtype)
-            tensor = tensor[: len(content) // dtype.itemsize].view(entry.shape)
-            if name in base and digest_of(name, tensor) != base[name]:
-                raise FileError(
-                    f"{path}: {name} isn't that of the base that the adapter was trained on; give "
-                    "that one, or --any-base"
-                )
-            if name in pairs:
-                tensor = pairs[name].parametrization()(tensor)
-                if not tensor.isfinite().all():
-                    raise FileError(f"{path}: {name} would not be finite in {dtype}")
-            yield bytes_of(name, tensor)
+    """Yield a tensor's bytes in blocks of whole rows, with the update added."""
+    dtype, size = DTYPES.get(entry.dtype), entry.end - entry.begin
+    found = digest(dtype, entry.shape)
+    row = size // entry.shape[0] if pair else 1
+    rows = max(1, BLOCK // row)
+    file.seek(entry.begin)
+    for begin in range(0, size // row, rows):
+        content: Any = bytearray(file.read(min(rows * row, size - begin * row)))
+        found.update(content)
+        if pair and dtype:
+            weight = torch.frombuffer(content, dtype=dtype).view(-1, *entry.shape[1:])
+            A, B = pair.lora_A, pair.lora_B[begin : begin + rows]
+            A = A[begin : begin + rows] if A.dim() > 2 else A
+            weight = adapted(weight, A, B, pair.alpha / pair.rank)
+            if not weight.isfinite().all():
+                raise FileError(f"{file.name}: {name} would not be finite in {dtype}")
+            content = bytes_of(name, weight)
+        yield content
+    if expected and found.hexdigest() != expected:
+        raise FileError(f"{file.name}: {name} has other bits; {OTHER_BASE}")
+
+
+def _missing(base: Mapping[str, str], shapes: Mapping[str, Shape]) -> list[str]:
+    """List the parameters of a base that a checkpoint lacks, and doesn't hold by another name."""
+    # A checkpoint may hold tied weights once; equal biases are no sign of that.
+    tied = {digest for name, digest in base.items() if len(shapes.get(name, ())) > 1}
+    return [name for name, digest in base.items() if name not in shapes and digest not in tied]
 
 
 def _recognised(path: Path) -> tuple[Format, About]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .classes import chains_of
 from .errors import FrozenError, LoRAError
 from .parametrization import LoRAParametrization
-from .surgery import check_module, original_of, tensor_names
+from .surgery import check_module, original_of, tensor_names, without_wrappers
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -45,7 +45,7 @@ def _base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             name = str(entries[parent].index(module))  # its number in the chain without adapters
         if isinstance(module, ParametrizationList):
             entries[path] = [e for e in module if not isinstance(e, LoRAParametrization)]
-        base_path[path] = f"{base_path[parent]}.{name}" if parent else name
+        base_path[path] = without_wrappers(f"{base_path[parent]}.{name}" if parent else name)
         yield base_path[path], module
 
 
@@ -223,6 +223,11 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
 def digest_of(name: str, tensor: Tensor) -> str:
     """Return the SHA-256 digest of a tensor, over its bytes, dtype and shape."""
     content = bytes_of(name, tensor)
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    found = digest(tensor.dtype, tensor.shape)
     found.update(content)
     return found.hexdigest()
+
+
+def digest(dtype: torch.dtype | None, shape: Sequence[int]) -> hashlib._Hash:
+    """Begin the digest of a tensor, which its bytes then go through."""
+    return hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())

@@ -14,14 +14,14 @@ from .base import fingerprint
 from .base import freeze as freeze_base
 from .errors import AdapterError, FileError, LoRAError
 from .formats import read, recognised, write
-from .formats.pair import About, Pair, faults, shortened
+from .formats.pair import About, Pair, check_strings, faults, shortened
 from .layers import layer_of
 from .parametrization import LoRAParametrization, check_adapter
 from .progress import progress
 from .refusals import check_model, check_structure, check_unshared, check_weights
 from .register import adapters_of
 from .state import load_lora_state_dict
-from .surgery import all_or_nothing, attach, template_of
+from .surgery import all_or_nothing, attach, completed, template_of
 from .targets import Weight, catalogue, is_flat, nearest
 
 
@@ -76,9 +76,13 @@ def save_lora(
     ]
     if complaints := list(faults(pairs)):
         raise LoRAError(f"nothing was saved: {shortened(complaints)}")
-    if metadata is not None:
-        options["metadata"] = metadata
-    write(format, Path(path), pairs, model, names[0], **options)
+    name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
+    about = About(
+        names[0],
+        name if isinstance(name, str) else "",
+        metadata=check_strings("metadata", metadata or {}),
+    )
+    write(format, Path(path), pairs, model, about, **options)
 
 
 def load_lora(
@@ -144,10 +148,10 @@ def load_lora(
             raise FileError(f"{path}: {doubt}")
         if about.base:
             warnings.warn(f"{path}: {doubt}", stacklevel=2)
-    with all_or_nothing(model):
-        if adapter in _adapters(model):
-            _load(path, model, adapter, fitting, trainable)
-        else:
+    if adapter in _adapters(model):
+        _load(path, model, adapter, fitting, trainable)
+    else:
+        with all_or_nothing(model):
             _register(model, adapter, fitting, freeze, trainable)
     return [weight.name for weight, _ in fitting]
 
@@ -228,14 +232,19 @@ def _load(
         for _, pair in fitting
         for factor in ("lora_A", "lora_B")
     }
-    try:
+    entries = adapters_of(model, adapter)
+    scales = {pair.weight: pair.alpha / pair.rank for _, pair in fitting}
+
+    def load() -> None:
         load_lora_state_dict(model, tensors, adapter)
+        for weight, entry in entries:
+            entry.scale = scales[weight.name]
+            entry.requires_grad_(trainable)
+
+    try:
+        completed(load)
     except LoRAError as error:
         raise FileError(f'{path}: the model\'s adapter "{adapter}" is another: {error}') from None
-    scales = {pair.weight: pair.alpha / pair.rank for _, pair in fitting}
-    for weight, entry in adapters_of(model, adapter):
-        entry.scale = scales[weight.name]
-        entry.requires_grad_(trainable)
 
 
 def _doubt(about: About, model: nn.Module) -> str:

@@ -141,19 +141,21 @@ class LoRAParametrization(nn.Module):
             )
         if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
             with torch.autocast(weight.device.type, enabled=False):
-                return self._adapted(weight)
-        return self._adapted(weight)
-
-    def _adapted(self, weight: Tensor) -> Tensor:
-        dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
-        update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
+                return adapted(weight, self.lora_A, self.lora_B, self.scale)
+        return adapted(weight, self.lora_A, self.lora_B, self.scale)
 
     def extra_repr(self) -> str:
         """Name, rank, scale and state, for `print(model)`."""
         state = "enabled" if self.enabled else "disabled"
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         return f"{self.adapter!r}, rank={self.rank}, alpha={self.alpha:g}{dropout}, {state}"
+
+
+def adapted(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """Add an update to a weight, or to some of its rows that of these rows."""
+    dtype = torch.promote_types(weight.dtype, lora_A.dtype)
+    update = lora_B.to(dtype) @ lora_A.to(dtype)
+    return (weight + update.view_as(weight) * scale).to(weight.dtype)
 
 
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:

@@ -11,7 +11,7 @@ from .errors import StateDictError
 from .parametrization import LoRAParametrization
 from .refusals import check_structure
 from .register import adapters_of
-from .surgery import base_modules, chain_of, detach, snapshot, tensor_names
+from .surgery import base_modules, chain_of, completed, detach, snapshot, tensor_names
 
 
 def named_lora_parameters(
@@ -135,19 +135,25 @@ def load_lora_state_dict(
         raise StateDictError(
             f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
         )
-    # Copies, for the case that a value is a view of another adapter's factor.
-    new = {
-        name: state_dict[name].detach().to(parameter, copy=True)
-        for name, parameter in parameters.items()
-    }
+    values = {name: state_dict[name].detach() for name in parameters}
     infinite = [
-        name for name, value in new.items() if not value.is_meta and not value.isfinite().all()
+        name
+        for name, value in values.items()
+        if not value.is_meta and not value.to(parameters[name].dtype).isfinite().all()
     ]
     if infinite:
         raise StateDictError(f"nothing was loaded: not finite: {', '.join(infinite)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(new[name])
+    own = {each.untyped_storage().data_ptr() for each in parameters.values()}
+    for name, value in values.items():
+        if value.untyped_storage().data_ptr() in own:  # perhaps a view of another factor
+            values[name] = value.clone()
+
+    def copy() -> None:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+
+    completed(copy)
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -47,8 +47,13 @@ def base_modules(model: nn.Module, *, aliases: bool = False) -> list[tuple[str, 
             hidden |= {id(each) for each in chain.modules()}
         if chains_of(module):
             hidden.add(id(module._modules["parametrizations"]))
-        modules.append((path, module))
+        modules.append((without_wrappers(path), module))
     return modules
+
+
+def without_wrappers(path: str) -> str:
+    """Drop from a path what `torch.compile` puts into it when it wraps a module."""
+    return ".".join(name for name in path.split(".") if name != "_orig_mod")
 
 
 def tensor_names(module: nn.Module) -> list[str]:
@@ -231,6 +236,15 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         bring_back()
+        raise
+
+
+def completed(action: Callable[[], None]) -> None:
+    """Do what can be repeated and not be undone: an interrupt waits until it has been repeated."""
+    try:
+        action()
+    except BaseException:
+        action()
         raise
 
 

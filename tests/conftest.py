@@ -1,9 +1,14 @@
 """What every test starts from."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from lora_param import save_lora
+
+from .file_cases import net
 
 torch.set_num_threads(1)  # the tests' tensors are tiny, and threads would only wait for each other
 
@@ -14,3 +19,14 @@ def process_group() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "adapter.safetensors"
+
+
+@pytest.fixture
+def saved(path: Path) -> Path:
+    save_lora(net(), path)
+    return path

@@ -21,7 +21,7 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
-from lora_param.formats import peft
+from lora_param.formats import About, peft
 from lora_param.formats.skeleton import skeleton
 
 from .cases import shake
@@ -314,7 +314,7 @@ def test_a_stack_of_an_outline_is_not_written(tmp_path: Path) -> None:
     base, _ = trained_in_peft(SQUARE, tmp_path)
     outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()}, {})
     with pytest.raises(FileError, match=r"0\.up: PEFT's layout of a stack depends on the module"):
-        peft.write(tmp_path / "out", peft.read(tmp_path, base), outline)
+        peft.write(tmp_path / "out", peft.read(tmp_path, base), outline, About())
 
 
 PLAIN = [each for each in CASES if not (each.parameters and "rank_pattern" in each.options)]

@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from ..errors import FileError, LoRAError
-from . import diffusers, kohya, loralib, native, peft
+from . import diffusers, kohya, layout, loralib, native, peft
 from .pair import About, Format, Pair, faults, shortened
 from .tensors import header
 
 FORMATS: tuple[Format, ...] = (
     Format("native", native.recognises, native.read, native.write, native.about),
     Format("peft", peft.recognises, peft.read, peft.write, peft.about),
-    Format("kohya", kohya.recognises, kohya.read, kohya.write),
-    Format("diffusers", diffusers.recognises, diffusers.read),
+    Format("kohya", kohya.recognises, kohya.read, kohya.write, layout.about),
+    Format("diffusers", diffusers.recognises, diffusers.read, None, layout.about),
     Format("loralib", loralib.recognises, loralib.read),
 )
 """A file is recognised by one row."""
@@ -28,7 +28,10 @@ __all__ = ["FORMATS", "About", "Format", "Pair", "read", "recognised", "write"]
 
 def recognised(path: Path) -> Format:
     """Return the row of a file's format, or raise a `FileError`."""
-    rows = [each for each in FORMATS if each.recognises(path)]
+    try:
+        rows = [each for each in FORMATS if each.recognises(path)]
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise FileError(f"{path}: can't be read: {error}") from None
     if len(rows) == 1:
         return rows[0]
     if path.suffix == ".safetensors" or not path.exists():
@@ -54,20 +57,20 @@ def read(row: Format, path: Path, model: nn.Module | None, **options: Any) -> li
 
 
 def write(
-    format: str, path: Path, pairs: list[Pair], model: nn.Module, adapter: str, **options: Any
+    format: str, path: Path, pairs: list[Pair], model: nn.Module, about: About, **options: Any
 ) -> None:
-    """Write pairs in the format of that name, which may have a place for the adapter's name."""
+    """Write pairs in the format of that name, and what else it has a place for."""
     written = {each.name: each for each in FORMATS if each.write}
     if (row := written.get(format)) is None or row.write is None:
         raise LoRAError(f"format must be one of {sorted(written)}, got {format!r}")
     _check_options(row, row.write, options)
-    if "adapter" in inspect.signature(row.write).parameters:
-        options["adapter"] = adapter
-    row.write(path, pairs, model, **options)
+    row.write(path, pairs, model, about, **options)
 
 
 def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(call).parameters.values()
-    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} - {"adapter"}
+    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     if unknown := sorted(options.keys() - known):
         raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")
+    if not isinstance(options.get("prefix", ""), str):
+        raise LoRAError(f"prefix must be a string, got {options['prefix']!r}")

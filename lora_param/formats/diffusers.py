@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import FileError
 from . import layout, peft
 from .pair import Pair
-from .peft_config import rank_and_alpha, unsupported
+from .peft_config import costly, rank_and_alpha, unsupported
 from .tensors import header, load_tensors, peek, strict_json
 
 KEYS = (
@@ -31,7 +31,6 @@ OLD = (
 """What the modules behind a processor's `to_q_lora` can be called but `to_q`."""
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-CONFIG = "lora_adapter_metadata"
 
 
 def recognises(path: Path) -> bool:
@@ -81,18 +80,19 @@ def read(path: Path, model: nn.Module | None, *, prefix: str = "") -> list[Pair]
     ]
 
 
-def _said(path: Path, names: Iterable[str]) -> dict[str, tuple[int, float]]:
+def _said(path: Path, names: Collection[str]) -> dict[str, tuple[int, float]]:
     """Return each rank and alpha by PEFT's config, if the file carries one; older ones don't."""
     try:
-        fields = strict_json(header(path).metadata.get(CONFIG, "{}"))
+        fields = strict_json(header(path).metadata.get(layout.CONFIG, "{}"))
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: {CONFIG} is no JSON: {error}") from None
+        raise FileError(f"{path}: {layout.CONFIG} is no JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise FileError(f"{path}: {CONFIG} is no JSON object")
+        raise FileError(f"{path}: {layout.CONFIG} is no JSON object")
     configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for field, value in fields.items():
         configs[_part(field)][field.removeprefix(f"{_part(field)}.")] = value
-    layout.refuse(path, (each for config in configs.values() for each in unsupported(config)))
+    checks = [each for config in configs.values() for each in unsupported(config)]
+    layout.refuse(path, checks or (e for config in configs.values() for e in costly(config, names)))
     return {
         name: rank_and_alpha(configs[_part(name)], name.removeprefix(f"{_part(name)}."))
         for name in names

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import FileError
 from ..surgery import original_of
 from . import layout
-from .pair import Pair
+from .pair import About, Pair
 from .tensors import load_tensors, peek, save_tensors
 
 
@@ -74,20 +75,25 @@ def read(path: Path, model: nn.Module | None, *, prefix: str = "") -> list[Pair]
     return layout.paired(path, factors, places, model)
 
 
-def write(path: Path, pairs: Sequence[Pair], model: nn.Module, *, prefix: str = "") -> None:
+def write(
+    path: Path, pairs: Sequence[Pair], model: nn.Module, about: About, *, prefix: str = ""
+) -> None:
     """Write a LoRA.
 
     Args:
         path: The file.
         pairs: The pairs.
         model: The model that they belong to.
+        about: Whose metadata to keep.
         prefix: What the keys begin with; by default what a child of the model is called, or the
             model's class, decides: `lora_unet_` for `unet` or a UNet, `lora_te_` for `text_encoder`
             or a CLIP; and `lycoris_`, the prefix for any model, for all else.
 
     Raises:
-        FileError: Lists the weights that the format has no place for.
+        FileError: Lists the weights that the format has no place for, or the prefix has a dot.
     """
+    if "." in prefix:
+        raise FileError(f"{path}: no name in the file can have a dot, so no prefix, got {prefix!r}")
     modules, flat, complaints = layout.modules_of(model), flat_names(model, prefix), []
     tensors: dict[str, Tensor] = {}
     for pair in pairs:
@@ -109,7 +115,7 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module, *, prefix: str = 
             f"{name}.alpha": alpha,
         }
     layout.refuse(path, complaints, "written")
-    save_tensors(path, tensors, {"format": "pt"})
+    save_tensors(path, tensors, {"format": "pt", **about.metadata})
 
 
 def flat_names(model: nn.Module, prefix: str = "") -> dict[str, list[str]]:

@@ -15,7 +15,8 @@ from ..errors import FileError
 from ..layers import layer_of
 from ..surgery import base_modules, original_of
 from ..targets import catalogue, nearest
-from .pair import Pair
+from .pair import About, Pair
+from .tensors import peek
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
@@ -23,8 +24,17 @@ Factors = dict[str, dict[str, Tensor]]
 ROLES = {"lora_down": "A", "lora_up": "B", "down": "A", "up": "B"}
 """Which factor a file means; A and B mean themselves."""
 
+CONFIG = "lora_adapter_metadata"
+"""Where diffusers' files keep PEFT's config."""
+
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What every library adapts, subclasses included."""
+
+
+def about(path: Path) -> About:
+    """Return the strings that somebody has put into a safetensors file."""
+    own = ("format", CONFIG)
+    return About(metadata={k: v for k, v in peek(path).metadata.items() if k not in own})
 
 
 def refuse(path: Path, complaints: Iterable[str], done: str = "loaded") -> None:

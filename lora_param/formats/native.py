@@ -16,7 +16,7 @@ from ..errors import FileError, LoRAError
 from ..progress import progress
 from ..surgery import template_of
 from ..targets import catalogue
-from .pair import About, Pair
+from .pair import About, Pair, check_strings
 from .skeleton import described
 from .tensors import header, load_tensors, peek, save_tensors, strict_json
 
@@ -71,6 +71,7 @@ def about(path: Path) -> About:
         record["base"],
         {name: tuple(each["shape"]) for name, each in record["weights"].items()},
         {name: each["layer"] for name, each in record["weights"].items()},
+        {key: value for key, value in header(path).metadata.items() if key != KEY},
     )
 
 
@@ -78,19 +79,25 @@ def write(
     path: Path,
     pairs: list[Pair],
     model: nn.Module,
+    about: About,
     *,
-    adapter: str = "default",
-    metadata: Mapping[str, str] | None = None,
     base: Mapping[str, str] | None = None,
 ) -> None:
-    """Write our own file, with strings of the caller's, and what `fingerprint(model)` returned.
+    """Write our own file.
+
+    Args:
+        path: The file.
+        pairs: The pairs.
+        model: The model that they belong to.
+        about: What else to keep; of the base, its name and the caller's metadata.
+        base: What `fingerprint(model)` returned; `None` to take it now.
 
     Raises:
-        LoRAError: The metadata aren't strings, or take our own key.
+        LoRAError: The metadata or the base aren't strings, or the metadata take our own key.
     """
-    metadata = dict(metadata or {})
-    if KEY in metadata or not {type(each) for item in metadata.items() for each in item} <= {str}:
-        raise LoRAError(f'metadata must map strings to strings, other than "{KEY}"')
+    if KEY in about.metadata:
+        raise LoRAError(f'metadata can\'t have the key "{KEY}", which is our own')
+    base = fingerprint(model) if base is None else check_strings("base", base)
     from .. import __version__  # the package imports this module
 
     weights = {weight.name: weight for weight in catalogue(model)}
@@ -98,8 +105,8 @@ def write(
         "version": VERSION,
         "library": __version__,
         "scale": SCALE,
-        "adapter": adapter,
-        "model": _called(model),
+        "adapter": about.adapter,
+        "model": about.model or _class(model),
         "weights": {
             pair.weight: {
                 "rank": pair.rank,
@@ -110,22 +117,21 @@ def write(
             for pair in pairs
             for owner in [weights[pair.weight]]
         },
-        "base": dict(fingerprint(model) if base is None else base),
+        "base": dict(base),
     }
     tensors = {
         f"{pair.weight}.{factor}": getattr(pair, factor)
         for pair in pairs
         for factor in ("lora_A", "lora_B")
     }
-    record["sha256"] = _seal(metadata, record, tensors)
-    save_tensors(path, tensors, metadata | {KEY: json.dumps(record)})
+    record["sha256"] = _seal(about.metadata, record, tensors)
+    save_tensors(path, tensors, {**about.metadata, KEY: json.dumps(record)})
 
 
-def _called(model: nn.Module) -> str:
-    """Say what people call the base: its name on a hub if it has one, and its class."""
-    name = getattr(model, "name_or_path", None)
-    cls = f"{type(model).__module__}.{type(model).__qualname__}"
-    return f"{name} ({cls})" if isinstance(name, str) and name else cls
+def _class(model: nn.Module) -> str:
+    """Name a base that has no name; a bare Module is the outline of one."""
+    cls = type(model)
+    return "" if cls is nn.Module else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _seal(

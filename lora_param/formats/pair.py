@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import LoRAError
 from ..parametrization import FLOATS, LoRAParametrization, show_dtypes
 from ..progress import progress
 
@@ -79,6 +80,7 @@ class About:
         base: SHA-256 digests of the base's parameters, as `fingerprint` gives them.
         shapes: The adapted weights' shapes.
         layers: What is known of the adapted weights' modules, as `skeleton` takes it.
+        metadata: Strings of whoever saved it.
     """
 
     adapter: str = "default"
@@ -86,6 +88,7 @@ class About:
     base: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Format:
         read: `(path, model, *, options) -> list[Pair]`. Names are resolved against the model's own
             modules; with `None` for a model, they are what the file has, module type unknown.
             Raises a `FileError` that lists all that is wrong. Shapes are checked by the caller.
-        write: `(path, pairs, model, *, options) -> None`, or `None` where it isn't written.
+        write: `(path, pairs, model, about, *, options) -> None`, or `None` where it isn't written.
         about: `(path) -> About`.
     """
 
@@ -129,6 +132,14 @@ def faults(pairs: Sequence[Pair]) -> Iterator[str]:
             A.isfinite().all() and B.isfinite().all()
         ):
             yield f"{pair.weight}: alpha and factors must be finite"
+
+
+def check_strings(name: str, given: Any) -> Mapping[str, str]:
+    """Return what maps strings to strings, or raise."""
+    kinds = given.items() if isinstance(given, Mapping) else [(None, given)]
+    if any(type(each) is not str for item in kinds for each in item):
+        raise LoRAError(f"{name} must map strings to strings, got {given!r:.80}")
+    return dict(given)
 
 
 def shortened(items: Sequence[str]) -> str:

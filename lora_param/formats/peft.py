@@ -18,7 +18,7 @@ from ..errors import FileError
 from ..surgery import tensor_names
 from . import layout
 from .pair import About, Pair
-from .peft_config import Config, load_config, rank_and_alpha
+from .peft_config import Config, costly, load_config, rank_and_alpha
 from .peft_places import IN_OUT, Place, home_of, place_of, refusals
 from .tensors import load_tensors, peek, replacing, save_tensors
 
@@ -41,7 +41,8 @@ def recognises(path: Path) -> bool:
 def about(path: Path) -> About:
     """Return what PEFT calls the base."""
     config = load_config((path if path.is_dir() else path.parent) / CONFIG)
-    return About(model=str(config.get("base_model_name_or_path") or ""))
+    metadata = layout.about(path / SAFE if path.is_dir() else path).metadata
+    return About(model=str(config.get("base_model_name_or_path") or ""), metadata=metadata)
 
 
 def read(
@@ -69,7 +70,8 @@ def read(
     tensors = layout.load_pickle(path) if path.suffix == ".bin" else load_tensors(path)
     factors, rest = layout.grouped(tensors, *KEYS)
     base = {key.removeprefix(PREFIX).replace(".base_layer.", "."): rest[key] for key in rest}
-    layout.refuse(path, [*layout.differing(base, model), *layout.halves(factors)])
+    complaints = [*layout.differing(base, model), *layout.halves(factors)]
+    layout.refuse(path, [*complaints, *costly(config, factors)])
     if model is None and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError(f"{path}: which rank a target parameter has can't be said without a model")
     modules = None if model is None else layout.modules_of(model)
@@ -82,17 +84,18 @@ def read(
     unplaced = [name for name, place in places.items() if place is None]
     complaints = [each for each in results if isinstance(each, str)]
     layout.refuse(path, [*layout.missing(unplaced, model), *complaints])
-    _warn(found, READ_TWICE if mha_out_proj is None else "")
+    _warn(model, found, READ_TWICE if mha_out_proj is None else "")
     return [each for each in results if isinstance(each, Pair)]
 
 
-def write(path: Path, pairs: Sequence[Pair], model: nn.Module) -> None:
+def write(path: Path, pairs: Sequence[Pair], model: nn.Module, about: About) -> None:
     """Write a folder for `PeftModel.from_pretrained(base, folder)`.
 
     Args:
         path: The folder; made if it isn't there.
         pairs: The pairs.
         model: The model that they belong to.
+        about: Whose name of the base and metadata to keep.
 
     Raises:
         FileError: Lists the weights that PEFT has no place for.
@@ -104,21 +107,23 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module) -> None:
     places = [place for place, _ in placed]
     complaints = [fault for place in places for fault in refusals(place, written=True)]
     layout.refuse(path, [*complaints, *_misread(placed, modules)], "written")
-    _warn(places, "the file holds half of it")
+    _warn(model, places, "the file holds half of it")
     tensors = {}
     for place, pair in placed:
         infix = "embedding_" if isinstance(place.module, nn.Embedding) else ""
         for role, factor in zip("AB", _theirs(place, pair), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
-    content = json.dumps(_config(placed, modules), indent=2).encode()
+    config = {"base_model_name_or_path": about.model or None, **_config(placed, modules)}
+    content = json.dumps(config, indent=2).encode()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{path}: no folder can be made: {error.strerror}") from None
     with replacing(path / CONFIG) as file:  # takes its place after the tensors have taken theirs
         file.write(content)
-        save_tensors(path / SAFE, tensors, {"format": "pt"})
+        file.flush()
+        save_tensors(path / SAFE, tensors, {"format": "pt", **about.metadata})
 
 
 def _results(
@@ -233,7 +238,6 @@ def _config(
     return {
         "peft_type": "LORA",
         "peft_version": "0.19.1",  # the first with this layout of stacks
-        "base_model_name_or_path": getattr(modules[""], "name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -252,14 +256,24 @@ def _tails(name: str) -> set[str]:
     return {name[match.end() :] for match in re.finditer(r"\.", name)}
 
 
-def _warn(places: Sequence[Place], consequence: str) -> None:
+def _warn(model: nn.Module | None, places: Sequence[Place], consequence: str) -> None:
     """Warn where PEFT computes something else than the formula."""
+    owners = Counter(
+        id(child) for each in (model.modules() if model else ()) for child in each.children()
+    )
+    shared = [place.weight for place in places if owners[id(place.module)] > 1]
     others = [place.weight for place in places if _has_other_maths(place.module)]
     twice = [place.weight for place in places if place.kind == "out_proj" and consequence]
     if others:
         warnings.warn(
             f"PEFT adapts {', '.join(others)} by other maths: it knows no dilation, padding_mode "
             "or forward of a layer's own; outputs differ from PEFT's",
+            stacklevel=5,
+        )
+    if shared:
+        warnings.warn(
+            f"PEFT adapts {', '.join(shared)} in one of the places where its module is found, and "
+            "here it is adapted in all",
             stacklevel=5,
         )
     if twice:

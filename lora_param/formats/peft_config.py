@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ OFF = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 """What counts as off beside what is false or `None`."""
+
+
+REPETITION = re.compile(r"[*+{?]")
 
 
 def load_config(path: Path) -> Config:
@@ -73,6 +76,14 @@ def unsupported(config: Config) -> Iterator[str]:
         yield f"target_parameters={targets!r:.60}"
 
 
+def costly(config: Config, names: Collection[str]) -> Iterator[str]:
+    """Yield the patterns that could take minutes to match, by backtracking in long names."""
+    for pattern in {**_patterns(config, "rank_pattern"), **_patterns(config, "alpha_pattern")}:
+        power = len(REPETITION.findall(pattern))
+        if sum((name.count(".") + 1) * len(name) ** power for name in names) > 10**10:
+            yield f"the pattern {pattern!r:.60} has too many repetitions for names so many and long"
+
+
 def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
     """Return what a config gives a weight.
 
@@ -105,4 +116,4 @@ def _is_safe(pattern: str) -> bool:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
-    return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{?]", pattern)) < 4
+    return not re.search(r"\)[*+{]", pattern) and len(REPETITION.findall(pattern)) < 4

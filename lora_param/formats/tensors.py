@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -20,8 +21,21 @@ from torch import Tensor
 from ..base import bytes_of
 from ..errors import FileError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that weights and factors can have, by their names in a header."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by their names in a header."""
 
 LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
 
@@ -61,13 +75,14 @@ def header(path: Path) -> Header:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-                raise ValueError("its header would be longer than the file")
-            return _checked(strict_json(file.read(length).decode()), 8 + length, size)
+            fits = 2 <= length <= min(LONGEST_HEADER, size - 8)
+            said = "its header would be longer than the file"
+            found = _parsed(file.read(length), size) if fits else said
     except OSError as error:
         raise FileError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise FileError(f"{path}: no safetensors file, or a damaged one: {error!s:.200}") from None
+    if isinstance(found, str):
+        raise FileError(f"{path}: no safetensors file, or a damaged one: {found:.200}")
+    return found
 
 
 def peek(path: Path) -> Header:
@@ -113,8 +128,16 @@ def write_blobs(
         end = begin + entry.end - entry.begin
         content[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
         begin = end
-    encoded = json.dumps(content, separators=(",", ":")).encode()
+    try:
+        encoded = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path}: can't be written: a name or metadata: {error}") from None
     encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > LONGEST_HEADER:
+        raise FileError(
+            f"{path}: can't be written: names and metadata take {len(encoded):,} bytes, and "
+            f"{LONGEST_HEADER:,} can be read"
+        )
     with replacing(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for blob in blobs:
@@ -159,6 +182,15 @@ def strict_json(text: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
     return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(content: bytes, size: int) -> Header | str:
+    """Parse a header, or say what is wrong with it: once, though every format's row looks at it."""
+    try:
+        return _checked(strict_json(content.decode()), 8 + len(content), size)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return str(error)
 
 
 def _checked(content: Any, start: int, size: int) -> Header:

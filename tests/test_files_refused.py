@@ -1,0 +1,225 @@
+"""What can't be saved or loaded, and writes that fail: nothing has changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_param import (
+    FileError,
+    LoRAError,
+    TargetError,
+    load_lora,
+    register_lora,
+    remove_lora,
+    save_lora,
+)
+from lora_param.formats import native
+from lora_param.formats.pair import Pair
+
+from .file_cases import net, plain, refused, same, state
+
+BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]] = {
+    "nan": (
+        lambda model: model[0].parametrizations.weight[0].lora_A.data.fill_(torch.nan),
+        {},
+        r"0\.weight: alpha and factors must be finite",
+    ),
+    "meta": (lambda model: model.to("meta"), {}, r"0\.weight: the factors have no values"),
+    "no adapter": (remove_lora, {}, "the model has none"),
+    "own key": (lambda model: None, {"metadata": {"lora_param": "x"}}, 'have the key "lora_param"'),
+    "number": (lambda model: None, {"metadata": {"x": 1}}, "metadata must map strings to strings"),
+    "list": (lambda model: None, {"metadata": ["x"]}, "metadata must map strings to strings"),
+    "base": (lambda model: None, {"base": {"0.weight": 1}}, "base must map strings to strings"),
+    "surrogate": (
+        lambda model: None,
+        {"metadata": {"x": "\ud800"}},
+        "can't be written: a name or metadata: .*surrogates",
+    ),
+    "huge": (
+        lambda model: None,
+        {"metadata": {"x": "x" * 100_000_000}},
+        r"names and metadata take 100,00.,... bytes, and 100,000,000 can be read",
+    ),
+    "format": (
+        lambda model: None,
+        {"format": "zip"},
+        "format must be one of \\['kohya', 'native', 'peft'\\], got 'zip'",
+    ),
+    "option": (lambda model: None, {"colour": 1}, "native takes .*got colour"),
+    "missing": (lambda model: None, {"adapter": "x"}, "no weight with an adapter 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAVES)
+def test_what_can_not_be_saved_leaves_the_old_file(case: str, saved: Path) -> None:
+    harm, options, match = BAD_SAVES[case]
+    before, model = saved.read_bytes(), net()
+    harm(model)
+    with pytest.raises(LoRAError, match=match):
+        save_lora(model, saved, **options)
+    assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"base": "maybe"}, 'base must be "require", "warn" or "ignore", got \'maybe\''),
+        ({"adapter": "a.b"}, "must be a non-empty string without dots"),
+        ({"alpha": 16}, "the format native takes .*got alpha"),
+    ],
+)
+def test_bad_arguments_of_loading_are_refused(
+    options: dict[str, Any], match: str, saved: Path
+) -> None:
+    refused(plain(), saved, match, **options)
+
+
+def test_a_tied_weight_is_refused(saved: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(6, 5))
+    model[3].weight = model[0].weight
+    before = state(model)
+    with pytest.raises(TargetError, match=r"0\.weight: 3\.weight is the same Parameter"):
+        load_lora(model, saved, base="ignore")
+    assert same(before, state(model))
+
+
+def test_an_interruption_half_way_leaves_the_model(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, calls = Pair.parametrization, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return build(*arguments)
+
+    monkeypatch.setattr(Pair, "parametrization", failing)
+    model = plain()
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        load_lora(model, saved)
+    assert same(before, state(model))
+
+
+def full_disk(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace", "blob"])
+@pytest.mark.parametrize(
+    ("fault", "error"), [(full_disk, FileError), (interrupt, KeyboardInterrupt)]
+)
+def test_a_failure_while_writing_leaves_the_old_file_and_no_other(
+    moment: str,
+    fault: Callable[..., None],
+    error: type[BaseException],
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = saved.read_bytes()
+    if moment == "blob":
+        monkeypatch.setattr("lora_param.formats.tensors.bytes_of", fault)
+    else:
+        monkeypatch.setattr(os, moment, fault)
+    with pytest.raises(error):
+        save_lora(net("other"), saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_link_stays_a_link_and_permissions_stay(saved: Path, tmp_path: Path) -> None:
+    saved.chmod(0o600)
+    link = tmp_path / "latest"
+    link.symlink_to(saved.name)
+    save_lora(net("other"), link)
+    assert link.is_symlink()
+    assert saved.stat().st_mode & 0o777 == 0o600
+    assert native.about(saved).adapter == "other"
+
+
+@pytest.mark.parametrize("where", ["", "missing/adapter.safetensors"])
+def test_where_no_file_can_be_is_said(where: str, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="can't be written: "):
+        save_lora(net(), tmp_path / where)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_above_the_smaller_side_is_lowered_with_a_warning() -> None:
+    for rows, columns in ((3, 5), (5, 3)):
+        torch.manual_seed(0)
+        pair = Pair("w", torch.randn(2, 4, columns), torch.randn(2, rows, 4), 6.0)
+        lower = pair.within(3)
+        assert lower.rank == 3
+        update, expected = (p.lora_B @ p.lora_A * p.alpha / p.rank for p in (lower, pair))
+        assert torch.allclose(update, expected, rtol=1e-5, atol=1e-5)
+        assert pair.within(4).lora_A is pair.lora_A
+
+
+MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "layer norm": (lambda: nn.LayerNorm(5), "0.weight has fewer than two dimensions"),
+    "lazy": (lambda: nn.LazyLinear(5), "it is lazy and has no shape yet"),
+    "old weight norm": (lambda: nn.utils.weight_norm(nn.Linear(6, 5)), "sets this tensor before"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("layer", MISFITS)
+def test_a_model_whose_layer_is_another_is_refused(layer: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    register_lora(model, rank=2)
+    save_lora(model, tmp_path / "adapter.safetensors")
+    make, message = MISFITS[layer]
+    with pytest.raises(LoRAError, match=message):
+        load_lora(nn.Sequential(make()), tmp_path / "adapter.safetensors", base="ignore")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system here")
+def test_a_pipe_is_neither_waited_for_nor_replaced(saved: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    refused(plain(), pipe, "no regular file")
+    with pytest.raises(FileError, match="can't be written: no regular file is there"):
+        save_lora(net(), pipe)
+    assert pipe.is_fifo()
+
+
+def test_an_alpha_that_is_no_real_number_is_refused(tmp_path: Path) -> None:
+    model, file = nn.ModuleDict({"a": nn.Linear(6, 5)}), tmp_path / "kohya.safetensors"
+    tensors = {"lora_unet_a.lora_down.weight": torch.ones(2, 6)}
+    tensors |= {"lora_unet_a.lora_up.weight": torch.ones(5, 2)}
+    save_file(tensors | {"lora_unet_a.alpha": torch.tensor(1 + 2j)}, file)
+    register_lora(model, rank=2)
+    with pytest.raises(FileError, match="alpha"):
+        load_lora(model, file)
+    assert model["a"].parametrizations.weight[0].scale == 1.0
+
+
+@pytest.mark.parametrize("alpha", [1e-50, 1e60, 0.0])
+def test_kohya_refuses_an_alpha_that_it_can_not_hold(alpha: float, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 5)})
+    register_lora(model, rank=2, alpha=alpha)
+    with pytest.raises(FileError, match=r"has an alpha of .*, in float32"):
+        save_lora(model, tmp_path / "kohya.safetensors", format="kohya")
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    register_lora(model, rank=2)
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(FileError, match="no folder can be made"):
+        save_lora(model, tmp_path / "taken", format="peft")
