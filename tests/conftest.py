@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lora_param import save_lora
+from lora_param import base_state_dict, save_lora
 
+from .cli_cases import adapted
 from .file_cases import net
 
 torch.set_num_threads(1)  # the tests' tensors are tiny, and threads would only wait for each other
@@ -30,3 +32,13 @@ def path(tmp_path: Path) -> Path:
 def saved(path: Path) -> Path:
     save_lora(net(), path)
     return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """An adapter, its base, and a path for what is made of them."""
+    adapter, base = tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
+    model = adapted()
+    save_lora(model, adapter)
+    save_file(base_state_dict(model), base, {"format": "pt"})
+    return adapter, base, tmp_path / "out.safetensors"

@@ -1,0 +1,121 @@
+"""Merging files: bit for bit, in little memory, over nothing that is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_param import (
+    base_state_dict,
+    merge_lora,
+    register_lora,
+    save_lora,
+)
+from lora_param.__main__ import main
+from lora_param.formats.tensors import header
+
+from .cases import CASES, Case, shake
+from .cli_cases import adapted, change, fails, merging, works
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_files_is_merging_the_model_to_the_bit(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = adapted(dtype), tmp_path / "out.safetensors"
+    save_lora(model, tmp_path / "adapter.safetensors")
+    plain = base_state_dict(model) | {"steps": torch.tensor([3, 4]), "empty": torch.zeros(0, 2)}
+    save_file(plain, tmp_path / "base.safetensors", {"format": "pt"})
+    said = works(
+        capsys, *merging(tmp_path / "adapter.safetensors", tmp_path / "base.safetensors", out)
+    )
+    merge_lora(model)
+    expected = model.state_dict() | {"steps": plain["steps"], "empty": plain["empty"]}
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert header(out).metadata == {"format": "pt"}
+    assert said == f"{out}: 6 of {len(expected)} tensors changed\n"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_every_layer_merges_without_its_module(case: Case, tmp_path: Path) -> None:
+    layer, _ = case.build()
+    case.adapt(layer)
+    shake(layer)
+    adapter, base, out = (
+        tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")
+    )
+    save_lora(layer, adapter)
+    save_file({name: t.contiguous() for name, t in base_state_dict(layer).items()}, base)
+    assert main([str(each) for each in merging(adapter, base, out)]) == 0
+    merge_lora(layer)
+    expected = layer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
+
+
+@pytest.mark.parametrize("name", ["linear.weight", "linear.bias"])
+def test_another_base_is_merged_only_when_told_to(
+    name: str, files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(files[1])
+    change(name)(tensors)
+    save_file(tensors, files[1])
+    assert f"{name} has other bits" in fails(capsys, *merging(*files))
+    assert not files[2].exists()
+    works(capsys, *merging(*files), "--any-base")
+
+
+def test_merging_never_writes_over_what_it_reads(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, link = files
+    link.symlink_to(base)
+    before = adapter.read_bytes(), base.read_bytes()
+    for out in (adapter, base, link):
+        assert "would be read and written" in fails(capsys, *merging(adapter, base, out))
+    assert (adapter.read_bytes(), base.read_bytes()) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # what PEFT does otherwise
+def test_what_is_in_a_folder_that_is_read_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder, base = nn.Sequential(nn.Linear(6, 5)), tmp_path / "peft", tmp_path / "b"
+    save_file(model.state_dict(), base, {"format": "pt"})
+    register_lora(model, rank=2)
+    save_lora(model, folder, format="peft")
+    tensors, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    before = tensors.read_bytes(), config.read_bytes()
+    for adapter, out in ((folder, tensors), (folder, config), (tensors, config)):
+        assert "would be read and written" in fails(capsys, *merging(adapter, base, out))
+    assert (tensors.read_bytes(), config.read_bytes()) == before
+
+
+def test_the_outputs_of_a_checkpoint_with_bytes_of_another_shape_are_refused(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, out = files
+    base.write_bytes(base.read_bytes().replace(b"[5,6]", b"[6,6]"))
+    assert "bytes of another shape" in fails(capsys, *merging(adapter, base, out))
+
+
+def test_a_merged_weight_that_overflows_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base, out = (
+        tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors")
+    )
+    model = nn.Linear(4, 3)
+    register_lora(model, rank=1, alpha=1e30, dtype=torch.float64)
+    shake(model)
+    save_lora(model, adapter, base={})
+    save_file({name: tensor.half() for name, tensor in base_state_dict(model).items()}, base)
+    assert "weight would not be finite in torch.float16" in fails(
+        capsys, *merging(adapter, base, out)
+    )
+    assert sorted(tmp_path.iterdir()) == [adapter, base]
