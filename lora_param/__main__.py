@@ -26,7 +26,7 @@ from .parametrization import FLOATS, adapted
 from .progress import progress
 
 PROGRAM = "lora-param"
-BLOCK = 2**24  # bytes of a tensor that are merged at a time
+BLOCK = 2**22  # bytes of a tensor that are merged at a time
 OTHER_BASE = "give the base that the adapter was trained on, or --any-base"
 RAW = argparse.RawDescriptionHelpFormatter  # an example stays one line
 

@@ -53,7 +53,7 @@ def base_modules(model: nn.Module, *, aliases: bool = False) -> list[tuple[str, 
 
 def without_wrappers(path: str) -> str:
     """Drop from a path what `torch.compile` puts into it when it wraps a module."""
-    return ".".join(name for name in path.split(".") if name != "_orig_mod")
+    return ".".join(name for name in path.split(".") if name not in ("", "_orig_mod"))
 
 
 def tensor_names(module: nn.Module) -> list[str]:

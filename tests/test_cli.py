@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,13 +25,14 @@ from lora_param import (
 from lora_param.__main__ import COMMANDS, main
 
 from .cli_cases import Net, adapted, change, fails, merging, works
+from .file_cases import FUZZ
 
 
 def test_info_lists_weights_and_totals(
     files: tuple[Path, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = works(capsys, "info", files[0]).splitlines()
-    assert lines[0] == "format native, base tests.test_cli.Net"
+    assert lines[0] == "format native, base tests.cli_cases.Net"
     assert [line.split()[0] for line in lines[3:-2]] == [
         "linear.weight",
         "conv.weight",
@@ -196,3 +199,39 @@ def test_it_runs_as_a_module(files: tuple[Path, Path, Path]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("format native, base ")
     assert result.stderr == ""
+
+
+@FUZZ
+@given(
+    command=st.sampled_from([
+        ["info", "{adapter}"],
+        ["check", "{adapter}", "--base", "{base}"],
+        ["merge", "{adapter}", "--base", "{base}", "--out", "{out}"],
+        ["convert", "{adapter}", "{out}", "--to", "native", "--base", "{base}"],
+    ]),
+    harmed=st.sampled_from(["adapter", "base"]),
+    place=st.floats(0, 1),
+    value=st.binary(max_size=9),
+    cut=st.integers(0, 9),
+)  # fmt: skip
+def test_damaged_files_end_in_one_line_or_do_no_harm(
+    command: list[str],
+    harmed: str,
+    place: float,
+    value: bytes,
+    cut: int,
+    files: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = dict(zip(("adapter", "base", "out"), files, strict=True))
+    whole = paths[harmed].read_bytes()
+    begin = int(place * len(whole))
+    paths[harmed].write_bytes(whole[:begin] + value + whole[begin + cut :])
+    try:
+        status = main([each.format(**paths) for each in command])
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == status
+        assert status == 0 or not files[2].exists()
+    finally:
+        paths[harmed].write_bytes(whole)
+        files[2].unlink(missing_ok=True)

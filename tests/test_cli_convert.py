@@ -14,6 +14,8 @@ from lora_param import (
     base_state_dict,
     load_lora,
     lora_parameters,
+    register_lora,
+    save_lora,
 )
 from lora_param.__main__ import main
 
@@ -95,3 +97,31 @@ def test_converting_never_writes_into_the_folder_that_it_reads(
     (file,) = folder.glob("*.safetensors")
     error = fails(capsys, "convert", file, folder, "--to", "peft", "--base", base)
     assert "would be read and written" in error
+
+
+@pytest.mark.parametrize("to", ["native", "peft", "kohya"])
+def test_converting_keeps_the_bases_name_and_the_callers_metadata(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = linears()
+    model.name_or_path = "someone/something"
+    register_lora(model, rank=2)
+    adapter, base = tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
+    there, back = tmp_path / "there", tmp_path / "back.safetensors"
+    save_lora(model, adapter, metadata={"license": "MIT"})
+    save_file(base_state_dict(model), base)
+    works(capsys, "convert", adapter, there, "--to", to)
+    works(capsys, "convert", there, back, "--to", "native", "--base", base)
+    found = json.loads(works(capsys, "info", back, "--json"))
+    assert found["metadata"] == {"license": "MIT"}
+    assert found["base"] == ("" if to == "kohya" else "someone/something")
+
+
+def test_the_outline_of_a_model_is_not_taken_for_its_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter, base = written(linears(), tmp_path)
+    there, back = tmp_path / "there", tmp_path / "back.safetensors"
+    works(capsys, "convert", adapter, there, "--to", "kohya")
+    works(capsys, "convert", there, back, "--to", "native", "--base", base)
+    assert json.loads(works(capsys, "info", back, "--json"))["base"] == ""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lora_param import (
     base_state_dict,
@@ -119,3 +123,85 @@ def test_a_merged_weight_that_overflows_is_not_written(
         capsys, *merging(adapter, base, out)
     )
     assert sorted(tmp_path.iterdir()) == [adapter, base]
+
+
+BAD_BASES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "a bias is gone": (lambda tensors: tensors.pop("linear.bias"), "lacks linear.bias; give the base"),
+    "integers": (
+        lambda tensors: tensors.update({"linear.weight": torch.ones(5, 6, dtype=torch.int8)}),
+        "linear.weight is I8, which no update can be added to",
+    ),
+    "integers in place of a bias": (
+        lambda tensors: tensors.update({"linear.bias": torch.ones(5, dtype=torch.int32)}),
+        "linear.bias has other bits",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_BASES)
+def test_what_is_not_the_base_is_not_merged(
+    case: str, files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm, message = BAD_BASES[case]
+    tensors = load_file(files[1])
+    harm(tensors)
+    save_file(tensors, files[1])
+    assert message in fails(capsys, *merging(*files))
+    assert not files[2].exists()
+
+
+def test_a_checkpoint_that_holds_tied_weights_once_is_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 3)})
+    model["b"].weight = model["a"].weight
+    register_lora(model, rank=1, target="c")
+    adapter, base = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_lora(model, adapter)
+    tensors = base_state_dict(model)
+    del tensors["b.weight"]
+    save_file(tensors, base)
+    works(capsys, *merging(adapter, base, tmp_path / "c.safetensors"))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (40, 3, 5), (4, 40, 30)], ids=str)
+@pytest.mark.parametrize("block", [1, 1000, 2**22])
+def test_merging_in_blocks_is_merging_whole(
+    shape: tuple[int, ...], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_param.__main__.BLOCK", block)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(shape))
+    register_lora(model, rank=3, target="weight")
+    shake(model)
+    adapter, base, out = (tmp_path / f"{name}.safetensors" for name in "abc")
+    save_lora(model, adapter)
+    save_file(base_state_dict(model), base)
+    assert main([str(each) for each in merging(adapter, base, out)]) == 0
+    torch.testing.assert_close(load_file(out)["weight"], model.weight, rtol=0, atol=1e-6)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from lora_param.__main__ import main
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+before = peak()
+assert main(sys.argv[1:]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak of memory is told here")
+def test_merging_takes_less_memory_than_one_tensor(files: tuple[Path, Path, Path]) -> None:
+    model = nn.Sequential(*(nn.Linear(4096, 8192, bias=False) for _ in range(2)))
+    register_lora(model, rank=2)
+    shake(model)
+    save_lora(model, files[0])
+    save_file(base_state_dict(model), files[1])  # two tensors of 128 MiB
+    command = [sys.executable, "-c", MEMORY, *map(str, merging(*files))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    mebibytes = float(result.stdout.splitlines()[-1])
+    assert mebibytes < 128

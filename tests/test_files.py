@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_param import (
     AdapterError,
@@ -25,6 +26,7 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
+from lora_param.formats import recognised
 from lora_param.formats.tensors import header, load_tensors, save_tensors
 
 from .cases import CASES, Case, outputs, shake
@@ -165,6 +167,37 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_metadata_of_the_callers_are_kept(path: Path) -> None:
     save_lora(net(), path, metadata={"license": "MIT", "naïve": "ü"})
     assert header(path).metadata.items() >= {"license": "MIT", "naïve": "ü"}.items()
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_metadata_of_the_callers_are_kept_in_every_format(format: str, tmp_path: Path) -> None:
+    model = nn.Sequential(plain())
+    register_lora(model, rank=1)
+    save_lora(model, tmp_path / "adapter", metadata={"license": "MIT"}, format=format)
+    row = recognised(tmp_path / "adapter")
+    assert (row.name, row.about(tmp_path / "adapter").metadata) == (format, {"license": "MIT"})
+
+
+def test_loading_into_the_adapter_that_is_there_makes_no_second_copy(saved: Path) -> None:
+    model = net()
+    with Copies() as copies:
+        load_lora(model, saved)
+    assert copies.made == 0
+    for entry in (model[0].parametrizations.weight[0], model[2].parametrizations.weight[0]):
+        entry.bfloat16()
+    with Copies() as copies:
+        load_lora(model, saved)
+    assert copies.made == len(list(lora_parameters(model)))  # each to look for overflow, and gone
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies that are made of tensors."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy)
+        return func(*args, **(kwargs or {}))
 
 
 def test_others_can_read_the_tensors(saved: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,10 +26,10 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
-from lora_param.formats import native
+from lora_param.formats import native, tensors
 from lora_param.formats.tensors import header, load_tensors, save_tensors
 
-from .file_cases import net, plain, refused, same, same_tensors, state
+from .file_cases import FUZZ, net, plain, refused, same, same_tensors, state
 
 
 class Bomb:
@@ -194,14 +194,6 @@ def valid() -> bytes:
         return Path(folder, "adapter").read_bytes()
 
 
-FUZZ = settings(
-    max_examples=1000,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-
 def loads_whole_or_not_at_all(path: Path, expected: dict[str, Tensor] | None = None) -> None:
     model = plain()
     before = state(model)
@@ -295,3 +287,22 @@ def test_forged_tensors_load_whole_or_not_at_all(
     pair = (torch.ones(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True))
     rewritten(file, lambda record, tensors: tensors.update(zip((A, B), pair, strict=True)))
     loads_whole_or_not_at_all(file)
+
+
+def test_a_large_header_is_parsed_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, parse = [], tensors.strict_json
+
+    def counting(text: str) -> Any:
+        parsed.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(tensors, "strict_json", counting)
+    for content in (
+        framed(b"[" + b" " * 1000),
+        saved.read_bytes().replace(b"0.weight", b"1.weight"),
+    ):
+        parsed.clear()
+        saved.write_bytes(content)
+        with pytest.raises(FileError):
+            load_lora(plain(), saved)
+        assert len(parsed) == 1

@@ -223,3 +223,10 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(FileError, match="no folder can be made"):
         save_lora(model, tmp_path / "taken", format="peft")
+
+
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    for name in ("x" * 5000, "x" * 5000 + ".safetensors", "nul\0"):
+        refused(plain(), Path(name), "can't be (read|written)")
+        with pytest.raises(FileError, match="can't be written"):
+            save_lora(net(), name)

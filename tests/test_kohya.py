@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_param import FileError, load_lora, lora_summary, register_lora, save_lora
+from lora_param import FileError, LoRAError, load_lora, lora_summary, register_lora, save_lora
 
 from .cases import shake
 
@@ -183,6 +183,20 @@ def test_the_written_prefix_follows_the_model(
     starts = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_", "my_")
     assert {start for key in keys for start in starts if key.startswith(start)} == prefixes
     assert load_lora(base, path, **options if "my_" in prefixes else {}) == names
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [(3, "prefix must be a string, got 3"), ("my.", "no name in the file can")],
+)
+def test_a_prefix_that_no_name_can_have_is_refused(
+    prefix: Any, message: str, tmp_path: Path
+) -> None:
+    model = UNet()
+    register_lora(model, rank=2)
+    with pytest.raises(LoRAError, match=message):
+        save_lora(model, tmp_path / "lora.safetensors", format="kohya", prefix=prefix)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_keys_of_the_asked_prefix_are_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -108,6 +108,17 @@ def test_a_config_that_does_not_fit_is_refused(
         load_lora(base, tmp_path)
 
 
+def test_a_pattern_that_backtracks_for_minutes_in_a_long_name_is_refused(tmp_path: Path) -> None:
+    base, _ = trained_in_peft(LINEAR, tmp_path)
+    edit_config(tmp_path, rank_pattern={"a*a*a*x": 2})
+    load_lora(base, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    long = {key.replace(".0.", f".{'a' * 3000}."): each for key, each in tensors.items()}
+    save_file(long, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FileError, match=r"the pattern 'a\*a\*a\*x' has too many repetitions"):
+        load_lora(base, tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"r": 1, "r": 2}', "[" * 10**5, "\x00", '{"r": NaN}']
 )
@@ -195,6 +206,27 @@ def test_a_convolution_that_peft_trains_otherwise_warns_both_ways(
     x = torch.randn(2, 4, 7)
     assert not torch.allclose(output(base, x), output(theirs, x), atol=1e-3)
     with pytest.warns(UserWarning, match="PEFT adapts 0.weight by other maths"):
+        save_lora(base, tmp_path / "out", format="peft")
+
+
+class Twice(nn.Module):
+    """Finds one module at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x).exp()
+
+
+def test_a_module_that_peft_adapts_in_one_of_its_places_warns_both_ways(tmp_path: Path) -> None:
+    base, theirs = trained_in_peft(Case("", Twice, floats(2, 4), ["a"]), tmp_path)
+    with pytest.warns(UserWarning, match=r"PEFT adapts a\.weight in one of the places"):
+        load_lora(base, tmp_path)
+    x = torch.randn(2, 4)
+    assert not torch.allclose(output(base, x), output(theirs, x), atol=1e-3)
+    with pytest.warns(UserWarning, match=r"PEFT adapts a\.weight in one of the places"):
         save_lora(base, tmp_path / "out", format="peft")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +19,16 @@ from lora_param import (
     assert_frozen,
     base_state_dict,
     fingerprint,
+    load_lora,
+    load_lora_state_dict,
+    lora_state_dict,
     merge_lora,
     register_lora,
     remove_lora,
+    save_lora,
 )
 
-from .cases import adapted
+from .cases import adapted, shake
 
 
 def test_registering_invalidates_no_graph() -> None:
@@ -69,6 +75,41 @@ def test_a_fault_at_any_line_leaves_the_model_as_it_was(verb: str) -> None:
     assert _state(model) != before
 
 
+LOADS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "file": load_lora,
+    "state dict": lambda model, path: load_lora_state_dict(
+        model, torch.load(path.with_suffix(".pt"))
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # faults in closing
+@pytest.mark.parametrize("load", LOADS)
+def test_a_fault_at_any_line_loads_all_of_an_adapter_or_nothing(load: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    register_lora(model, rank=1, alpha=3)
+    shake(model)
+    save_lora(model, path)
+    torch.save(lora_state_dict(model), path.with_suffix(".pt"))
+    new = _state(model)
+    shake(model)
+    model[0].parametrizations.weight[0].scale = 7.0 if load == "file" else 3.0
+    old = {name: each.clone() for name, each in lora_state_dict(model).items()}
+    before, seen = _state(model), set()
+    line, raised = 0, True
+    while raised:
+        raised = _raises_at(line, lambda model: LOADS[load](model, path), model)
+        after = _state(model)
+        assert after in (before, new), line
+        seen.add((raised, after == new))
+        load_lora_state_dict(model, old)
+        model[0].parametrizations.weight[0].scale = 7.0 if load == "file" else 3.0
+        line += 3
+    assert seen == {(True, False), (True, True), (False, True)}
+
+
 def _raises_at(line: int, verb: Any, model: nn.Module) -> bool:
     """Interrupt the library at the given line of all that a call executes in it."""
     left = line
@@ -102,7 +143,7 @@ UNDOING = ("snapshot", "bring_back", "all_or_nothing")
 def _state(model: nn.Module) -> list[Any]:
     return [
         [
-            (name, type(each), each.training, sorted(vars(each)))
+            (name, type(each), each.training, sorted(vars(each)), getattr(each, "scale", None))
             for name, each in model.named_modules()
         ],
         [
@@ -136,6 +177,21 @@ def test_a_wrapper_that_answers_for_its_module_is_no_obstacle(wrap: Any) -> None
     assert fingerprint(model) == before
     remove_lora(model)
     assert type(inner) is nn.Linear
+
+
+def test_what_compile_wraps_keeps_the_names_of_the_plain_model(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 4)))
+    model = copy.deepcopy(plain)
+    model[1] = torch.compile(model[1], backend="eager")
+    model = torch.compile(model, backend="eager")
+    assert fingerprint(model) == fingerprint(plain)
+    names = register_lora(model, rank=2, target="*.weight")
+    shake(model)
+    save_lora(model, tmp_path / "adapter.safetensors")
+    assert load_lora(plain, tmp_path / "adapter.safetensors", base="require") == names
+    assert list(lora_state_dict(plain)) == list(lora_state_dict(model))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(plain(x), model(x))
 
 
 def test_a_buffer_adapted_by_hand_stays_a_buffer() -> None:

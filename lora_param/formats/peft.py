@@ -258,10 +258,9 @@ def _tails(name: str) -> set[str]:
 
 def _warn(model: nn.Module | None, places: Sequence[Place], consequence: str) -> None:
     """Warn where PEFT computes something else than the formula."""
-    owners = Counter(
-        id(child) for each in (model.modules() if model else ()) for child in each.children()
-    )
-    shared = [place.weight for place in places if owners[id(place.module)] > 1]
+    holders = model.modules() if model else ()
+    slots = Counter(id(child) for each in holders for child in each._modules.values())
+    shared = [place.weight for place in places if slots[id(place.module)] > 1]
     others = [place.weight for place in places if _has_other_maths(place.module)]
     twice = [place.weight for place in places if place.kind == "out_proj" and consequence]
     if others:
