@@ -192,14 +192,7 @@ def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:
-    """Return a tensor's bytes, without a copy and without numpy, which torch doesn't require.
-
-    Args:
-        name: What it is called, for the error message.
-        tensor: The tensor.
-
-    Returns:
-        Something to hash or to write.
+    """Return a tensor's bytes, to hash or write, without a copy, and without numpy.
 
     Raises:
         LoRAError: It has none of its own: on the meta device, sparse, sharded, wrapped.

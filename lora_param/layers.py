@@ -27,14 +27,6 @@ def stack(shape: Shape) -> Shape:
     return shape
 
 
-def _always(module: nn.Module) -> bool:
-    return True
-
-
-def _never_refused(module: nn.Module) -> None:
-    return None
-
-
 def _embedding_rule(module: nn.Module) -> str | None:
     if getattr(module, "max_norm", None) is not None:
         return "max_norm renormalises the original at every forward; build it without max_norm"
@@ -97,10 +89,10 @@ class Layer:
     tensors: tuple[str, ...] = ("weight",)
     view: Callable[[Shape], Shape] = kernel
     activation: Callable[..., Tensor] | None = None
-    suits: Callable[[Any], bool] = _always
+    suits: Callable[[Any], bool] = lambda module: True
     drops: bool = True
     default: bool = True
-    refusal: Callable[[nn.Module], str | None] = _never_refused
+    refusal: Callable[[nn.Module], str | None] = lambda module: None
     rereads: bool = False
     overrides: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -172,15 +164,9 @@ def _row(cls: type[nn.Module]) -> tuple[Layer, type]:
 
 
 def listed(module: nn.Module, present: list[str]) -> list[str]:
-    """Return the tensors of a module that its row names.
+    """Return which of a module's tensors its row names, and dotted names as they stand.
 
-    Args:
-        module: Any module.
-        present: Names of the module's own tensors.
-
-    Returns:
-        The names that the row's globs find, and dotted names as they stand. A row that finds
-        nothing gives its first name, for the caller to say why that tensor can't be adapted.
+    A row that finds nothing gives its first name, for the caller to say why it can't be adapted.
     """
     layer = layer_of(type(module))
     found = [

@@ -141,18 +141,7 @@ _freeze = freeze  # `register_lora` has an argument of that name
 def adapters_of(
     model: nn.Module, adapter: str | None = None
 ) -> list[tuple[Weight, LoRAParametrization]]:
-    """List every weight's adapters, or those of one name, in model order and chain order.
-
-    Args:
-        model: Any module.
-        adapter: The adapter's name; `None` means all.
-
-    Returns:
-        Pairs of weight and parametrization.
-
-    Raises:
-        AdapterError: There is none.
-    """
+    """List the adapters, or those of one name, in model order and chain order; raise for none."""
     check_module(model, "a call about adapters")
     found = [
         (Weight(path, module, tensor), entry)

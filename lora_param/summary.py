@@ -150,17 +150,14 @@ def lora_summary(model: nn.Module) -> LoRASummary:
 
 
 def _row(weight: WeightSummary) -> tuple[str, ...]:
-    def each(texts: list[str]) -> str:
-        return ", ".join(texts)
-
-    adapters = weight.adapters
+    adapters = [
+        (each.name, str(each.rank), f"{each.alpha:g}", "on" if each.enabled else "off")
+        for each in weight.adapters
+    ]
     return (
         weight.name,
         "x".join(map(str, weight.shape)),
         weight.space,
-        each([adapter.name for adapter in adapters]),
-        each([str(adapter.rank) for adapter in adapters]),
-        each([f"{adapter.alpha:g}" for adapter in adapters]),
-        each(["on" if adapter.enabled else "off" for adapter in adapters]),
-        f"{sum(adapter.parameters for adapter in adapters):,}",
+        *map(", ".join, zip(*adapters, strict=True)),
+        f"{sum(each.parameters for each in weight.adapters):,}",
     )

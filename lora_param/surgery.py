@@ -30,15 +30,7 @@ def check_module(model: object, call: str) -> None:
 
 
 def base_modules(model: nn.Module, *, aliases: bool = False) -> list[tuple[str, nn.Module]]:
-    """List a model's modules and their paths without any parametrizations.
-
-    Args:
-        model: The model.
-        aliases: List a module that is found at several places at each of them, not at the first.
-
-    Returns:
-        Pairs of path and module.
-    """
+    """List paths and modules without any parametrizations; with aliases, at all their places."""
     modules, hidden = [], set()
     for path, module in model.named_modules(remove_duplicate=not aliases):
         if id(module) in hidden:

@@ -24,13 +24,7 @@ Number = TypeVar("Number", int, float, float | None)
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of one module of a model.
-
-    Attributes:
-        path: The module's path in the model; empty for the model itself.
-        module: The owner.
-        tensor: The tensor's name in its owner.
-    """
+    """One tensor of one module of a model; the model's own path is empty."""
 
     path: str
     module: nn.Module
@@ -45,17 +39,9 @@ class Weight:
 def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> list[Weight]:
     """List the weights that `target` names and `exclude` doesn't, in model order.
 
-    Args:
-        model: Any module.
-        target: A glob over the parameter's full name, over its module's path, or over a dotted
-            suffix of either; a module type; a predicate `(module's path, module) -> bool`; several
-            of these; or `None` for the table's default. What names a module names the tensors of
-            its row, or of an unlisted module every tensor of two or more dimensions. A glob that
-            also covers biases and norms takes the weights among them.
-        exclude: The same, for what is left out.
-
-    Returns:
-        At least one weight. Whether each can be adapted is not checked here.
+    What names a module names the tensors of its row, or of an unlisted module every tensor of two
+    or more dimensions. A glob that also covers biases and norms takes the weights among them.
+    Whether a weight can be adapted is not checked here.
 
     Raises:
         TargetError: One of the selectors matches nothing, or nothing of two or more dimensions.
@@ -95,16 +81,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
 def spread(
     option: str, value: Number | Mapping[str, Number], weights: Sequence[Weight]
 ) -> list[Number]:
-    """Give each weight its number.
-
-    Args:
-        option: What the number is, for error messages.
-        value: One number for all, or a mapping from pattern to number. The first pattern that
-            matches a weight decides.
-        weights: The weights.
-
-    Returns:
-        A number per weight.
+    """Give each weight its number: the one for all, or that of the first pattern to match it.
 
     Raises:
         TargetError: A pattern decides for no weight, or a weight has no pattern.

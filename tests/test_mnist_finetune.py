@@ -190,7 +190,9 @@ def test_wrong_scale_breaks_the_formulas_claim(
 def test_weight_that_stays_adapted_breaks_the_claim_of_off(
     adapted: tuple[RichBoyNet, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = lora_param.LoRAParametrization._adapted
+    def forward(self: lora_param.LoRAParametrization, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.lora_B @ self.lora_A * self.scale
+
     monkeypatch.setattr(lora_param.LoRAParametrization, "forward", forward)
     with pytest.raises(mnist_finetune.BrokenClaimError, match=r"disabled, linear1\.weight is its"):
         mnist_finetune.check_network(*adapted, scale=1.0)

@@ -82,9 +82,9 @@ def write(
 
     Args:
         path: The file.
-        pairs: The pairs.
+        pairs: The updates to write.
         model: The model that they belong to.
-        about: Whose metadata to keep.
+        about: Has the metadata.
         prefix: What the keys begin with; by default what a child of the model is called, or the
             model's class, decides: `lora_unet_` for `unet` or a UNet, `lora_te_` for `text_encoder`
             or a CLIP; and `lycoris_`, the prefix for any model, for all else.

@@ -83,14 +83,7 @@ def write(
     *,
     base: Mapping[str, str] | None = None,
 ) -> None:
-    """Write our own file.
-
-    Args:
-        path: The file.
-        pairs: The pairs.
-        model: The model that they belong to.
-        about: What else to keep; of the base, its name and the caller's metadata.
-        base: What `fingerprint(model)` returned; `None` to take it now.
+    """Write our own file; `base` is what `fingerprint(model)` returned, or `None` to take it now.
 
     Raises:
         LoRAError: The metadata or the base aren't strings, or the metadata take our own key.

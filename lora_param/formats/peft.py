@@ -89,13 +89,7 @@ def read(
 
 
 def write(path: Path, pairs: Sequence[Pair], model: nn.Module, about: About) -> None:
-    """Write a folder for `PeftModel.from_pretrained(base, folder)`.
-
-    Args:
-        path: The folder; made if it isn't there.
-        pairs: The pairs.
-        model: The model that they belong to.
-        about: Whose name of the base and metadata to keep.
+    """Write a folder for `PeftModel.from_pretrained(base, folder)`; make it if it isn't there.
 
     Raises:
         FileError: Lists the weights that PEFT has no place for.
@@ -263,22 +257,13 @@ def _warn(model: nn.Module | None, places: Sequence[Place], consequence: str) ->
     shared = [place.weight for place in places if slots[id(place.module)] > 1]
     others = [place.weight for place in places if _has_other_maths(place.module)]
     twice = [place.weight for place in places if place.kind == "out_proj" and consequence]
-    if others:
-        warnings.warn(
-            f"PEFT adapts {', '.join(others)} by other maths: it knows no dilation, padding_mode "
-            "or forward of a layer's own; outputs differ from PEFT's",
-            stacklevel=5,
-        )
-    if shared:
-        warnings.warn(
-            f"PEFT adapts {', '.join(shared)} in one of the places where its module is found, and "
-            "here it is adapted in all",
-            stacklevel=5,
-        )
-    if twice:
-        warnings.warn(
-            f"PEFT applies the update of {', '.join(twice)} twice, and {consequence}", stacklevel=5
-        )
+    for names, how in (
+        (others, "by other maths: it knows no dilation, padding_mode or forward of a layer's own"),
+        (shared, "in one of the places where its module is found, and here it is adapted in all"),
+        (twice, f"twice, and {consequence}"),
+    ):
+        if names:
+            warnings.warn(f"PEFT adapts {', '.join(names)} {how}", stacklevel=5)
 
 
 def _has_other_maths(module: nn.Module | None) -> bool:

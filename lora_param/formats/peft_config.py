@@ -36,12 +36,6 @@ REPETITION = re.compile(r"[*+{?]")
 def load_config(path: Path) -> Config:
     """Parse a config and check it.
 
-    Args:
-        path: The JSON file.
-
-    Returns:
-        Its fields.
-
     Raises:
         FileError: It isn't there, is no JSON object, or lists the fields that can't be honoured.
     """
@@ -85,15 +79,7 @@ def costly(config: Config, names: Collection[str]) -> Iterator[str]:
 
 
 def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
-    """Return what a config gives a weight.
-
-    Args:
-        config: A config in which nothing is unsupported.
-        key: The module's path, or the name of a target parameter.
-
-    Returns:
-        The rank, and the alpha, for rsLoRA times `sqrt(rank)`.
-    """
+    """Return the rank and the alpha, for rsLoRA times `sqrt(rank)`, of a path or parameter."""
     rank = _matched(_patterns(config, "rank_pattern"), key, config.get("r", 8))
     alpha = _matched(_patterns(config, "alpha_pattern"), key, config.get("lora_alpha", 8))
     return rank, alpha * math.sqrt(max(rank, 0)) if config.get("use_rslora") else float(alpha)
