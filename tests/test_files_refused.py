@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from lora_param import (
@@ -24,6 +23,7 @@ from lora_param import (
 )
 from lora_param.formats import native
 from lora_param.formats.pair import Pair
+from lora_param.formats.tensors import Entry, write_blobs
 
 from .file_cases import net, plain, refused, same, state
 
@@ -200,11 +200,14 @@ def test_a_pipe_is_neither_waited_for_nor_replaced(saved: Path, tmp_path: Path) 
 
 def test_an_alpha_that_is_no_real_number_is_refused(tmp_path: Path) -> None:
     model, file = nn.ModuleDict({"a": nn.Linear(6, 5)}), tmp_path / "kohya.safetensors"
-    tensors = {"lora_unet_a.lora_down.weight": torch.ones(2, 6)}
-    tensors |= {"lora_unet_a.lora_up.weight": torch.ones(5, 2)}
-    save_file(tensors | {"lora_unet_a.alpha": torch.tensor(1 + 2j)}, file)
+    entries = {
+        "lora_unet_a.alpha": Entry("C64", (), 0, 8),
+        "lora_unet_a.lora_down.weight": Entry("F32", (2, 6), 0, 48),
+        "lora_unet_a.lora_up.weight": Entry("F32", (5, 2), 0, 40),
+    }
+    write_blobs(file, entries, {}, [bytes(8 + 48 + 40)])
     register_lora(model, rank=2)
-    with pytest.raises(FileError, match="alpha"):
+    with pytest.raises(FileError, match="alpha of lora_unet_a|a damaged"):  # older releases' words
         load_lora(model, file)
     assert model["a"].parametrizations.weight[0].scale == 1.0
 
