@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -22,8 +22,9 @@ from .formats.pair import shortened
 from .formats.peft import CONFIG
 from .formats.skeleton import Shape, skeleton
 from .formats.tensors import DTYPES, Entry, header, load_tensors, peek, write_blobs
-from .parametrization import FLOATS, adapted
+from .parametrization import adapted
 from .progress import progress
+from .surgery import plain_name
 
 PROGRAM = "lora-param"
 BLOCK = 2**22  # bytes of a tensor that are merged at a time
@@ -40,17 +41,18 @@ def info(arguments: argparse.Namespace) -> None:
     ]
     totals = {"weights": len(pairs), "parameters": sum(map(_size, pairs))}
     if arguments.json:
-        said = {"format": row.name, "base": about.model, "adapter": about.adapter}
+        said = {"format": row.name, "base": about.called.strip(), "adapter": about.adapter}
         found = {"metadata": about.metadata, "weights": weights, "totals": totals}
         print(json.dumps(said | found, indent=2))
         return
     columns = "{weight:{width}}  {shape:>14}  {rank:>5}  {alpha:>8}  {norm:>11}  {effective:>9}"
     titles = {key: key for key in ("weight", "shape", "rank", "alpha")}
     width = max(len(pair.weight) for pair in pairs)
-    print(f"format {row.name}, base {about.model or 'not said'}\n")
+    print(_printable(f"format {row.name}, base{about.called or ' not said'}"), end="\n\n")
     print(columns.format(**titles, width=width, norm="|dW|", effective="eff. rank"))
     for each in weights:
         shown = each | {
+            "weight": _printable(each["weight"]),
             "shape": "x".join(map(str, each["shape"])),
             "alpha": f"{each['alpha']:g}",
             "norm": f"{each['norm']:.4g}",
@@ -71,8 +73,8 @@ def convert(arguments: argparse.Namespace) -> None:
             "checkpoint that it was trained on with --base"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()} or about.shapes
-    model, fitting = _fitting(arguments.file, row, about, shapes, arguments.option)
-    guessed = [pair.weight for pair in fitting if pair.weight not in about.layers]
+    model, fitting = _fitting(arguments.file, row, about, tensors or about.shapes, arguments.option)
+    guessed = [pair.weight for pair in fitting if not about.layers.get(pair.weight)]
     if arguments.to == "peft" and any(len(shapes[name]) > 2 for name in guessed):
         raise FileError(
             f"{arguments.file}: no checkpoint says how a convolution is grouped; load this file on "
@@ -81,7 +83,8 @@ def convert(arguments: argparse.Namespace) -> None:
     options = _options(arguments.write_option)
     if arguments.to == "native":
         found = progress([] if about.base else list(tensors), "digesting")
-        options["base"] = about.base or {name: digest_of(name, tensors[name]) for name in found}
+        digests = about.base or {name: digest_of(name, tensors[name]) for name in found}
+        options.setdefault("base", digests)
     write(arguments.to, arguments.out, fitting, model, about, **options)
     print(f"{arguments.out}: {len(fitting):,} weights, format {arguments.to}")
 
@@ -90,8 +93,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Compare a checkpoint with the base that a file was trained on, bit for bit."""
     row, about = _recognised(arguments.file)
     tensors = _checkpoint(arguments.base)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    _fitting(arguments.file, row, about, shapes, arguments.option)
+    _fitting(arguments.file, row, about, tensors, arguments.option)
     if not about.base:
         raise FileError(
             f"{arguments.file}: fits by names and shapes; it holds no fingerprint of its base, so "
@@ -99,7 +101,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
     present = progress([name for name in about.base if name in tensors], "digesting")
     found = [name for name in present if digest_of(name, tensors[name]) != about.base[name]]
-    if found := [*_missing(about.base, shapes), *found]:
+    if found := [*_missing(about.base, tensors), *found]:
         raise FileError(
             f"{arguments.file}: {len(found)} of {len(about.base)} parameters of its base aren't "
             f"those of {arguments.base}: {shortened(found)}"
@@ -112,55 +114,72 @@ def merge(arguments: argparse.Namespace) -> None:
     row, about = _recognised(arguments.file)
     _keep_apart(arguments.out, arguments.file, arguments.base)
     head = header(arguments.base)
-    shapes = {name: entry.shape for name, entry in head.tensors.items()}
-    _, fitting = _fitting(arguments.file, row, about, shapes, arguments.option)
+    tensors = _checkpoint(arguments.base)
+    _, fitting = _fitting(arguments.file, row, about, tensors, arguments.option)
     pairs = {pair.weight: pair for pair in fitting}
     base = {} if arguments.any_base else about.base
-    for name in pairs:
-        if DTYPES.get(kind := head.tensors[name].dtype) not in FLOATS:
-            raise FileError(f"{arguments.base}: {name} is {kind}, which no update can be added to")
-    if missing := _missing(base, shapes):
+    if missing := _missing(base, tensors):
         raise FileError(f"{arguments.base}: lacks {shortened(missing)}; {OTHER_BASE}")
     with open(arguments.base, "rb") as file:
-        blocks = (
-            block
-            for name, entry in progress(list(head.tensors.items()), "merging")
-            for block in _merged(file, name, entry, pairs.get(name), base.get(name))
-        )
+        blocks = _all_merged(file, head.tensors, pairs, base)
         write_blobs(arguments.out, head.tensors, head.metadata, blocks)
     print(f"{arguments.out}: {len(pairs):,} of {len(head.tensors):,} tensors changed")
 
 
-def _merged(
-    file: BinaryIO, name: str, entry: Entry, pair: Pair | None, expected: str | None
+def _all_merged(
+    file: BinaryIO,
+    entries: Mapping[str, Entry],
+    pairs: Mapping[str, Pair],
+    base: Mapping[str, str],
 ) -> Iterator[Any]:
-    """Yield a tensor's bytes in blocks of whole rows, with the update added."""
+    digests: dict[str, str] = {}
+    for place, entry in progress(list(entries.items()), "merging"):
+        name = plain_name(place)
+        digests[name] = yield from _merged(file, name, entry, pairs.get(name))
+        if digests[name] != base.get(name, digests[name]):
+            raise FileError(f"{file.name}: {name} has other bits; {OTHER_BASE}")
+    changed = {digests[name]: name for name in pairs}
+    for name, found in digests.items():
+        if found in changed and name not in pairs:
+            raise FileError(
+                f"{file.name}: {name} has the bits of {changed[found]}, so they may be one tensor "
+                "by two names, of which one would change; take one out of the file"
+            )
+
+
+def _merged(
+    file: BinaryIO, name: str, entry: Entry, pair: Pair | None
+) -> Generator[Any, None, str]:
+    """Yield a tensor's bytes in blocks of whole rows, the update added; return its old digest."""
     dtype, size = DTYPES.get(entry.dtype), entry.end - entry.begin
     found = digest(dtype, entry.shape)
     row = size // entry.shape[0] if pair else 1
     rows = max(1, BLOCK // row)
     file.seek(entry.begin)
     for begin in range(0, size // row, rows):
-        content: Any = bytearray(file.read(min(rows * row, size - begin * row)))
+        wanted = min(rows * row, size - begin * row)
+        content: Any = bytearray(file.read(wanted))
+        if len(content) < wanted:
+            raise FileError(f"{file.name}: has become shorter while it was read")
         found.update(content)
         if pair and dtype:
             weight = torch.frombuffer(content, dtype=dtype).view(-1, *entry.shape[1:])
             A, B = pair.lora_A, pair.lora_B[begin : begin + rows]
             A = A[begin : begin + rows] if A.dim() > 2 else A
-            weight = adapted(weight, A, B, pair.alpha / pair.rank)
-            if not weight.isfinite().all():
+            weight, old = adapted(weight, A, B, pair.alpha / pair.rank), weight
+            if not weight.isfinite().all() and old.isfinite().all():
                 raise FileError(f"{file.name}: {name} would not be finite in {dtype}")
             content = bytes_of(name, weight)
         yield content
-    if expected and found.hexdigest() != expected:
-        raise FileError(f"{file.name}: {name} has other bits; {OTHER_BASE}")
+    return found.hexdigest()
 
 
-def _missing(base: Mapping[str, str], shapes: Mapping[str, Shape]) -> list[str]:
+def _missing(base: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
     """List the parameters of a base that a checkpoint lacks, and doesn't hold by another name."""
     # A checkpoint may hold tied weights once; equal biases are no sign of that.
-    tied = {digest for name, digest in base.items() if len(shapes.get(name, ())) > 1}
-    return [name for name, digest in base.items() if name not in shapes and digest not in tied]
+    held = {name: digest for name, digest in base.items() if name in tensors}
+    tied = {digest for name, digest in held.items() if tensors[name].dim() > 1}
+    return [name for name, digest in base.items() if name not in held and digest not in tied]
 
 
 def _recognised(path: Path) -> tuple[Format, About]:
@@ -169,14 +188,19 @@ def _recognised(path: Path) -> tuple[Format, About]:
 
 
 def _checkpoint(path: Path) -> dict[str, Tensor]:
-    return load_tensors(path) if peek(path).tensors else load_pickle(path)
+    tensors = load_tensors(path) if peek(path).tensors else load_pickle(path)
+    return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def _fitting(
-    path: Path, row: Format, about: About, shapes: Mapping[str, Shape], options: Sequence[str]
+    path: Path,
+    row: Format,
+    about: About,
+    base: Mapping[str, Tensor | Shape],
+    options: Sequence[str],
 ) -> tuple[nn.Module, list[Pair]]:
     """Read a file's pairs against a model's outline; return both."""
-    model = skeleton(shapes, about.layers)
+    model = skeleton(base, about.layers)
     pairs = read(row, path, model, **_options(options))
     return model, [pair for _, pair in fitted(path, pairs, model, about)]
 
@@ -212,9 +236,14 @@ def _keep_apart(out: Path, *inputs: Path | None) -> None:
     written = [out, *out.iterdir()] if out.is_dir() else [out] * out.exists()
     for given in inputs:
         inside = [*given.iterdir()] if given and given.is_dir() else []
-        for each in [given, given.with_name(CONFIG), *inside] if given else []:
+        for each in [given, given.parent / CONFIG, *inside] if given else []:
             if each.exists() and any(map(each.samefile, written)):
                 raise FileError(f"{out}: would be read and written; name another")
+
+
+def _printable(text: str) -> str:
+    """Escape what would move a terminal's cursor, or worse."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:
@@ -294,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.call(arguments)
     except Exception as error:  # whatever a hostile file brings about
         kind = "" if isinstance(error, (LoRAError, OSError)) else f"{type(error).__name__}: "
-        print(f"{PROGRAM}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: {kind}{_printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     return 0
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .base import fingerprint
 from .base import freeze as freeze_base
+from .classes import type_before
 from .errors import AdapterError, FileError, LoRAError
 from .formats import read, recognised, write
 from .formats.pair import About, Pair, check_strings, faults, shortened
@@ -77,9 +78,11 @@ def save_lora(
     if complaints := list(faults(pairs)):
         raise LoRAError(f"nothing was saved: {shortened(complaints)}")
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
+    cls = type_before(getattr(model, "_orig_mod", model))
     about = About(
         names[0],
         name if isinstance(name, str) else "",
+        f"{cls.__module__}.{cls.__qualname__}",
         metadata=check_strings("metadata", metadata or {}),
     )
     write(format, Path(path), pairs, model, about, **options)
@@ -135,6 +138,8 @@ def load_lora(
         ['weight']
     """
     check_model(model, "load_lora")
+    if type(freeze) is not bool or type(trainable) is not bool:
+        raise LoRAError(f"freeze and trainable must be bools, got {freeze!r} and {trainable!r}")
     if base not in ("require", "warn", "ignore"):
         raise LoRAError(f'base must be "require", "warn" or "ignore", got {base!r}')
     path = Path(path)
@@ -169,7 +174,7 @@ def fitted(
     by_name = {pair.weight: pair for pair in pairs}
     weights = {weight.name: weight for weight in catalogue(model)}
     if missing := [name for name in by_name if name not in weights]:
-        called = f" of {about.model}" if about.model else ""
+        called = about.called and f" of{about.called}"
         raise FileError(
             f"{path}: an adapter's file holds only changes to its base, the weights{called}, and "
             f"this model lacks {len(missing)} of {len(by_name)}: {shortened(missing)}; the nearest "
@@ -189,13 +194,16 @@ def fitted(
         if shapes != expected:
             complaints.append(f"{name}: its factors are {shapes}, should be {expected}")
         else:
-            found.append((weight, pair.within(min(fan_out, fan_in))))
-            lowered += [name] if found[-1][1] is not pair else []
+            fitting = pair.within(min(fan_out, fan_in))
+            found.append((weight, fitting))
+            if fitting is not pair:
+                lowered.append(name)
+                complaints += faults([fitting])
     if complaints:
         raise FileError(f"{path}: the shapes don't fit the model's: {shortened(complaints)}")
     if lowered:
         warnings.warn(
-            f"{path}: rank lowered to the weight's smaller side, the update unchanged: "
+            f"{path}: rank lowered to the weight's smaller side, the same update within rounding: "
             f"{shortened(lowered)}",
             stacklevel=3,
         )
@@ -216,6 +224,8 @@ def _register(
         freeze_base(model)
     for weight, pair in progress(fitting, "loading"):
         device = template_of(weight.module, weight.tensor).device
+        if device.type == "meta":
+            raise LoRAError(f"{weight.name} is on the meta device; load when the model has values")
         entry = pair.parametrization(adapter, device).requires_grad_(trainable)
         attach(weight.module, weight.tensor, entry)
 
@@ -244,7 +254,7 @@ def _load(
     try:
         completed(load)
     except LoRAError as error:
-        raise FileError(f'{path}: the model\'s adapter "{adapter}" is another: {error}') from None
+        raise FileError(f'{path}: can\'t go into the adapter "{adapter}": {error}') from None
 
 
 def _doubt(about: About, model: nn.Module) -> str:
@@ -255,11 +265,16 @@ def _doubt(about: About, model: nn.Module) -> str:
         now = fingerprint(model, buffers=True)
     except LoRAError as error:
         return f'the base can\'t be compared, pass base="ignore": {error}'
-    differing = [name for name, found in about.base.items() if now.get(name) != found]
+    held = set(now.values())  # a checkpoint has a module that is found twice by both its names
+    differing = [
+        name
+        for name, found in about.base.items()
+        if now.get(name, found if found in held else None) != found
+    ]
     if not differing:
         return ""
     return (
-        f"trained on another base, {about.model}: {len(differing)} of {len(about.base)} parameters "
+        f"trained on another base{about.called}: {len(differing)} of {len(about.base)} parameters "
         f"differ from the model's: {shortened(differing)}"
     )
 

@@ -71,8 +71,9 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     """Run a block at the base's own speed: inside, each weight is plain and has its present value.
 
     Nothing is added and subtracted: after the block, also one that raises, every module has its
-    originals and adapters back, the same objects with the same bits. For inference; what is done to
-    the merged weights in the block is lost. They take as much memory again as the adapted weights.
+    originals and adapters back, the same objects with the same bits. For inference: in the block
+    other verbs raise a `LoRAError`, and what is done to the merged weights is lost. They take as
+    much memory again as the adapted weights.
 
     Args:
         model: An adapted model. Disabled adapters stay out.

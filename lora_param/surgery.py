@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -46,6 +47,11 @@ def base_modules(model: nn.Module, *, aliases: bool = False) -> list[tuple[str, 
 def without_wrappers(path: str) -> str:
     """Drop from a path what `torch.compile` puts into it when it wraps a module."""
     return ".".join(name for name in path.split(".") if name not in ("", "_orig_mod"))
+
+
+def plain_name(key: str) -> str:
+    """Return the plain model's name of a key of a state dict."""
+    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", without_wrappers(key))
 
 
 def tensor_names(module: nn.Module) -> list[str]:

@@ -26,6 +26,7 @@ from lora_param.__main__ import COMMANDS, main
 
 from .cli_cases import Net, adapted, change, fails, merging, works
 from .file_cases import FUZZ
+from .peft_cases import PREFIX
 
 
 def test_info_lists_weights_and_totals(
@@ -147,7 +148,10 @@ def test_a_warning_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save_file({"0.weight": plain}, base)
     assert main([str(each) for each in merging(file, base, out)]) == 0
     error = capsys.readouterr().err
-    assert "rank lowered to the weight's smaller side, the update unchanged: 0.weight" in error
+    assert (
+        "rank lowered to the weight's smaller side, the same update within rounding: 0.weight"
+        in error
+    )
     assert error.count("\n") == 1
     assert torch.allclose(load_file(out)["0.weight"], plain + up @ down, atol=1e-5)
 
@@ -157,6 +161,9 @@ FAILURES = [
     (["info", __file__], "is of no known format"),
     (["info", "{adapter}", "--option", "alpha"], "an option is written NAME=VALUE, got alpha"),
     (["info", "{adapter}", "--option", "alpha=3"], "the format native takes [], got alpha"),
+    (["info", "{adapter}", "--option", "row=3"], "the format native takes [], got row"),
+    (["convert", "{adapter}", "x", "--to", "native", "--write-option", "base=5"], "base must map"),
+    (["convert", "{adapter}", "x", "--to", "native", "--write-option", "about=5"], "got about"),
     (["check", "{adapter}", "--base", __file__], "test_cli.py: no state dict"),
     (["merge", "{adapter}", "--base", __file__, "--out", "x"], "test_cli.py: no safetensors file"),
 ]
@@ -235,3 +242,13 @@ def test_damaged_files_end_in_one_line_or_do_no_harm(
     finally:
         paths[harmed].write_bytes(whole)
         files[2].unlink(missing_ok=True)
+
+
+def test_what_a_file_says_moves_no_cursor(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b[2Jb"
+    factors = {"lora_A": torch.ones(1, 6), "lora_B": torch.ones(5, 1)}
+    save_file({f"{PREFIX}{name}.{f}.weight": each for f, each in factors.items()}, files[2])
+    files[2].with_name("adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+    assert "a\\x1b[2Jb.weight" in works(capsys, "info", files[2])

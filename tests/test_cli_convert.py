@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +21,7 @@ from lora_param import (
 from lora_param.__main__ import main
 
 from .cli_cases import fails, linears, works, written
+from .peft_cases import CASES, Case, output, trained_in_peft
 
 
 def test_converting_beside_another_base_keeps_the_bases_fingerprint(
@@ -125,3 +127,100 @@ def test_the_outline_of_a_model_is_not_taken_for_its_class(
     works(capsys, "convert", adapter, there, "--to", "kohya")
     works(capsys, "convert", there, back, "--to", "native", "--base", base)
     assert json.loads(works(capsys, "info", back, "--json"))["base"] == ""
+
+
+@pytest.mark.filterwarnings("ignore")  # what PEFT does otherwise
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_what_comes_through_two_conversions_is_pefts_own_or_nothing(
+    case: Case, tmp_path: Path
+) -> None:
+    base, theirs = trained_in_peft(case, tmp_path / "peft")
+    checkpoint, x = tmp_path / "base.safetensors", case.make_input()
+    save_file({name: each.contiguous() for name, each in base.named_parameters()}, checkpoint)
+    for kind, source, out in (("native", "peft", "ours"), ("peft", "ours", "back")):
+        command = ["convert", tmp_path / source, tmp_path / out, "--to", kind, "--base", checkpoint]
+        if main([*map(str, command)]):
+            assert case.id in REFUSED
+            return
+    back = PeftModel.from_pretrained(base, tmp_path / "back").eval()
+    torch.testing.assert_close(output(back, x), output(theirs, x), rtol=1e-4, atol=1e-5)
+    assert case.id not in REFUSED
+
+
+REFUSED = {
+    *("conv1d", "conv2d", "conv2d 1x1", "conv3d", "ViT"),  # of a guess's groups nothing is known
+    *(
+        "three of one module",
+        "experts",
+        "square experts",
+        "transposed experts",
+        "Mixtral",
+    ),  # nor which side is which
+    "Conv1D and Linear",
+}
+"""What PEFT's own files don't say enough about for the command line."""
+
+
+def test_a_conversion_knows_what_is_beside_the_adapted_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "sub": nn.ModuleDict({"fc": nn.Linear(8, 8)})})
+    model["attention"] = nn.MultiheadAttention(8, 2)
+    register_lora(model, rank=2, target=["fc.weight", "attention.out_proj"], exclude="sub.*")
+    save_lora(model, tmp_path / "adapter.safetensors")
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "adapter.safetensors"),
+                str(tmp_path / "there"),
+                "--to",
+                "peft",
+            ]
+        )
+        == 0
+    )
+    assert "twice, and the file holds half of it" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="twice, and the file holds half of it"):
+        save_lora(model, tmp_path / "saved", format="peft")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+class UNet(nn.Sequential):
+    pass
+
+
+def test_kohyas_prefix_is_the_same_by_hand_and_by_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.compile(UNet(nn.Linear(4, 4)), backend="eager")
+    register_lora(model, rank=1)
+    save_lora(model, tmp_path / "ours")
+    save_lora(model, tmp_path / "saved", format="kohya")
+    works(capsys, "convert", tmp_path / "ours", tmp_path / "converted", "--to", "kohya")
+    found = load_file(tmp_path / "converted")
+    assert found.keys() == load_file(tmp_path / "saved").keys() == {
+        f"lora_unet_0.{name}" for name in ("lora_down.weight", "lora_up.weight", "alpha")
+    }  # fmt: skip
+
+
+def test_a_grouped_convolution_is_no_fact_after_two_conversions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    _, adapter, base = written(model, tmp_path)
+    kohya, native = tmp_path / "kohya.safetensors", tmp_path / "native.safetensors"
+    works(capsys, "convert", adapter, kohya, "--to", "kohya")
+    works(capsys, "convert", kohya, native, "--to", "native", "--base", base)
+    error = fails(capsys, "convert", native, tmp_path / "folder", "--to", "peft")
+    assert "no checkpoint says how a convolution is grouped" in error
+
+
+def test_what_is_written_into_the_files_own_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, base = written(linears(), tmp_path)
+    works(capsys, "convert", tmp_path / "adapter.safetensors", tmp_path / "peft", "--to", "peft")
+    monkeypatch.chdir(tmp_path / "peft")
+    works(capsys, "convert", ".", "../out.safetensors", "--to", "native", "--base", str(base))

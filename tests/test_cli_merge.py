@@ -12,15 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lora_param import (
+    FileError,
     base_state_dict,
     merge_lora,
     register_lora,
     save_lora,
 )
-from lora_param.__main__ import main
-from lora_param.formats.tensors import header
+from lora_param.__main__ import _merged, main
+from lora_param.formats.tensors import Entry, header
 
 from .cases import CASES, Case, shake
 from .cli_cases import adapted, change, fails, merging, works
@@ -129,7 +131,7 @@ BAD_BASES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "a bias is gone": (lambda tensors: tensors.pop("linear.bias"), "lacks linear.bias; give the base"),
     "integers": (
         lambda tensors: tensors.update({"linear.weight": torch.ones(5, 6, dtype=torch.int8)}),
-        "linear.weight is I8, which no update can be added to",
+        "linear.weight: its dtype must be one of",
     ),
     "integers in place of a bias": (
         lambda tensors: tensors.update({"linear.bias": torch.ones(5, dtype=torch.int32)}),
@@ -205,3 +207,64 @@ def test_merging_takes_less_memory_than_one_tensor(files: tuple[Path, Path, Path
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     mebibytes = float(result.stdout.splitlines()[-1])
     assert mebibytes < 128
+
+
+def test_a_tensor_that_is_there_by_two_names_is_not_changed_by_one(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    register_lora(model, rank=1)
+    save_lora(model, files[0])
+    tensors = base_state_dict(model)
+    save_file(tensors | {"b.weight": tensors["a.weight"].clone()}, files[1])
+    assert "b.weight has the bits of a.weight" in fails(capsys, *merging(*files))
+    assert not files[2].exists()
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_a_wrapped_or_parametrized_model_has_the_plain_names(
+    command: str, files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), parametrizations.spectral_norm(nn.Linear(4, 4)))
+    model = torch.compile(inner, backend="eager")
+    save_file({key: each.clone() for key, each in model.state_dict().items()}, files[1])
+    register_lora(inner, rank=1, target="0")
+    shake(inner)
+    save_lora(inner, files[0])
+    out = ["--out", files[2]] if command == "merge" else []
+    works(capsys, command, files[0], "--base", files[1], *out)
+    if out:
+        found = load_file(files[2])
+        assert found.keys() == load_file(files[1]).keys()
+        torch.testing.assert_close(found["_orig_mod.0.weight"], inner[0].weight.detach())
+
+
+def test_a_weight_beneath_a_parametrization_is_not_merged_in_a_file(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)))
+    save_file({key: each.clone() for key, each in model.state_dict().items()}, files[1])
+    register_lora(model, rank=1)
+    save_lora(model, files[0])
+    assert 'something of its own called "parametrizations"' in fails(capsys, *merging(*files))
+
+
+def test_a_base_that_is_infinite_already_is_merged(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight[1, 2] = -torch.inf
+    register_lora(model, rank=1)
+    save_lora(model, files[0])
+    save_file(base_state_dict(model), files[1])
+    works(capsys, *merging(*files))
+
+
+def test_a_base_that_becomes_shorter_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(bytes(20))
+    with open(tmp_path / "base", "rb") as file:
+        blocks = _merged(file, "weight", Entry("F32", (3, 2), 0, 24), None)
+        with pytest.raises(FileError, match="has become shorter"):
+            list(blocks)

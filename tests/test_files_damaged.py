@@ -70,8 +70,8 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "alpha true": (lambda r, t: r["weights"]["0.weight"].update(alpha=True), "alpha of 0.weight"),
     "alpha huge": (lambda r, t: r["weights"]["0.weight"].update(alpha=10**400), "alpha of 0.weight"),
     "rank": (lambda r, t: r["weights"]["0.weight"].update(rank=3), "aren't of the rank and shape"),
-    "shape": (lambda r, t: r["weights"]["0.weight"].update(shape=[5, 7]), "of the rank and shape"),
-    "shape text": (lambda r, t: r["weights"]["0.weight"].update(shape=["5"]), "shape of 0.weight"),
+    "shape": (lambda r, t: r["shapes"].update({"0.weight": [5, 7]}), "of the rank and shape"),
+    "shape text": (lambda r, t: r["shapes"].update({"0.weight": ["5"]}), "shape of 0.weight"),
     "adapter": (lambda r, t: r.update(adapter="a.b"), "string without dots, got 'a.b'"),
     "missing": (lambda r, t: t.pop(A), "missing: 0.weight.lora_A"),
     "extra": (lambda r, t: t.update(x=torch.ones(1)), "unexpected: x"),
@@ -82,7 +82,7 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "scalar": (lambda r, t: t.update({B: torch.tensor(1.0)}), "0.weight: "),
     "two dtypes": (lambda r, t: t.update({A: t[A].half()}), "must share one of"),
     "fan_in": (
-        lambda r, t: (t.update({A: torch.ones(2, 5)}), r["weights"]["0.weight"].update(shape=[5, 5])),
+        lambda r, t: (t.update({A: torch.ones(2, 5)}), r["shapes"].update({"0.weight": [5, 5]})),
         r"don't fit the model's: 0\.weight: its factors are \(\(2, 5\), \(5, 2\)\)",
     ),
 }  # fmt: skip
@@ -123,6 +123,26 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "negative": (
         framed(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,0]}}'),
         "a has no place in it",
+    ),
+    "overlap": (
+        framed(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        )
+        + b"\0" * 4,
+        "its tensors overlap, or leave bytes to nobody",
+    ),
+    "bytes of nobody": (
+        framed(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}') + b"\0" * 8,
+        "its tensors overlap, or leave bytes to nobody",
+    ),
+    "dimensions": (
+        framed(b'{"a":{"dtype":"F32","shape":[' + b"9," * 800_000 + b'9],"data_offsets":[0,0]}}'),
+        "a has no place in it",
+    ),
+    "long name": (
+        framed(b'{"' + b"a." * 501 + b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+        "a name has more than 1000 characters",
     ),
     "float": (
         framed(b'{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,0]}}'),

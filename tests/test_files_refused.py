@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lora_param import (
@@ -35,14 +36,14 @@ BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]]
     ),
     "meta": (lambda model: model.to("meta"), {}, r"0\.weight: the factors have no values"),
     "no adapter": (remove_lora, {}, "the model has none"),
-    "own key": (lambda model: None, {"metadata": {"lora_param": "x"}}, 'have the key "lora_param"'),
+    "own key": (lambda model: None, {"metadata": {"lora_param": "x"}}, "have the key 'lora_param'"),
     "number": (lambda model: None, {"metadata": {"x": 1}}, "metadata must map strings to strings"),
     "list": (lambda model: None, {"metadata": ["x"]}, "metadata must map strings to strings"),
     "base": (lambda model: None, {"base": {"0.weight": 1}}, "base must map strings to strings"),
     "surrogate": (
         lambda model: None,
         {"metadata": {"x": "\ud800"}},
-        "can't be written: a name or metadata: .*surrogates",
+        "metadata must map strings to strings",
     ),
     "huge": (
         lambda model: None,
@@ -75,6 +76,9 @@ def test_what_can_not_be_saved_leaves_the_old_file(case: str, saved: Path) -> No
         ({"base": "maybe"}, 'base must be "require", "warn" or "ignore", got \'maybe\''),
         ({"adapter": "a.b"}, "must be a non-empty string without dots"),
         ({"alpha": 16}, "the format native takes .*got alpha"),
+        ({"row": 3}, "the format native takes .*got row"),
+        ({"trainable": "x"}, "freeze and trainable must be bools, got True and 'x'"),
+        ({"freeze": None}, "freeze and trainable must be bools, got None and True"),
     ],
 )
 def test_bad_arguments_of_loading_are_refused(
@@ -233,3 +237,32 @@ def test_a_name_that_no_file_can_have_is_refused() -> None:
         refused(plain(), Path(name), "can't be (read|written)")
         with pytest.raises(FileError, match="can't be written"):
             save_lora(net(), name)
+
+
+def test_a_rank_that_overflows_when_it_is_lowered_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "kohya.safetensors"
+    factors = {"down": torch.full((8, 4), 200.0).half(), "up": torch.full((6, 8), 200.0).half()}
+    tensors = {f"lora_unet_a.lora_{name}.weight": each for name, each in factors.items()}
+    save_file(tensors | {"lora_unet_a.alpha": torch.tensor(8e-3)}, file)
+    model = nn.ModuleDict({"a": nn.Linear(4, 6)})
+    refused(model, file, r"a\.weight: alpha and factors must be finite")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system here")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin"])
+def test_a_pipe_in_a_folder_of_pefts_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    refused(plain(), tmp_path, "no regular file|of no known format")
+
+
+@pytest.mark.parametrize("key", ["lora_param", "format", "lora_adapter_metadata"])
+@pytest.mark.parametrize("format", ["native", "peft", "kohya"])
+def test_metadata_under_a_key_of_the_files_own_are_refused(
+    key: str, format: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(net())
+    with pytest.raises(LoRAError, match=f"metadata can't have the key '{key}'"):
+        save_lora(model, tmp_path / "adapter", metadata={key: "x"}, format=format)
+    assert not list(tmp_path.iterdir())

@@ -11,10 +11,12 @@ from typing import Any
 import loralib
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_param import FileError, load_lora, lora_summary
+from lora_param.__main__ import main
 
 
 @dataclass(frozen=True)
@@ -198,3 +200,16 @@ def test_every_truncation_of_a_pickle_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content[:end])
         with pytest.raises(FileError, match="no state dict that can be read safely"):
             load_lora(copy.deepcopy(plain), path, alpha=3)
+
+
+def test_the_command_line_compares_biases_with_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, file, base = nn.Sequential(nn.Linear(6, 5)), tmp_path / "lora.pt", tmp_path / "base.pt"
+    save_file(plain.state_dict(), base)
+    factors = {"0.lora_A": torch.ones(2, 6), "0.lora_B": torch.ones(5, 2)}
+    command = [*map(str, ("merge", file, "--base", base, "--out", tmp_path / "out"))]
+    for change, status in ((0.0, 0), (1.0, 1)):
+        torch.save(factors | {"0.bias": plain[0].bias.detach() + change}, file)
+        assert main([*command, "--option", "alpha=2"]) == status
+    assert "0.bias is neither a factor nor equal to the model's" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def recognised(path: Path) -> Format:
     raise FileError(f"{path}: {'could be any of' if rows else 'is of no known format:'} {known}")
 
 
-def read(row: Format, path: Path, model: nn.Module | None, **options: Any) -> list[Pair]:
+def read(row: Format, path: Path, model: nn.Module | None, /, **options: Any) -> list[Pair]:
     """Read a file's pairs; each is whole in itself, whether it fits the model isn't known."""
     _check_options(row, row.read, options)
     try:
@@ -57,13 +57,16 @@ def read(row: Format, path: Path, model: nn.Module | None, **options: Any) -> li
 
 
 def write(
-    format: str, path: Path, pairs: list[Pair], model: nn.Module, about: About, **options: Any
+    format: str, path: Path, pairs: list[Pair], model: nn.Module, about: About, /, **options: Any
 ) -> None:
     """Write pairs in the format of that name, and what else it has a place for."""
-    written = {each.name: each for each in FORMATS if each.write}
-    if (row := written.get(format)) is None or row.write is None:
-        raise LoRAError(f"format must be one of {sorted(written)}, got {format!r}")
+    row = next((each for each in FORMATS if each.write and each.name == format), None)
+    if row is None or row.write is None:
+        known = sorted(each.name for each in FORMATS if each.write)
+        raise LoRAError(f"format must be one of {known}, got {format!r}")
     _check_options(row, row.write, options)
+    if taken := {native.KEY, "format", layout.CONFIG} & about.metadata.keys():
+        raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
     row.write(path, pairs, model, about, **options)
 
 

@@ -99,7 +99,7 @@ def write(
     for pair in pairs:
         module_path, _, tensor = pair.weight.rpartition(".")
         module = modules[module_path]
-        name = _flat_name(module_path, model, prefix)
+        name = _flat_name(module_path, model, about.cls.rpartition(".")[2], prefix)
         if not isinstance(module, layout.LAYERS) or tensor != "weight" or not module_path:
             complaints.append(f"no place for {pair.weight} of a {type(module).__name__}")
             continue
@@ -131,13 +131,12 @@ def flat_names(model: nn.Module, prefix: str = "") -> dict[str, list[str]]:
     return dict(flat)
 
 
-def _flat_name(path: str, model: nn.Module, prefix: str) -> str:
+def _flat_name(path: str, model: nn.Module, cls: str, prefix: str) -> str:
     """Return the name that a module gets: its part's, its model's, or the one that is asked for."""
     child, _, inside = path.partition(".")
     several = "text_encoder_2" in model._modules
     for part in () if prefix else PARTS:
         if part.child == child and not (several and part.prefix == "lora_te_"):
             return part.prefix + inside.replace(".", "_")
-    cls = type(model).__name__
     prefix = prefix or next(part.prefix for part in PARTS if part.cls in cls)
     return prefix + path.replace(".", "_")

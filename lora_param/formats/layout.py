@@ -16,13 +16,15 @@ from ..layers import layer_of
 from ..surgery import base_modules, original_of
 from ..targets import catalogue, nearest
 from .pair import About, Pair
-from .tensors import peek
+from .tensors import check_names, check_regular, peek
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
 
 ROLES = {"lora_down": "A", "lora_up": "B", "down": "A", "up": "B"}
 """Which factor a file means; A and B mean themselves."""
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
 
 CONFIG = "lora_adapter_metadata"
 """Where diffusers' files keep PEFT's config."""
@@ -89,7 +91,7 @@ def missing(names: Sequence[str], model: nn.Module | None) -> list[str]:
 
 def is_conv1d(module: nn.Module | None) -> bool:
     """Tell transformers' Conv1D, a linear layer that stores its weight `(in, out)`."""
-    return module is not None and layer_of(type(module)).kind == "transformers.pytorch_utils.Conv1D"
+    return module is not None and layer_of(type(module)).kind == CONV1D
 
 
 def is_transposed(module: nn.Module | None) -> bool:
@@ -132,7 +134,7 @@ def differing(tensors: Mapping[str, Tensor], model: nn.Module | None) -> list[st
     return [
         f"{key} is neither a factor nor equal to the model's"
         for key, tensor in tensors.items()
-        if key not in own or not _is_equal(own[key], tensor)
+        if key not in own or own[key].is_meta or not torch.equal(own[key].cpu(), tensor)
     ]
 
 
@@ -159,6 +161,7 @@ def paired(
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """Load a state dict with `weights_only=True`: tensors and plain containers, no code."""
+    check_regular(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage can make anything of a pickle
@@ -170,12 +173,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise FileError(f"{path}: a state dict must hold tensors by name")
+    try:
+        check_names(content)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
     return content
-
-
-def _is_equal(own: Tensor, tensor: Tensor) -> bool:
-    """Compare two tensors; of an outline there are only shapes."""
-    return own.shape == tensor.shape if own.is_meta else torch.equal(own.cpu(), tensor)
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:

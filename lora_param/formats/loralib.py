@@ -122,7 +122,7 @@ def _of_convolution(weight: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
 def _of_slices(out: int, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None) -> Tensor:
     """Return the tall factor of all slices, block by block: `[out, rank * enabled]`."""
     enabled, surplus = divmod(A.shape[0], B.shape[1])
-    if surplus or not enabled or len(B) % enabled or out % (size := len(B) // enabled):
+    if surplus or not 0 < enabled <= 64 or len(B) % enabled or out % (size := len(B) // enabled):
         raise ValueError(f"has factors {tuple(A.shape)}, {tuple(B.shape)} for {out} outputs")
     slices = out // size
     chosen = [True] * slices if enabled == slices else list(enable_lora or ())

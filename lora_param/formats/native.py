@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..base import digest_of, fingerprint
-from ..errors import FileError, LoRAError
+from ..base import base_parameters, digest_of, fingerprint
+from ..errors import FileError
 from ..progress import progress
 from ..surgery import template_of
 from ..targets import catalogue
@@ -24,9 +25,9 @@ KEY = "lora_param"
 VERSION = 1
 SCALE = "alpha / rank"
 
-TEXTS = ("library", "scale", "adapter", "model", "sha256")
-FIELDS = dict.fromkeys(TEXTS, str) | {"weights": dict, "base": dict}
-WEIGHT_FIELDS = {"rank": int, "alpha": float, "shape": list, "layer": dict}
+TEXTS = ("library", "scale", "adapter", "model", "class", "sha256")
+FIELDS = dict.fromkeys(TEXTS, str) | {"weights": dict, "shapes": dict, "base": dict}
+WEIGHT_FIELDS = {"rank": int, "alpha": float, "layer": dict}
 """What our metadata hold, and what they hold of each weight."""
 
 
@@ -57,7 +58,8 @@ def read(path: Path, model: nn.Module | None = None) -> list[Pair]:
     for pair in pairs:
         said, (*rows, rank) = weights[pair.weight], pair.lora_B.shape or (0,)
         size = math.prod((*rows, *pair.lora_A.shape[-1:]))
-        if said["rank"] != rank or math.prod(said["shape"]) != size:
+        shape = record["shapes"].get(pair.weight, ())
+        if said["rank"] != rank or math.prod(shape) != size:
             raise FileError(f"{path}: {pair.weight}: its factors aren't of the rank and shape said")
     return pairs
 
@@ -68,8 +70,9 @@ def about(path: Path) -> About:
     return About(
         record["adapter"],
         record["model"],
+        record["class"],
         record["base"],
-        {name: tuple(each["shape"]) for name, each in record["weights"].items()},
+        {name: tuple(shape) for name, shape in record["shapes"].items()},
         {name: each["layer"] for name, each in record["weights"].items()},
         {key: value for key, value in header(path).metadata.items() if key != KEY},
     )
@@ -86,10 +89,8 @@ def write(
     """Write our own file; `base` is what `fingerprint(model)` returned, or `None` to take it now.
 
     Raises:
-        LoRAError: The metadata or the base aren't strings, or the metadata take our own key.
+        LoRAError: The base isn't strings.
     """
-    if KEY in about.metadata:
-        raise LoRAError(f'metadata can\'t have the key "{KEY}", which is our own')
     base = fingerprint(model) if base is None else check_strings("base", base)
     from .. import __version__  # the package imports this module
 
@@ -99,19 +100,28 @@ def write(
         "library": __version__,
         "scale": SCALE,
         "adapter": about.adapter,
-        "model": about.model or _class(model),
+        "model": about.model,
+        "class": about.cls,
         "weights": {
             pair.weight: {
                 "rank": pair.rank,
                 "alpha": float(pair.alpha),
-                "shape": list(template_of(owner.module, owner.tensor).shape),
                 "layer": described(owner.module),
             }
             for pair in pairs
             for owner in [weights[pair.weight]]
         },
+        "shapes": {
+            name: list(tensor.shape)
+            for name, _, _, tensor in base_parameters(model)
+            if not is_lazy(tensor)
+        },
         "base": dict(base),
     }
+    for pair in pairs:  # what others parametrize in front has no original of that name
+        owner = weights[pair.weight]
+        shape = template_of(owner.module, owner.tensor).shape
+        record["shapes"][pair.weight] = list(shape)
     tensors = {
         f"{pair.weight}.{factor}": getattr(pair, factor)
         for pair in pairs
@@ -119,12 +129,6 @@ def write(
     }
     record["sha256"] = _seal(about.metadata, record, tensors)
     save_tensors(path, tensors, {**about.metadata, KEY: json.dumps(record)})
-
-
-def _class(model: nn.Module) -> str:
-    """Name a base that has no name; a bare Module is the outline of one."""
-    cls = type(model)
-    return "" if cls is nn.Module else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _seal(
@@ -154,7 +158,12 @@ def _record(path: Path) -> dict[str, Any]:
             f"{key} of {name:.80}"
             for name, each in record["weights"].items()
             for key, kind in WEIGHT_FIELDS.items()
-            if type(each[key]) is not kind or (kind is list and {*map(type, each[key])} != {int})
+            if type(each[key]) is not kind
+        ]
+        faults += [
+            f"shape of {name:.80}"
+            for name, shape in record["shapes"].items()
+            if type(shape) is not list or {*map(type, shape)} - {int} or len(shape) > 64
         ]
         faults += [name for name, found in record["base"].items() if type(found) is not str]
         faults += [] if version == VERSION and record["scale"] == SCALE else ["version or scale"]

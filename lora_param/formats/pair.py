@@ -76,19 +76,26 @@ class About:
 
     Attributes:
         adapter: The adapter's name.
-        model: What the base is called.
+        model: What the base is called on a hub.
+        cls: The base's class.
         base: SHA-256 digests of the base's parameters, as `fingerprint` gives them.
-        shapes: The adapted weights' shapes.
+        shapes: Shapes of the base's parameters.
         layers: What is known of the adapted weights' modules, as `skeleton` takes it.
         metadata: Strings of whoever saved it.
     """
 
     adapter: str = "default"
     model: str = ""
+    cls: str = ""
     base: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def called(self) -> str:
+        """What to call the base, after a space."""
+        return f" {self.model or self.cls}" if self.model or self.cls else ""
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,11 @@ def faults(pairs: Sequence[Pair]) -> Iterator[str]:
 
 
 def check_strings(name: str, given: Any) -> Mapping[str, str]:
-    """Return what maps strings to strings, or raise."""
-    kinds = given.items() if isinstance(given, Mapping) else [(None, given)]
-    if any(type(each) is not str for item in kinds for each in item):
+    """Return what maps strings to strings, all of them fit for a file, or raise."""
+    items = given.items() if isinstance(given, Mapping) else [(None, given)]
+    each = [text for item in items for text in item]
+    # A lone half of a surrogate pair has no bytes.
+    if any(type(t) is not str or t.encode("utf-8", "ignore").decode() != t for t in each):
         raise LoRAError(f"{name} must map strings to strings, got {given!r:.80}")
     return dict(given)
 

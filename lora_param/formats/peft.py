@@ -20,6 +20,7 @@ from . import layout
 from .pair import About, Pair
 from .peft_config import Config, costly, load_config, rank_and_alpha
 from .peft_places import IN_OUT, Place, home_of, place_of, refusals
+from .skeleton import type_name
 from .tensors import load_tensors, peek, replacing, save_tensors
 
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -39,10 +40,26 @@ def recognises(path: Path) -> bool:
 
 
 def about(path: Path) -> About:
-    """Return what PEFT calls the base."""
+    """Return what PEFT calls the base, and says of its layers' types."""
+    config, file = _opened(path)
+    tensors = layout.load_pickle(file) if file.suffix == ".bin" else peek(file).tensors
+    layers = {}
+    for key, tensor in tensors.items():
+        if match := re.fullmatch(KEYS[1], key):
+            layers[f"{match['name']}.weight"] = {"type": type_name(nn.Embedding)}
+        match = re.fullmatch(KEYS[0], key)
+        if match and len(tensor.shape) == 2 and config.get("fan_in_fan_out"):
+            layers[f"{match['name']}.weight"] = {"type": layout.CONV1D}
+    model = str(config.get("base_model_name_or_path") or "")
+    return About(model=model, layers=layers, metadata=layout.about(file).metadata)
+
+
+def _opened(path: Path) -> tuple[Config, Path]:
+    """Return the config, and where the tensors are."""
     config = load_config((path if path.is_dir() else path.parent) / CONFIG)
-    metadata = layout.about(path / SAFE if path.is_dir() else path).metadata
-    return About(model=str(config.get("base_model_name_or_path") or ""), metadata=metadata)
+    if path.is_dir():
+        path = path / (SAFE if (path / SAFE).is_file() else PICKLED)
+    return config, path
 
 
 def read(
@@ -64,9 +81,7 @@ def read(
     """
     if mha_out_proj not in ("twice", "once", None):
         raise FileError(f'mha_out_proj must be "twice", "once" or None, got {mha_out_proj!r}')
-    config = load_config((path if path.is_dir() else path.parent) / CONFIG)
-    if path.is_dir():
-        path = path / (SAFE if (path / SAFE).is_file() else PICKLED)
+    config, path = _opened(path)
     tensors = layout.load_pickle(path) if path.suffix == ".bin" else load_tensors(path)
     factors, rest = layout.grouped(tensors, *KEYS)
     base = {key.removeprefix(PREFIX).replace(".base_layer.", "."): rest[key] for key in rest}
@@ -183,8 +198,7 @@ def _is_transposed(place: Place, A: Tensor, config: Config, embedded: bool) -> b
         return version < (0, 19, 0) or bool(such) == (version > (0, 19, 0))
     if embedded:
         return True
-    guessed = place.is_outline and bool(config.get("fan_in_fan_out"))
-    return place.kind == "layer" and (guessed or layout.is_conv1d(place.module))
+    return place.kind == "layer" and layout.is_conv1d(place.module)
 
 
 def _ours(place: Place, A: Tensor, B: Tensor, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:

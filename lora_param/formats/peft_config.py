@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
-from .tensors import strict_json
+from .tensors import check_regular, strict_json
 
 Config = Mapping[str, Any]
 
@@ -39,6 +40,7 @@ def load_config(path: Path) -> Config:
     Raises:
         FileError: It isn't there, is no JSON object, or lists the fields that can't be honoured.
     """
+    check_regular(path)
     try:
         config = strict_json(path.read_text("utf-8"))
     except OSError:
@@ -73,8 +75,9 @@ def unsupported(config: Config) -> Iterator[str]:
 def costly(config: Config, names: Collection[str]) -> Iterator[str]:
     """Yield the patterns that could take minutes to match, by backtracking in long names."""
     for pattern in {**_patterns(config, "rank_pattern"), **_patterns(config, "alpha_pattern")}:
-        power = len(REPETITION.findall(pattern))
-        if sum((name.count(".") + 1) * len(name) ** power for name in names) > 10**10:
+        power, bars = len(REPETITION.findall(pattern)), pattern.count("|")
+        ways = (bars + 1) ** min(bars, pattern.count("("))
+        if ways * sum((name.count(".") + 1) * len(name) ** power for name in names) > 10**10:
             yield f"the pattern {pattern!r:.60} has too many repetitions for names so many and long"
 
 
@@ -87,8 +90,12 @@ def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
 
 def _matched(patterns: Config, key: str, default: Any) -> Any:
     """Decide as PEFT does: by the first pattern that matches the key or its end after a dot."""
-    hits = (value for each, value in patterns.items() if re.match(rf"(.*\.)?({each})$", key))
-    return next(hits, default)
+    return next((value for each, value in patterns.items() if _ending(each).match(key)), default)
+
+
+@functools.lru_cache(maxsize=4096)  # re itself keeps 512
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _patterns(config: Config, field: str) -> Config:

@@ -12,6 +12,7 @@ from ..layers import UNLISTED, layer_of
 from ..surgery import original_of, tensor_names
 from . import layout
 from .peft_config import Config
+from .skeleton import is_outline
 
 WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
 IN_OUT = "is_transposed"  # by which transformers' experts say that they are stored `(in, out)`
@@ -34,9 +35,8 @@ class Place(NamedTuple):
 
     @property
     def is_outline(self) -> bool:
-        """Whether only the shape is known, and how its module computes is a guess."""
-        meta = self.tensor is not None and self.tensor.is_meta
-        return meta and not hasattr(self.module, IN_OUT)
+        """Whether how its module computes isn't known."""
+        return is_outline(self.module) and not hasattr(self.module, IN_OUT)
 
 
 def place_of(name: str, modules: Mapping[str, nn.Module] | None, config: Config) -> Place | None:
@@ -92,9 +92,7 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
         yield f"{weight}: PEFT's update of a grouped convolution is no change of its weight"
     elif place.kind == "alone" and not idle:
         yield f"{weight}: PEFT never applies an adapter of an attention's out_proj alone"
-    elif (
-        written and place.stacked and place.tensor.is_meta and not hasattr(module, "is_transposed")
-    ):
+    elif written and place.stacked and place.is_outline:
         yield f"{weight}: PEFT's layout of a stack depends on the module, and this is an outline"
 
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import TABLE, layer_of
 
@@ -20,26 +20,34 @@ GUESSES = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 def described(module: nn.Module) -> dict[str, Any]:
-    """Return what `skeleton` needs to know of a module, for JSON."""
+    """Return what `skeleton` needs to know of a module, for JSON; of a guess, nothing."""
+    if is_outline(module):
+        return dict(module.__dict__["_facts"])
     extras = CONV if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
-    kind = _name(layer_of(type(module)).kind)
+    kind = type_name(layer_of(type(module)).kind)
     return {"type": kind} | {name: getattr(module, name) for name in extras}
 
 
-def skeleton(
-    shapes: Mapping[str, Shape], layers: Mapping[str, Mapping[str, Any]] | None = None
-) -> nn.Module:
-    """Build a model on the meta device whose parameters have these names and shapes.
+def is_outline(module: nn.Module | None) -> bool:
+    """Say whether a module is one of `skeleton`'s."""
+    return module is not None and "_facts" in module.__dict__
 
-    It can be adapted and written to any format, and not run. Modules are what `described` said of
-    them, by a parameter's full name in `layers`; the others are guessed.
+
+def skeleton(
+    content: Mapping[str, Tensor | Shape], layers: Mapping[str, Mapping[str, Any]]
+) -> nn.Module:
+    """Build a model of these tensors, on the meta device where only their shapes are known.
+
+    It can be written to any format, and not run. Modules are what `described` said of them, by a
+    parameter's full name in `layers`; the others are guessed.
     """
-    tensors: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
-    for name, shape in shapes.items():
+    tensors: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in content.items():
         path, _, tensor = name.rpartition(".")
-        tensors[path][tensor] = shape
-    known = (layers or {}).items()
-    facts = {name.rpartition(".")[0]: each for name, each in known if name in shapes}
+        if not isinstance(value, Tensor):
+            value = torch.empty(value, device="meta")
+        tensors[path][tensor] = value
+    facts = {name.rpartition(".")[0]: each for name, each in layers.items() if name in content}
     modules = {"": _module(tensors[""], facts.get("", {}))}
     for path in list(tensors):
         for each in accumulate(path.split("."), "{}.{}".format):
@@ -50,34 +58,36 @@ def skeleton(
     return modules[""]
 
 
-def _module(tensors: Mapping[str, Shape], facts: Mapping[str, Any]) -> nn.Module:
+def _module(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> nn.Module:
     kind = KINDS.get(str(facts["type"]), nn.Module) if "type" in facts else _guess(tensors)
     if isinstance(kind, str):
         place, _, name = kind.rpartition(".")
         kind = type(name, (nn.Module,), {"__module__": place})
     module = kind.__new__(kind)
     nn.Module.__init__(module)
+    module.__dict__["_facts"] = facts
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         module.groups, module.padding_mode = 1, "zeros"
-        module.dilation = (1,) * (len(tensors.get("weight", ())) - 2)
+        module.dilation = (1,) * (tensors["weight"].dim() - 2 if "weight" in tensors else 0)
     for name, of in CONV.items():
         value = facts.get(name)
         value = tuple(value) if isinstance(value, list) else value
         if isinstance(value, of):
             setattr(module, name, value)
-    for name, shape in tensors.items():
-        module._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"))
+    for name, tensor in tensors.items():
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return module
 
 
-def _guess(tensors: Mapping[str, Shape]) -> type[nn.Module]:
+def _guess(tensors: Mapping[str, Tensor]) -> type[nn.Module]:
     if "in_proj_weight" in tensors:
         return nn.MultiheadAttention
-    return GUESSES.get(len(tensors.get("weight", ())), nn.Module)
+    return GUESSES.get(tensors["weight"].dim() if "weight" in tensors else 0, nn.Module)
 
 
-def _name(kind: type[nn.Module] | str) -> str:
+def type_name(kind: type[nn.Module] | str) -> str:
+    """Return what a row's kind is called in a file."""
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
-KINDS = {_name(layer.kind): layer.kind for layer in TABLE}
+KINDS = {type_name(layer.kind): layer.kind for layer in TABLE}

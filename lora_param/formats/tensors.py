@@ -38,6 +38,7 @@ DTYPES = {
 """Dtypes by their names in a header."""
 
 LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
+LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def header(path: Path) -> Header:
     Raises:
         FileError: It is no safetensors file, or a damaged one.
     """
-    if path.exists() and not path.is_file():
-        raise FileError(f"{path}: can't be read: no regular file")
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -83,6 +83,18 @@ def header(path: Path) -> Header:
     if isinstance(found, str):
         raise FileError(f"{path}: no safetensors file, or a damaged one: {found:.200}")
     return found
+
+
+def check_regular(path: Path) -> None:
+    """Raise for what can't be read, or could be waited for without end, such as a pipe."""
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: can't be read: no regular file")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise for a name longer than any module's, which takes long to look up."""
+    if any(len(name) > LONGEST_NAME for name in names):
+        raise ValueError(f"a name has more than {LONGEST_NAME} characters")
 
 
 def peek(path: Path) -> Header:
@@ -197,14 +209,20 @@ def _checked(content: Any, start: int, size: int) -> Header:
     metadata = content.pop("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no strings")
+    check_names(content)
     entries = {}
     for name, each in content.items():
         begin, end = each["data_offsets"]
         numbers = [*each["shape"], begin, end - begin, size - start - end]
-        if not isinstance(each["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
+        integers = all(type(n) is int and n >= 0 for n in numbers) and len(numbers) < 64
+        if not isinstance(each["dtype"], str) or not integers:
             raise ValueError(f"{name:.80} has no place in it")
         dtype = DTYPES.get(each["dtype"])
         if dtype and math.prod(each["shape"]) * dtype.itemsize != end - begin:
             raise ValueError(f"{name:.80} has bytes of another shape")
         entries[name] = Entry(each["dtype"], tuple(each["shape"]), start + begin, start + end)
-    return Header(metadata, dict(sorted(entries.items(), key=lambda item: item[1].begin)))
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    ends = [start, *(entry.end for entry in entries.values())]
+    if ends != [*(entry.begin for entry in entries.values()), size]:
+        raise ValueError("its tensors overlap, or leave bytes to nobody")
+    return Header(metadata, entries)
