@@ -55,7 +55,7 @@ def save_lora(
     Raises:
         AdapterError: There is no such adapter, or there are several and none is named.
         LoRAError: A factor isn't finite or has no values, the format can't hold the adapter or
-            doesn't know an option, or the model is wrapped.
+            doesn't know an option, the metadata aren't strings, or the model is wrapped.
         FileError: The file can't be written.
 
     Example:
