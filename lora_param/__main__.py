@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -121,7 +121,7 @@ def merge(arguments: argparse.Namespace) -> None:
     if missing := _missing(base, tensors):
         raise FileError(f"{arguments.base}: lacks {shortened(missing)}; {OTHER_BASE}")
     with open(arguments.base, "rb") as file:
-        blocks = _all_merged(file, head.tensors, pairs, base)
+        blocks = _all_merged(file, head.tensors, pairs, base, about.shapes)
         write_blobs(arguments.out, head.tensors, head.metadata, blocks)
     print(f"{arguments.out}: {len(pairs):,} of {len(head.tensors):,} tensors changed")
 
@@ -131,7 +131,9 @@ def _all_merged(
     entries: Mapping[str, Entry],
     pairs: Mapping[str, Pair],
     base: Mapping[str, str],
+    known: Collection[str],
 ) -> Iterator[Any]:
+    """Yield all tensors' bytes; `known` are names that the model itself has."""
     digests: dict[str, str] = {}
     for place, entry in progress(list(entries.items()), "merging"):
         name = plain_name(place)
@@ -140,7 +142,7 @@ def _all_merged(
             raise FileError(f"{file.name}: {name} has other bits; {OTHER_BASE}")
     changed = {digests[name]: name for name in pairs}
     for name, found in digests.items():
-        if found in changed and name not in pairs:
+        if found in changed and name not in pairs and name not in known:
             raise FileError(
                 f"{file.name}: {name} has the bits of {changed[found]}, so they may be one tensor "
                 "by two names, of which one would change; take one out of the file"

@@ -221,6 +221,18 @@ def test_a_tensor_that_is_there_by_two_names_is_not_changed_by_one(
     assert not files[2].exists()
 
 
+def test_tensors_of_the_model_may_have_the_same_bits(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for each in model.parameters():
+        nn.init.zeros_(each)
+    register_lora(model, rank=1, target="0")
+    save_lora(model, files[0])
+    save_file(base_state_dict(model), files[1])
+    works(capsys, *merging(*files))
+
+
 @pytest.mark.parametrize("command", ["check", "merge"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_of_a_wrapped_or_parametrized_model_has_the_plain_names(
