@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -21,7 +21,7 @@ from .formats.layout import load_pickle
 from .formats.pair import shortened
 from .formats.peft import CONFIG
 from .formats.skeleton import Shape, skeleton
-from .formats.tensors import DTYPES, Entry, header, load_tensors, peek, write_blobs
+from .formats.tensors import Entry, header, load_tensors, peek, write_blobs
 from .parametrization import adapted
 from .progress import progress
 from .surgery import plain_name
@@ -116,45 +116,52 @@ def merge(arguments: argparse.Namespace) -> None:
     head = header(arguments.base)
     tensors = _checkpoint(arguments.base)
     _, fitting = _fitting(arguments.file, row, about, tensors, arguments.option)
+    places = {plain_name(place): place for place in head.tensors}
+    if hidden := [p.weight for p in fitting if "parametrizations." in places[p.weight]]:
+        raise FileError(
+            f"{arguments.base}: parametrized: {shortened(hidden)}; load both, and call merge_lora"
+        )
     pairs = {pair.weight: pair for pair in fitting}
     base = {} if arguments.any_base else about.base
     if missing := _missing(base, tensors):
         raise FileError(f"{arguments.base}: lacks {shortened(missing)}; {OTHER_BASE}")
+    # A file that knows its base's class was saved beside the model, and has all its names.
+    known = about.shapes if about.cls else {}
+    twins = [name for name in tensors.keys() - known if _is_twin(name, tensors, pairs)]
+    if twins and not arguments.any_base:
+        raise FileError(
+            f"{arguments.base}: {shortened(twins)} may be adapted weights by other names, having "
+            "their bits, and would not change; take them out, or give --any-base if they aren't"
+        )
     with open(arguments.base, "rb") as file:
-        blocks = _all_merged(file, head.tensors, pairs, base, about.shapes)
+        blocks = (
+            block
+            for place, entry in progress(list(head.tensors.items()), "merging")
+            for name in [plain_name(place)]
+            for block in _merged(file, name, entry, tensors[name].dtype, pairs.get(name), base)
+        )
         write_blobs(arguments.out, head.tensors, head.metadata, blocks)
     print(f"{arguments.out}: {len(pairs):,} of {len(head.tensors):,} tensors changed")
 
 
-def _all_merged(
-    file: BinaryIO,
-    entries: Mapping[str, Entry],
-    pairs: Mapping[str, Pair],
-    base: Mapping[str, str],
-    known: Collection[str],
-) -> Iterator[Any]:
-    """Yield all tensors' bytes; `known` are names that the model itself has."""
-    digests: dict[str, str] = {}
-    for place, entry in progress(list(entries.items()), "merging"):
-        name = plain_name(place)
-        digests[name] = yield from _merged(file, name, entry, pairs.get(name))
-        if digests[name] != base.get(name, digests[name]):
-            raise FileError(f"{file.name}: {name} has other bits; {OTHER_BASE}")
-    changed = {digests[name]: name for name in pairs}
-    for name, found in digests.items():
-        if found in changed and name not in pairs and name not in known:
-            raise FileError(
-                f"{file.name}: {name} has the bits of {changed[found]}, so they may be one tensor "
-                "by two names, of which one would change; take one out of the file"
-            )
+def _is_twin(name: str, tensors: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> bool:
+    """Say whether a tensor isn't changed and has the bits of one that is."""
+    mine = tensors[name]
+    others = [each for other in pairs if (each := tensors[other]).shape == mine.shape]
+    alike = (each for each in others if torch.equal(each.flatten()[:64], mine.flatten()[:64]))
+    return name not in pairs and any(torch.equal(each, mine) for each in alike)
 
 
 def _merged(
-    file: BinaryIO, name: str, entry: Entry, pair: Pair | None
-) -> Generator[Any, None, str]:
-    """Yield a tensor's bytes in blocks of whole rows, the update added; return its old digest."""
-    dtype, size = DTYPES.get(entry.dtype), entry.end - entry.begin
-    found = digest(dtype, entry.shape)
+    file: BinaryIO,
+    name: str,
+    entry: Entry,
+    dtype: torch.dtype,
+    pair: Pair | None,
+    base: Mapping[str, str],
+) -> Iterator[Any]:
+    """Yield a tensor's bytes in blocks of whole rows, with the update added."""
+    found, size = digest(dtype, entry.shape), entry.end - entry.begin
     row = size // entry.shape[0] if pair else 1
     rows = max(1, BLOCK // row)
     file.seek(entry.begin)
@@ -164,7 +171,7 @@ def _merged(
         if len(content) < wanted:
             raise FileError(f"{file.name}: has become shorter while it was read")
         found.update(content)
-        if pair and dtype:
+        if pair:
             weight = torch.frombuffer(content, dtype=dtype).view(-1, *entry.shape[1:])
             A, B = pair.lora_A, pair.lora_B[begin : begin + rows]
             A = A[begin : begin + rows] if A.dim() > 2 else A
@@ -173,7 +180,8 @@ def _merged(
                 raise FileError(f"{file.name}: {name} would not be finite in {dtype}")
             content = bytes_of(name, weight)
         yield content
-    return found.hexdigest()
+    if base.get(name, found.hexdigest()) != found.hexdigest():
+        raise FileError(f"{file.name}: {name} has other bits; {OTHER_BASE}")
 
 
 def _missing(base: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -21,7 +21,7 @@ from .parametrization import LoRAParametrization, check_adapter
 from .progress import progress
 from .refusals import check_model, check_structure, check_unshared, check_weights
 from .register import adapters_of
-from .state import load_lora_state_dict
+from .state import filling
 from .surgery import all_or_nothing, attach, completed, template_of
 from .targets import Weight, catalogue, is_flat, nearest
 
@@ -242,19 +242,20 @@ def _load(
         for _, pair in fitting
         for factor in ("lora_A", "lora_B")
     }
+    try:
+        fill = filling(model, tensors, adapter)
+    except LoRAError as error:
+        raise FileError(f'{path}: can\'t go into the adapter "{adapter}": {error}') from None
     entries = adapters_of(model, adapter)
     scales = {pair.weight: pair.alpha / pair.rank for _, pair in fitting}
 
     def load() -> None:
-        load_lora_state_dict(model, tensors, adapter)
+        fill()
         for weight, entry in entries:
             entry.scale = scales[weight.name]
             entry.requires_grad_(trainable)
 
-    try:
-        completed(load)
-    except LoRAError as error:
-        raise FileError(f'{path}: can\'t go into the adapter "{adapter}": {error}') from None
+    completed(load)
 
 
 def _doubt(about: About, model: nn.Module) -> str:

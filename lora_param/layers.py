@@ -97,6 +97,8 @@ class Layer:
     overrides: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
+CONV1D = "transformers.pytorch_utils.Conv1D"
+
 TABLE: tuple[Layer, ...] = (
     Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
     Layer(nn.Linear, activation=linear),
@@ -114,7 +116,7 @@ TABLE: tuple[Layer, ...] = (
     ),
     Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
-    Layer("transformers.pytorch_utils.Conv1D", activation=transposed_linear),
+    Layer(CONV1D, activation=transposed_linear),
     Layer(
         nn.Embedding,
         activation=embedding,

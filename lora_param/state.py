@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +115,21 @@ def load_lora_state_dict(
         >>> saved = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
         >>> load_lora_state_dict(model, saved)
     """
-    parameters = dict(named_lora_parameters(model, adapter))
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
+    # Copies, for the case that a value is a view of another adapter's factor.
+    copies = {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in state_dict.items()
+    }
+    completed(filling(model, copies, adapter))
+
+
+def filling(
+    model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str | None
+) -> Callable[[], None]:
+    """Hold a state dict against a model's adapters, and return what copies it into them."""
+    parameters = dict(named_lora_parameters(model, adapter))
     complaints = [f"missing: {name}" for name in parameters if name not in state_dict]
     complaints += [f"unexpected: {name}" for name in state_dict if name not in parameters]
     for name, parameter in parameters.items():
@@ -135,25 +147,20 @@ def load_lora_state_dict(
         raise StateDictError(
             f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
         )
-    values = {name: state_dict[name].detach() for name in parameters}
     infinite = [
         name
-        for name, value in values.items()
-        if not value.is_meta and not value.to(parameters[name].dtype).isfinite().all()
+        for name, parameter in parameters.items()
+        if not parameter.is_meta and not state_dict[name].to(parameter.dtype).isfinite().all()
     ]
     if infinite:
         raise StateDictError(f"nothing was loaded: not finite: {', '.join(infinite)}")
-    own = {each.untyped_storage().data_ptr() for each in parameters.values()}
-    for name, value in values.items():
-        if value.untyped_storage().data_ptr() in own:  # perhaps a view of another factor
-            values[name] = value.clone()
 
-    def copy() -> None:
+    def fill() -> None:
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(values[name])
+                parameter.copy_(state_dict[name])
 
-    completed(copy)
+    return fill
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
     base_state_dict,
@@ -21,7 +23,7 @@ from lora_param import (
 from lora_param.__main__ import main
 
 from .cli_cases import fails, linears, works, written
-from .peft_cases import CASES, Case, output, trained_in_peft
+from .peft_cases import CASES, Case, chain, floats, output, trained_in_peft
 
 
 def test_converting_beside_another_base_keeps_the_bases_fingerprint(
@@ -129,8 +131,18 @@ def test_the_outline_of_a_model_is_not_taken_for_its_class(
     assert json.loads(works(capsys, "info", back, "--json"))["base"] == ""
 
 
+MIXED = [
+    Case(
+        "square Linear, then Conv1D", chain(nn.Linear(6, 6), Conv1D(6, 6)), floats(3, 6), ["0", "1"]
+    ),
+    Case(
+        "Conv1D, then square Linear", chain(Conv1D(5, 6), nn.Linear(5, 5)), floats(3, 6), ["0", "1"]
+    ),
+]
+
+
 @pytest.mark.filterwarnings("ignore")  # what PEFT does otherwise
-@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+@pytest.mark.parametrize("case", CASES + MIXED, ids=[case.id for case in CASES + MIXED])
 def test_what_comes_through_two_conversions_is_pefts_own_or_nothing(
     case: Case, tmp_path: Path
 ) -> None:
@@ -156,7 +168,7 @@ REFUSED = {
         "transposed experts",
         "Mixtral",
     ),  # nor which side is which
-    "Conv1D and Linear",
+    *("GPT-2", "square Linear, then Conv1D", "Conv1D, then square Linear"),  # nor of a matrix
 }
 """What PEFT's own files don't say enough about for the command line."""
 
@@ -224,3 +236,34 @@ def test_what_is_written_into_the_files_own_folder(
     works(capsys, "convert", tmp_path / "adapter.safetensors", tmp_path / "peft", "--to", "peft")
     monkeypatch.chdir(tmp_path / "peft")
     works(capsys, "convert", ".", "../out.safetensors", "--to", "native", "--base", str(base))
+
+
+def test_a_parametrized_module_beside_the_adapter_is_no_obstacle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), parametrizations.weight_norm(nn.Linear(5, 4)))
+    register_lora(model, rank=2, target="0")
+    save_lora(model, tmp_path / "ours")
+    works(capsys, "convert", tmp_path / "ours", tmp_path / "kohya", "--to", "kohya")
+    works(capsys, "convert", tmp_path / "ours", tmp_path / "peft", "--to", "peft")
+
+
+class Packed(nn.Module):
+    """Attention with a Parameter called as torch's own is, and computed by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.randn(24, 8))
+        self.out_proj = nn.Linear(8, 8)
+
+
+def test_anothers_attention_is_not_taken_for_torchs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(Packed())
+    register_lora(model, rank=2, target="out_proj")
+    save_lora(model, tmp_path / "ours")
+    save_lora(model, tmp_path / "saved", format="peft")
+    works(capsys, "convert", tmp_path / "ours", tmp_path / "there", "--to", "peft")
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "there" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()

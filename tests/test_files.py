@@ -166,7 +166,7 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_metadata_of_the_callers_are_kept(path: Path) -> None:
-    save_lora(net(), path, metadata={"license": "MIT", "naïve": "ü"})
+    save_lora(net(), path, metadata={"license": "MIT", "naïve": "ü", "format": "pt"})
     assert header(path).metadata.items() >= {"license": "MIT", "naïve": "ü"}.items()
 
 

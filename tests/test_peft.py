@@ -22,7 +22,7 @@ from lora_param import (
     save_lora,
 )
 from lora_param.formats import About, peft
-from lora_param.formats.skeleton import skeleton
+from lora_param.formats.skeleton import described, skeleton
 
 from .cases import shake
 from .peft_cases import (
@@ -269,7 +269,8 @@ OUTLINED = [
 @pytest.mark.parametrize("case", OUTLINED, ids=lambda case: case.id)
 def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path) -> None:
     base, _ = trained_in_peft(case, tmp_path)
-    outline = skeleton(dict(base.named_parameters()), peft.about(tmp_path).layers)
+    facts = {f"{path}.weight": described(each) for path, each in base.named_modules()}
+    outline = skeleton(dict(base.named_parameters()), facts)
     for ours, theirs in zip(
         peft.read(tmp_path, outline, mha_out_proj="once"),
         peft.read(tmp_path, base, mha_out_proj="once"),
@@ -303,10 +304,10 @@ def test_a_square_stack_lies_as_it_did_in_the_release_that_wrote_it(
 def test_a_square_stack_of_unknown_origin_is_refused(tmp_path: Path) -> None:
     base, _ = trained_in_peft(SQUARE, tmp_path)
     outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()}, {})
-    with pytest.raises(FileError, match=r"0\.up: which side of its square matrices is which"):
+    with pytest.raises(FileError, match=r"0\.up: which side of a square matrix is which"):
         peft.read(tmp_path, outline)
     edit_config(tmp_path, peft_version=None)
-    with pytest.raises(FileError, match=r"0\.up: which side of its square matrices is which"):
+    with pytest.raises(FileError, match=r"0\.up: which side of a square matrix is which"):
         load_lora(base, tmp_path)
 
 

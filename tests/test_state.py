@@ -308,3 +308,16 @@ def test_a_value_that_cannot_be_taken_over_is_refused_before_any_is(value, messa
     with pytest.raises(StateDictError, match=f"nothing was loaded: {message}"):
         load_lora_state_dict(model, state)
     assert all(torch.equal(t, before[name]) for name, t in lora_state_dict(model).items())
+
+
+def test_values_that_share_memory_with_the_factors_by_another_storage_are_copied_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
+    register_lora(model, rank=1)
+    shake(model)
+    first, second = "0.weight.default.lora_B", "1.weight.default.lora_B"
+    old = {name: each.clone() for name, each in lora_state_dict(model).items()}
+    new = lora_state_dict(model)
+    new[first], new[second] = (torch.from_numpy(new[name].numpy()) for name in (second, first))
+    load_lora_state_dict(model, new)
+    assert torch.equal(lora_state_dict(model)[first], old[second])
+    assert torch.equal(lora_state_dict(model)[second], old[first])

@@ -65,7 +65,8 @@ def write(
         known = sorted(each.name for each in FORMATS if each.write)
         raise LoRAError(f"format must be one of {known}, got {format!r}")
     _check_options(row, row.write, options)
-    if taken := {native.KEY, "format", layout.CONFIG} & about.metadata.keys():
+    taken = {native.KEY, "format", layout.CONFIG} & about.metadata.keys()
+    if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
     row.write(path, pairs, model, about, **options)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base import base_parameters
 from ..errors import FileError
-from ..layers import layer_of
+from ..layers import CONV1D, layer_of
 from ..surgery import base_modules, original_of
 from ..targets import catalogue, nearest
 from .pair import About, Pair
@@ -23,8 +23,6 @@ Factors = dict[str, dict[str, Tensor]]
 
 ROLES = {"lora_down": "A", "lora_up": "B", "down": "A", "up": "B"}
 """Which factor a file means; A and B mean themselves."""
-
-CONV1D = "transformers.pytorch_utils.Conv1D"
 
 CONFIG = "lora_adapter_metadata"
 """Where diffusers' files keep PEFT's config."""
@@ -164,9 +162,10 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     check_regular(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage can make anything of a pickle
-        reason = str(error).split("\n")[0]
-        raise FileError(f"{path}: no state dict that can be read safely: {reason}") from None
+    except Exception:  # damage can make anything of a pickle
+        raise FileError(
+            f"{path}: no state dict that can be read safely: damaged, or more than tensors"
+        ) from None
     if isinstance(content, dict) and set(content) == {"model_state_dict"}:
         content = content["model_state_dict"]  # as microsoft/LoRA's own example saves it
     if not isinstance(content, dict) or not all(

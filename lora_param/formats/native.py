@@ -114,7 +114,7 @@ def write(
         "shapes": {
             name: list(tensor.shape)
             for name, _, _, tensor in base_parameters(model)
-            if not is_lazy(tensor)
+            if not is_lazy(tensor) and "parametrizations" not in name.split(".")
         },
         "base": dict(base),
     }

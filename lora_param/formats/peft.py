@@ -20,7 +20,7 @@ from . import layout
 from .pair import About, Pair
 from .peft_config import Config, costly, load_config, rank_and_alpha
 from .peft_places import IN_OUT, Place, home_of, place_of, refusals
-from .skeleton import type_name
+from .skeleton import described, type_name
 from .tensors import load_tensors, peek, replacing, save_tensors
 
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -44,12 +44,9 @@ def about(path: Path) -> About:
     config, file = _opened(path)
     tensors = layout.load_pickle(file) if file.suffix == ".bin" else peek(file).tensors
     layers = {}
-    for key, tensor in tensors.items():
+    for key in tensors:
         if match := re.fullmatch(KEYS[1], key):
             layers[f"{match['name']}.weight"] = {"type": type_name(nn.Embedding)}
-        match = re.fullmatch(KEYS[0], key)
-        if match and len(tensor.shape) == 2 and config.get("fan_in_fan_out"):
-            layers[f"{match['name']}.weight"] = {"type": layout.CONV1D}
     model = str(config.get("base_model_name_or_path") or "")
     return About(model=model, layers=layers, metadata=layout.about(file).metadata)
 
@@ -92,10 +89,15 @@ def read(
     modules = None if model is None else layout.modules_of(model)
     places = {name: place_of(name, modules, config) for name in factors}
     found = [place for place in places.values() if place]
+    # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
+    known = (modules or {}).values()
+    vague = bool(config.get("fan_in_fan_out")) or any(map(layout.is_conv1d, known))
     results: list[Pair | str] = []
     for place in found:
         embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
-        results += _results(place, factors[place.name], config, embedded, mha_out_proj != "once")
+        transposed = _is_transposed(place, factors[place.name]["A"], config, embedded, vague)
+        twice = mha_out_proj != "once"
+        results += _results(place, factors[place.name], config, transposed, twice)
     unplaced = [name for name, place in places.items() if place is None]
     complaints = [each for each in results if isinstance(each, str)]
     layout.refuse(path, [*layout.missing(unplaced, model), *complaints])
@@ -136,13 +138,16 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module, about: About) -> 
 
 
 def _results(
-    place: Place, found: Mapping[str, Tensor], config: Config, embedded: bool, twice: bool
+    place: Place,
+    found: Mapping[str, Tensor],
+    config: Config,
+    transposed: bool | None,
+    twice: bool,
 ) -> Iterator[Pair | str]:
     """Yield the pair, or what is wrong with it."""
     A, B = found["A"], found["B"]
     rank, alpha = rank_and_alpha(config, place.key)
     faults = list(refusals(place, idle=place.kind == "alone" and not B.any()))
-    transposed = None if faults else _is_transposed(place, A, config, embedded)
     if faults := faults or list(_faults(place, A, B, rank, transposed)):
         yield from faults
         return
@@ -176,15 +181,17 @@ def _faults(
         experts = max(len(A) // max(rank, 1), 1)
     if rank < 1 or len(A) != rank * experts:
         yield f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}"
-    elif not place.stacked and experts == 1:
-        yield from layout.misfit(place.name, place.tensor, A, B, bool(transposed))
-    elif not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
+    elif place.stacked and not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
         yield f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}"
     elif transposed is None:
-        yield f"{place.weight}: which side of its square matrices is which can't be known"
+        yield f"{place.weight}: which side of a square matrix is which can't be known"
+    elif not place.stacked and experts == 1:
+        yield from layout.misfit(place.name, place.tensor, A, B, transposed)
 
 
-def _is_transposed(place: Place, A: Tensor, config: Config, embedded: bool) -> bool | None:
+def _is_transposed(
+    place: Place, A: Tensor, config: Config, embedded: bool, vague: bool
+) -> bool | None:
     """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
     if place.stacked and place.tensor is not None:
         _, rows, columns = place.tensor.shape
@@ -198,6 +205,11 @@ def _is_transposed(place: Place, A: Tensor, config: Config, embedded: bool) -> b
         return version < (0, 19, 0) or bool(such) == (version > (0, 19, 0))
     if embedded:
         return True
+    shape = () if place.tensor is None else tuple(place.tensor.shape)
+    guessed = place.is_outline and place.module is not None and not described(place.module)
+    if place.kind == "layer" and guessed and len(shape) == 2:
+        square = shape[0] == shape[1]
+        return (None if vague else False) if square else A.shape[1] == shape[0]
     return place.kind == "layer" and layout.is_conv1d(place.module)
 
 

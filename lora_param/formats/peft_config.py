@@ -75,10 +75,18 @@ def unsupported(config: Config) -> Iterator[str]:
 def costly(config: Config, names: Collection[str]) -> Iterator[str]:
     """Yield the patterns that could take minutes to match, by backtracking in long names."""
     for pattern in {**_patterns(config, "rank_pattern"), **_patterns(config, "alpha_pattern")}:
-        power, bars = len(REPETITION.findall(pattern)), pattern.count("|")
-        ways = (bars + 1) ** min(bars, pattern.count("("))
+        power, ways = len(REPETITION.findall(pattern)), _ways(pattern)
         if ways * sum((name.count(".") + 1) * len(name) ** power for name in names) > 10**10:
             yield f"the pattern {pattern!r:.60} has too many repetitions for names so many and long"
+
+
+def _ways(pattern: str) -> int:
+    """Count the ways in which alternatives that begin alike, or nested ones, can match a name."""
+    groups = [each.split("|") for each in re.findall(r"\(([^()]*)\)", pattern)]
+    if len(groups) < pattern.count("("):
+        return math.prod([pattern.count("|") + 1] * pattern.count("("))
+    alike = [g for g in groups if any(b.startswith(a) for a in g for b in g if a is not b)]
+    return math.prod(map(len, alike))
 
 
 def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:

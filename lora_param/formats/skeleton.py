@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import TABLE, layer_of
+from ..layers import CONV1D, TABLE, layer_of
 
 Shape = tuple[int, ...]
 
@@ -48,6 +48,10 @@ def skeleton(
             value = torch.empty(value, device="meta")
         tensors[path][tensor] = value
     facts = {name.rpartition(".")[0]: each for name, each in layers.items() if name in content}
+    for path in tensors:  # another's attention has a plain layer behind it
+        behind = facts.get(f"{path}.out_proj".removeprefix("."), {}).get("type", ATTENTION_OUT)
+        if "in_proj_weight" in tensors[path] and behind != ATTENTION_OUT:
+            facts.setdefault(path, {"type": type_name(nn.Module)})
     modules = {"": _module(tensors[""], facts.get("", {}))}
     for path in list(tensors):
         for each in accumulate(path.split("."), "{}.{}".format):
@@ -79,10 +83,13 @@ def _module(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> nn.Modul
     return module
 
 
-def _guess(tensors: Mapping[str, Tensor]) -> type[nn.Module]:
+def _guess(tensors: Mapping[str, Tensor]) -> type[nn.Module] | str:
     if "in_proj_weight" in tensors:
         return nn.MultiheadAttention
-    return GUESSES.get(tensors["weight"].dim() if "weight" in tensors else 0, nn.Module)
+    weight, bias = (tuple(tensors[n].shape) if n in tensors else () for n in ("weight", "bias"))
+    if len(weight) == 2 and bias == weight[1:] != weight[:1]:
+        return CONV1D
+    return GUESSES.get(len(weight), nn.Module)
 
 
 def type_name(kind: type[nn.Module] | str) -> str:
@@ -90,4 +97,5 @@ def type_name(kind: type[nn.Module] | str) -> str:
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
+ATTENTION_OUT = type_name(nn.modules.linear.NonDynamicallyQuantizableLinear)
 KINDS = {type_name(layer.kind): layer.kind for layer in TABLE}

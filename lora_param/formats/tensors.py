@@ -206,7 +206,7 @@ def _parsed(content: bytes, size: int) -> Header | str:
 
 
 def _checked(content: Any, start: int, size: int) -> Header:
-    metadata = content.pop("__metadata__", {})
+    metadata = content.pop("__metadata__", None) or {}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no strings")
     check_names(content)
