@@ -253,9 +253,21 @@ def test_a_forward_that_somebody_has_patched_into_the_class_is_called(monkeypatc
     torch.testing.assert_close(another(x), wanted)
 
 
-def test_a_hook_on_an_adapter_acts_on_the_output() -> None:
+HOOKS = {
+    "an adapter": lambda chain: chain[0].register_forward_hook(lambda module, args, out: 2 * out),
+    "an adapter, before": lambda chain: chain[0].register_forward_pre_hook(
+        lambda module, args: (2 * args[0],)
+    ),
+    "a chain": lambda chain: chain.register_forward_hook(lambda module, args, out: 2 * out),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_on_an_adapter_or_its_chain_acts_on_the_output(hook: str) -> None:
     layer, x = adapted(nn.Linear(6, 5)), torch.randn(3, 6)
-    layer.parametrizations.weight[0].register_forward_hook(lambda module, args, out: 2 * out)
+    before = layer.weight.clone()
+    HOOKS[hook](layer.parametrizations.weight)
+    assert not torch.allclose(layer.weight, before)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -301,3 +313,30 @@ def test_inference_without_a_graph_gives_the_same(case: Case) -> None:
         inference = outputs(layer, inputs)
     for want, *got in zip(expected, without, inference, strict=True):
         assert all(torch.allclose(want, each, rtol=1e-12, atol=1e-12) for each in got)
+
+
+def test_a_nested_or_sparse_input_gives_what_it_gives_without() -> None:
+    plain = nn.Linear(6, 5)
+    layer, rows = copy.deepcopy(plain), [torch.randn(2, 6), torch.randn(3, 6)]
+    register_lora(layer, rank=2)
+    shake(layer)
+    nested = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    for got, row in zip(nested.unbind(), rows, strict=True):
+        torch.testing.assert_close(got, layer(row))
+    sparse = torch.eye(6).to_sparse()
+    torch.testing.assert_close(layer(sparse), layer(torch.eye(6)))
+
+
+def test_adding_in_place_under_a_graph_costs_no_copy_of_the_gradient() -> None:
+    case = LARGE[3]
+    counts = []
+    for adapting in (False, True):
+        layer, inputs = case.build()
+        if adapting:
+            case.adapt(layer)
+            shake(layer)
+        y = layer(*inputs)
+        with Operations() as seen:
+            y.backward(torch.ones_like(y))
+        counts.append(sum(seen.calls[name] for name in ("clone", "copy_", "as_strided")))
+    assert counts[1] <= counts[0]

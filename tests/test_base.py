@@ -63,7 +63,9 @@ def test_originals_under_a_foreign_parametrization_are_covered(norm) -> None:
     "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64]
 )
 def test_every_dtype_and_layout_has_a_digest(dtype: torch.dtype) -> None:
-    holder = nn.ParameterList([nn.Parameter(torch.ones(4, 3).to(dtype), requires_grad=False)])
+    holder = nn.ParameterList(
+        [nn.Parameter(torch.arange(12).view(4, 3).to(dtype), requires_grad=False)]
+    )
     turned = copy.deepcopy(holder)
     turned[0].data = turned[0].data.t().contiguous().t()
     assert fingerprint(turned) == fingerprint(holder)
@@ -209,3 +211,20 @@ def test_an_adapter_anywhere_else_in_a_model_is_no_obstacle() -> None:
     parametrize.register_parametrization(model["layer"], "weight", Odd())
     assert fingerprint(model).keys() == before.keys()
     assert_frozen(model, before)
+
+
+def test_a_lazy_conjugate_or_negative_has_the_digest_of_its_values() -> None:
+    z = torch.randn(4, 3, dtype=torch.complex64)
+    for lazy, values in ((z.conj(), z.conj().resolve_conj()), (z.conj().imag, -z.imag)):
+        plain, view = nn.Module(), nn.Module()
+        plain.register_buffer("table", values)
+        view.register_buffer("table", lazy)
+        assert fingerprint(view, buffers=True) == fingerprint(plain, buffers=True)
+
+
+def test_base_frozen_checks_buffers_when_asked_to() -> None:
+    model = net()
+    with base_frozen(model):
+        model(torch.randn(3, 6))
+    with pytest.raises(FrozenError, match="running_mean"), base_frozen(model, buffers=True):
+        model(torch.randn(3, 6))

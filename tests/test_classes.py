@@ -214,3 +214,16 @@ def test_what_is_written_into_a_read_weight_reaches_neither_original_nor_adapter
     write(layer.weight)
     assert fingerprint(layer) == before
     assert torch.equal(layer.weight, read)
+
+
+def test_reading_inside_a_cache_sees_an_adapter_switched_off() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    with parametrize.cached():
+        assert not torch.equal(layer.weight, layer.parametrizations.weight.original)
+        with lora_disabled(layer):
+            assert layer.weight is layer.parametrizations.weight.original
+
+
+def test_an_adapted_layer_is_a_leaf_of_a_symbolic_trace() -> None:
+    graph = torch.fx.symbolic_trace(nn.Sequential(adapted(nn.Linear(6, 5)))).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]

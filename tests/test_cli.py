@@ -24,6 +24,7 @@ from lora_param import (
 )
 from lora_param.__main__ import COMMANDS, main
 
+from .cases import shake
 from .cli_cases import Net, adapted, change, fails, merging, works
 from .file_cases import FUZZ
 from .peft_cases import PREFIX
@@ -252,3 +253,31 @@ def test_what_a_file_says_moves_no_cursor(
     save_file({f"{PREFIX}{name}.{f}.weight": each for f, each in factors.items()}, files[2])
     files[2].with_name("adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
     assert "a\\x1b[2Jb.weight" in works(capsys, "info", files[2])
+
+
+def test_a_negative_alpha_has_the_norm_of_its_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for alpha in (3.0, -3.0):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        register_lora(model, rank=2, alpha=alpha)
+        shake(model)
+        save_lora(model, tmp_path / "a.safetensors")
+        said = json.loads(works(capsys, "info", tmp_path / "a.safetensors", "--json"))
+        found.append([said["weights"][0][key] for key in ("norm", "effective_rank")])
+    assert found[0] == found[1]
+    assert found[0][0] > 0
+
+
+def test_an_update_beyond_any_number_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Linear(4, 3)
+    register_lora(model, rank=2, alpha=1e308)
+    for factor in lora_parameters(model):
+        nn.init.constant_(factor, 1e10)
+    save_lora(model, tmp_path / "a.safetensors")
+    error = fails(capsys, "info", tmp_path / "a.safetensors", "--json")
+    assert "weight: its update isn't finite" in error

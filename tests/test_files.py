@@ -215,7 +215,7 @@ def test_tensors_in_any_memory_layout_are_written_in_order(
     view: Callable[[Tensor], Tensor], path: Path
 ) -> None:
     tensor = view(torch.randn(4, 6))
-    save_tensors(path, {"half": torch.ones(3).half(), "full": tensor}, {"odd": "x"})
+    save_tensors(path, {"a half": torch.ones(3).half(), "full": tensor}, {"odd": "x"})
     assert header(path).tensors["full"].begin % tensor.element_size() == 0  # readers view in place
     assert torch.equal(load_tensors(path)["full"], tensor)
 

@@ -326,3 +326,9 @@ def test_a_large_header_is_parsed_once(saved: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(FileError):
             load_lora(plain(), saved)
         assert len(parsed) == 1
+
+
+def test_a_changed_string_of_the_callers_is_noticed(path: Path) -> None:
+    save_lora(net(), path, metadata={"license": "MIT"})
+    path.write_bytes(path.read_bytes().replace(b'"MIT"', b'"BSD"'))
+    refused(plain(), path, "its bytes aren't those that were saved")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_param import FileError, LoRAError, load_lora, lora_summary, register_lora, save_lora
-from lora_param.formats import FORMATS
+from lora_param.formats import FORMATS, Pair
 
 from .cases import shake
 
@@ -171,3 +171,9 @@ def test_damage_is_refused_or_harmless(name: str, data: st.DataObject) -> None:
         assert [name for name, _ in model.named_parameters()] == names
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_lowered_rank_leaves_an_update_that_is_rounded_once() -> None:
+    A, B = torch.randn(40, 30), torch.randn(20, 40)
+    pair = Pair("weight", A, B, 40.0).within(20)
+    assert torch.equal(pair.lora_B @ pair.lora_A, (B.double() @ A.double()).float())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_param import FileError, LoRAError, load_lora, lora_summary, register_lora, save_lora
+from lora_param.formats import FORMATS, recognised
 
 from .cases import shake
 
@@ -256,6 +257,7 @@ HOMELESS: list[tuple[str, nn.Module, dict[str, Any], str]] = [
     ("an LSTM", nn.Sequential(nn.LSTM(4, 5)), {}, "no place for 0.weight_ih_l0 of a ParametrizedLSTM"),
     ("an embedding", nn.Sequential(nn.Embedding(4, 5)), {"target": "0"}, "no place for 0.weight of a"),
     ("the model itself", nn.Linear(4, 5), {}, "no place for weight of a"),
+    ("an alpha beyond float32", nn.Sequential(nn.Linear(4, 5)), {"alpha": 1e39}, "0.weight has an alpha of 1e.39, in float32 inf"),
     ("an alpha of 0", nn.Sequential(nn.Linear(4, 5)), {"alpha": 0}, "0.weight has an alpha of 0"),
 ]  # fmt: skip
 
@@ -346,3 +348,28 @@ def test_diffusers_keys_beside_plain_lora_are_refused_by_name(tmp_path: Path) ->
     with pytest.raises(FileError, match=r"no module for text_encoder\.x; the nearest"):
         load_lora(model, path)
     assert load_lora(model, path, prefix="unet.") == ["mid.attn1.to_q.weight"]
+
+
+def with_config(folder: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
+    config = {f"unet.{name}": value for name, value in fields.items()}
+    metadata = {"format": "pt", "license": "MIT", "lora_adapter_metadata": json.dumps(config)}
+    return saved(folder, tensors, metadata)
+
+
+def test_a_pattern_of_the_config_is_held_against_the_name_in_its_part(tmp_path: Path) -> None:
+    ranks = {"^mid.attn1.to_q": 2, "^unet.mid.attn1.to_q": 3}
+    path = with_config(tmp_path, diffusers(), r=1, rank_pattern=ranks)
+    assert load_lora(UNet(), path) == ["mid.attn1.to_q.weight"]
+
+
+def test_a_config_in_the_metadata_that_could_take_minutes_is_refused(tmp_path: Path) -> None:
+    names = {"unet.mid.attn1.to_q": f"unet.{'a.' * 400}a"}
+    tensors = {key.replace(*next(iter(names.items()))): t for key, t in diffusers().items()}
+    path = with_config(tmp_path, tensors, r=2, rank_pattern={"a*a*a*x": 2})
+    with pytest.raises(FileError, match="has too many repetitions"):
+        FORMATS[3].read(path, None)
+
+
+def test_the_config_in_the_metadata_is_no_string_of_the_callers(tmp_path: Path) -> None:
+    path = with_config(tmp_path, diffusers(), r=2)
+    assert recognised(path).about(path).metadata == {"license": "MIT"}

@@ -213,3 +213,11 @@ def test_the_command_line_compares_biases_with_the_base(
         torch.save(factors | {"0.bias": plain[0].bias.detach() + change}, file)
         assert main([*command, "--option", "alpha=2"]) == status
     assert "0.bias is neither a factor nor equal to the model's" in capsys.readouterr().err
+
+
+def test_a_convolution_inside_a_block_as_loralib_has_it_is_found(tmp_path: Path) -> None:
+    theirs, plain, path = CASES[7].trained(tmp_path)
+    model = nn.Sequential(nn.ModuleDict({"conv": plain[0]}))
+    assert load_lora(model, path, alpha=3) == ["0.conv.weight"]
+    x = CASES[7].make_input()
+    torch.testing.assert_close(model[0]["conv"](x), theirs(x))

@@ -299,3 +299,113 @@ def test_what_replaces_a_weight_in_a_merged_block_is_lost_and_nothing_else() -> 
     with lora_merged(layer):
         parametrizations.weight_norm(layer)
     assert state(layer) == before
+
+
+def test_a_merged_block_keeps_orders_and_modes_that_somebody_has_changed() -> None:
+    layer = adapted("a")
+    layer.extra, layer.gain = nn.Tanh(), nn.Parameter(torch.ones(5))
+    layer._parameters["bias"] = layer._parameters.pop("bias")
+    layer.parametrizations.weight[0].eval()
+    before = state(layer)
+    with lora_merged(layer):
+        pass
+    assert state(layer) == before
+
+
+def test_in_a_merged_block_the_parameters_are_in_the_bases_order() -> None:
+    plain = nn.LSTM(4, 5)
+    lstm = copy.deepcopy(plain)
+    register_lora(lstm, rank=2, target="weight_hh_l0")
+    with lora_merged(lstm):
+        assert list(lstm.state_dict()) == list(plain.state_dict())
+
+
+class Turned(nn.Module):
+    """A product, which autocast would round; in training it counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.linalg.qr(torch.randn(6, 6))[0], requires_grad=False)
+        self.register_buffer("reads", torch.tensor(0))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        self.reads += self.training
+        return weight @ self.turn
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight @ self.turn.T
+
+
+def turned() -> nn.Linear:
+    torch.manual_seed(0)
+    layer = parametrize.register_parametrization(nn.Linear(6, 5), "weight", Turned())
+    register_lora(layer, rank=2)
+    shake(layer)
+    return layer
+
+
+def test_anothers_product_is_rounded_by_no_autocast_and_reads_nothing_in_training() -> None:
+    layer, twin = turned(), turned()
+    reads = int(layer.parametrizations.weight[0].reads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with lora_merged(layer):
+            merged = layer.weight.detach().clone()
+        merge_lora(layer)
+    with lora_merged(twin):
+        assert torch.equal(twin.weight, merged)
+    merge_lora(twin)
+    assert torch.equal(
+        layer.parametrizations.weight.original, twin.parametrizations.weight.original
+    )
+    assert layer.parametrizations.weight[0].reads == reads
+
+
+def test_a_weight_that_is_infinite_already_can_be_merged() -> None:
+    layer = adapted("a")
+    with torch.no_grad():
+        layer.parametrizations.weight.original[1, 2] = -torch.inf
+    merge_lora(layer)
+    assert layer.weight[1, 2] == -torch.inf
+
+
+class Third(nn.Module):
+    """Has an inverse that is off by so much, beside rounding."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self.off = off
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 3
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 3 * (1 + self.off)
+
+
+def test_an_inverse_may_be_off_by_rounding_alone() -> None:
+    layers = []
+    for off in (0.0, 1e-4):
+        layers.append(parametrize.register_parametrization(nn.Linear(60, 50), "weight", Third(off)))
+        register_lora(layers[-1], rank=2)
+        shake(layers[-1])
+    merge_lora(layers[0])
+    with pytest.raises(LoRAError, match="Third, in front of the adapter, can't take the merged"):
+        merge_lora(layers[1])
+
+
+def test_several_in_front_of_an_adapter_are_inverted_from_the_last() -> None:
+    layer = parametrize.register_parametrization(nn.Linear(6, 5), "weight", Halved())
+    parametrize.register_parametrization(layer, "weight", Raised())
+    register_lora(layer, rank=2)
+    shake(layer)
+    expected = layer.weight.detach().clone()
+    merge_lora(layer)
+    torch.testing.assert_close(layer.weight, expected)
+
+
+class Raised(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 1
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight - 1

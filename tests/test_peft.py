@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
     FileError,
@@ -22,6 +24,7 @@ from lora_param import (
     save_lora,
 )
 from lora_param.formats import About, peft
+from lora_param.formats.peft_config import rank_and_alpha
 from lora_param.formats.skeleton import described, skeleton
 
 from .cases import shake
@@ -31,6 +34,7 @@ from .peft_cases import (
     PREFIX,
     Attention,
     Case,
+    config_of,
     edit_config,
     edit_tensors,
     floats,
@@ -338,3 +342,24 @@ def test_without_a_model_a_target_parameters_rank_cannot_be_said(tmp_path: Path)
     trained_in_peft(next(each for each in CASES if each.id == "three of one module"), tmp_path)
     with pytest.raises(FileError, match="which rank a target parameter has can't be said"):
         peft.read(tmp_path, None)
+
+
+@pytest.mark.parametrize("pattern", ["1", "^1", "a.1", "1|0", "0|1", r"a\.\d", "b.*", "", "x"])
+@pytest.mark.parametrize("key", ["1", "10", "a.1", "ba.1", "a.10", "a.11", "b.0", "a.b.1", "ab"])
+def test_a_pattern_decides_where_peft_says(pattern: str, key: str) -> None:
+    config = {"rank_pattern": {pattern: 3}, "alpha_pattern": {pattern: 5}}
+    matched = get_pattern_key([pattern, ".*"], key) == pattern
+    assert rank_and_alpha(config, key) == ((3, 5.0) if matched else (8, 8.0))
+
+
+def test_what_a_config_leaves_out_is_pefts_default() -> None:
+    theirs = LoraConfig()
+    assert rank_and_alpha({}, "0") == (theirs.r, float(theirs.lora_alpha))
+
+
+@pytest.mark.parametrize("layer", [Conv1D(5, 6), nn.Linear(6, 5)])
+def test_the_config_says_which_way_the_weights_lie(layer: nn.Module, tmp_path: Path) -> None:
+    model = nn.Sequential(layer)
+    register_lora(model, rank=2)
+    save_lora(model, tmp_path, format="peft")
+    assert config_of(tmp_path)["fan_in_fan_out"] is isinstance(layer, Conv1D)

@@ -85,6 +85,7 @@ def test_an_initialisation_that_leaves_the_base_alone_is_read(init: Any, tmp_pat
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("rank that is no integer", {"r": "2"}, "a rank of '2'"),
+    ("rank that is a truth value", {"r": True}, "a rank of True"),
     ("alpha that is no number", {"lora_alpha": None, "alpha_pattern": {"0": "x"}}, "an alpha of 'x'"),
     ("infinite alpha", {"lora_alpha": 10**400}, "an alpha of 1000"),
     ("pattern that is no expression", {"rank_pattern": {"(": 2}}, r"the pattern '\('"),

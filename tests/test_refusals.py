@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "lazy": (lambda: nn.LazyLinear(5), None, "weight: it is lazy and has no shape yet; run one"),
     "weight_norm": (hooked(nn.utils.weight_norm), None, "the forward hook WeightNorm sets this"),
     "weight_norm's v": (hooked(nn.utils.weight_norm), "weight_v", "the forward hook WeightNorm"),
+    "pruning's original": (lambda: prune.l1_unstructured(nn.Linear(6, 5), "weight", 0.5), "weight_orig", "the forward hook L1Unstructured"),
     "spectral_norm": (hooked(nn.utils.spectral_norm), None, "the forward hook SpectralNorm sets"),
     "pruning": (lambda: prune.l1_unstructured(nn.Linear(6, 5), "weight", 0.5), None, "the forward hook L1Unstructured"),
     "max_norm": (sparse(max_norm=1.0), "weight", "max_norm renormalises the original at every"),
@@ -214,3 +215,11 @@ def test_a_weight_that_another_parametrization_makes_unreadable_is_refused() -> 
         register_lora(layer, rank=2, adapter="b")
     remove_lora(layer)
     assert [type(entry).__name__ for entry in layer.parametrizations.weight] == ["_Orthogonal"]
+
+
+class ScriptModule(nn.Linear):
+    """Is called like a class of torch's."""
+
+
+def test_a_class_that_is_only_called_like_torchs_can_be_adapted() -> None:
+    assert register_lora(ScriptModule(9, 8), rank=2) == ["weight"]

@@ -208,6 +208,7 @@ def test_a_generator_makes_two_models_alike() -> None:
 def test_adapters_take_on_the_training_mode(training: bool) -> None:
     model = net().train(training)
     register_lora(model, rank=2)
+    register_lora(model, rank=2, adapter="second")
     entries = [each for each in model.modules() if isinstance(each, LoRAParametrization)]
     assert {each.training for each in entries} == {training}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from lora_param import (
     StateDictError,
@@ -321,3 +321,50 @@ def test_values_that_share_memory_with_the_factors_by_another_storage_are_copied
     load_lora_state_dict(model, new)
     assert torch.equal(lora_state_dict(model)[first], old[second])
     assert torch.equal(lora_state_dict(model)[second], old[first])
+
+
+def test_a_checkpoint_with_a_weight_by_both_names_is_refused() -> None:
+    model = net()
+    state = {**model.state_dict(), "0.weight": torch.zeros(5, 6)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.weight"):
+        model.load_state_dict(state, strict=True)
+
+
+def test_a_plain_checkpoint_with_factors_beside_it_brings_them_too() -> None:
+    model, source = net(), net()
+    factors = {name: each for name, each in source.state_dict().items() if "lora_" in name}
+    model.load_state_dict(base_state_dict(source) | factors, strict=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+class Shifted(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.register_buffer("by", torch.tensor(by))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.by
+
+
+def behind(*shifts: float) -> nn.Module:
+    """Register others' parametrizations behind an adapter."""
+    layer = nn.Linear(6, 5)
+    register_lora(layer, rank=2)
+    shake(layer)
+    for shift in shifts:
+        parametrize.register_parametrization(layer, "weight", Shifted(shift))
+    return layer
+
+
+def test_a_plain_checkpoint_reaches_each_of_several_behind_an_adapter() -> None:
+    model = behind(1.0, 2.0)
+    model.load_state_dict(base_state_dict(behind(3.0, 4.0)), strict=True)
+    assert [float(entry.by) for entry in list(model.parametrizations.weight)[1:]] == [3.0, 4.0]
+
+
+def test_a_full_checkpoint_with_another_behind_the_adapter_loads() -> None:
+    model, source = behind(1.0), behind(2.0)
+    model.load_state_dict(source.state_dict(), strict=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])

@@ -47,6 +47,8 @@ FOUND: list[tuple[Any, list[str]]] = [
     ("q_proj.weight", Q),
     ("layers.*.q_proj", Q),
     ("layers.[1].q_proj", Q[1:]),
+    ("q_*", Q),
+    ("q_pr?j.weight", Q),
     ("layers.*", Q),
     ("layers.0.*", Q[:1]),
     ("attention", ATTENTION),
@@ -99,6 +101,7 @@ UNMATCHED: list[tuple[dict[str, Any], str]] = [
     ({"target": nn.LayerNorm}, "target LayerNorm matches no weight"),
     ({"target": nn.Conv2d}, "target Conv2d matches no weight"),
     ({"target": lambda path, module: False}, "matches no weight"),
+    ({"target": lambda path, module: path.missing}, 'predicate <lambda> failed at "" with AttributeE'),
     ({"target": []}, "target is empty"),
     ({"target": 3}, "target must be a pattern, a module type, a predicate or several"),
     ({"target": [3]}, "a selector must be a pattern, a subclass of torch.nn.Module or a predicate"),
@@ -178,8 +181,9 @@ def tied(first: nn.Module, second: nn.Module) -> nn.ModuleDict:
     return nn.ModuleDict({"first": first, "second": second, "other": nn.Linear(4, 4)})
 
 
-def test_by_default_a_head_tied_to_an_embedding_is_left_out_with_a_warning() -> None:
-    model = tied(nn.Embedding(9, 4), nn.Linear(4, 9))
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_by_default_a_head_tied_to_an_embedding_is_left_out_with_a_warning(kind) -> None:
+    model = tied(kind(9, 4), nn.Linear(4, 9))
     with pytest.warns(
         UserWarning, match=r"tied to an embedding: second.weight \(is first.weight\)"
     ):
