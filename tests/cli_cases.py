@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_param import (
@@ -80,3 +80,10 @@ def written(model: nn.Module, tmp_path: Path) -> tuple[nn.Module, Path, Path]:
     save_lora(model, tmp_path / "adapter.safetensors")
     save_file(base_state_dict(model), tmp_path / "base.safetensors")
     return model, tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
+
+
+def spoil(file: Path, harm: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Write a file's tensors again when something has been done to them."""
+    tensors = load_file(file)
+    harm(tensors)
+    save_file(tensors, file)

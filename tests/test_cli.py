@@ -25,7 +25,7 @@ from lora_param import (
 from lora_param.__main__ import COMMANDS, main
 
 from .cases import shake
-from .cli_cases import Net, adapted, change, fails, merging, works
+from .cli_cases import Net, adapted, change, fails, merging, spoil, works
 from .file_cases import FUZZ
 from .peft_cases import PREFIX
 
@@ -127,9 +127,7 @@ def test_checking_says_what_is_not_the_base(
     case: str, files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     harm, message = BAD_BASES[case]
-    tensors = load_file(files[1])
-    harm(tensors)
-    save_file(tensors, files[1])
+    spoil(files[1], harm)
     assert message in fails(capsys, "check", files[0], "--base", files[1])
 
 

@@ -26,7 +26,7 @@ from lora_param.__main__ import _merged, main
 from lora_param.formats.tensors import Entry, header
 
 from .cases import CASES, Case, shake
-from .cli_cases import adapted, change, fails, merging, works
+from .cli_cases import adapted, change, fails, merging, spoil, works
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -69,9 +69,7 @@ def test_every_layer_merges_without_its_module(case: Case, tmp_path: Path) -> No
 def test_another_base_is_merged_only_when_told_to(
     name: str, files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tensors = load_file(files[1])
-    change(name)(tensors)
-    save_file(tensors, files[1])
+    spoil(files[1], change(name))
     assert f"{name} has other bits" in fails(capsys, *merging(*files))
     assert not files[2].exists()
     works(capsys, *merging(*files), "--any-base")
@@ -146,9 +144,7 @@ def test_what_is_not_the_base_is_not_merged(
     case: str, files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     harm, message = BAD_BASES[case]
-    tensors = load_file(files[1])
-    harm(tensors)
-    save_file(tensors, files[1])
+    spoil(files[1], harm)
     assert message in fails(capsys, *merging(*files))
     assert not files[2].exists()
 
