@@ -41,14 +41,14 @@ def info(arguments: argparse.Namespace) -> None:
     ]
     totals = {"weights": len(pairs), "parameters": sum(map(_size, pairs))}
     if arguments.json:
-        said = {"format": row.name, "base": about.called.strip(), "adapter": about.adapter}
+        said = {"format": row.name, "base": about.called, "adapter": about.adapter}
         found = {"metadata": about.metadata, "weights": weights, "totals": totals}
         print(json.dumps(said | found, indent=2))
         return
     columns = "{weight:{width}}  {shape:>14}  {rank:>5}  {alpha:>8}  {norm:>11}  {effective:>9}"
     titles = {key: key for key in ("weight", "shape", "rank", "alpha")}
     width = max(len(pair.weight) for pair in pairs)
-    print(_printable(f"format {row.name}, base{about.called or ' not said'}"), end="\n\n")
+    print(_printable(f"format {row.name}, base {about.called or 'not said'}"), end="\n\n")
     print(columns.format(**titles, width=width, norm="|dW|", effective="eff. rank"))
     for each in weights:
         shown = each | {
@@ -72,10 +72,9 @@ def convert(arguments: argparse.Namespace) -> None:
             f"{arguments.file}: the format {row.name} doesn't say what its weights are; give the "
             "checkpoint that it was trained on with --base"
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()} or about.shapes
     model, fitting = _fitting(arguments.file, row, about, tensors or about.shapes, arguments.option)
     guessed = [pair.weight for pair in fitting if not about.layers.get(pair.weight)]
-    if arguments.to == "peft" and any(len(shapes[name]) > 2 for name in guessed):
+    if arguments.to == "peft" and any(model.get_parameter(name).dim() > 2 for name in guessed):
         raise FileError(
             f"{arguments.file}: no checkpoint says how a convolution is grouped; load this file on "
             'the model and call save_lora(..., format="peft")'
@@ -127,7 +126,9 @@ def merge(arguments: argparse.Namespace) -> None:
         raise FileError(f"{arguments.base}: lacks {shortened(missing)}; {OTHER_BASE}")
     # A file that knows its base's class was saved beside the model, and has all its names.
     known = about.shapes if about.cls else {}
-    twins = [name for name in tensors.keys() - known if _is_twin(name, tensors, pairs)]
+    changing = [tensors[name] for name in pairs]
+    others = tensors.keys() - known - pairs.keys()
+    twins = [name for name in others if any(_is_same(tensors[name], each) for each in changing)]
     if twins and not arguments.any_base:
         raise FileError(
             f"{arguments.base}: {shortened(twins)} may be adapted weights by other names, having "
@@ -144,12 +145,10 @@ def merge(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {len(pairs):,} of {len(head.tensors):,} tensors changed")
 
 
-def _is_twin(name: str, tensors: Mapping[str, Tensor], pairs: Mapping[str, Pair]) -> bool:
-    """Say whether a tensor isn't changed and has the bits of one that is."""
-    mine = tensors[name]
-    others = [each for other in pairs if (each := tensors[other]).shape == mine.shape]
-    alike = (each for each in others if torch.equal(each.flatten()[:64], mine.flatten()[:64]))
-    return name not in pairs and any(torch.equal(each, mine) for each in alike)
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Compare two tensors, their beginnings first, because these tell nearly all apart."""
+    begins = a.shape == b.shape and torch.equal(a.flatten()[:64], b.flatten()[:64])
+    return begins and torch.equal(a, b)
 
 
 def _merged(

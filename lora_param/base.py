@@ -221,6 +221,6 @@ def digest_of(name: str, tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def digest(dtype: torch.dtype | None, shape: Sequence[int]) -> hashlib._Hash:
+def digest(dtype: torch.dtype, shape: Sequence[int]) -> hashlib._Hash:
     """Begin the digest of a tensor, which its bytes then go through."""
     return hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())

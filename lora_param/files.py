@@ -174,7 +174,7 @@ def fitted(
     by_name = {pair.weight: pair for pair in pairs}
     weights = {weight.name: weight for weight in catalogue(model)}
     if missing := [name for name in by_name if name not in weights]:
-        called = about.called and f" of{about.called}"
+        called = f" of {about.called}" if about.called else ""
         raise FileError(
             f"{path}: an adapter's file holds only changes to its base, the weights{called}, and "
             f"this model lacks {len(missing)} of {len(by_name)}: {shortened(missing)}; the nearest "
@@ -275,8 +275,8 @@ def _doubt(about: About, model: nn.Module) -> str:
     if not differing:
         return ""
     return (
-        f"trained on another base{about.called}: {len(differing)} of {len(about.base)} parameters "
-        f"differ from the model's: {shortened(differing)}"
+        f"trained on another base, {about.called or 'a nameless one'}: {len(differing)} of "
+        f"{len(about.base)} parameters differ from the model's: {shortened(differing)}"
     )
 
 

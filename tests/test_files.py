@@ -262,7 +262,7 @@ def other() -> nn.Sequential:
 
 
 def test_another_base_is_refused_warned_of_or_ignored(saved: Path) -> None:
-    text = r"another base .*Sequential: 1 of 4 parameters differ from the model's: 2\.bias"
+    text = r"another base, .*Sequential: 1 of 4 parameters differ from the model's: 2\.bias"
     refused(other(), saved, text, base="require")
     with pytest.warns(UserWarning, match=text):
         load_lora(other(), saved)

@@ -28,6 +28,14 @@ from lora_param.formats.tensors import Entry, write_blobs
 
 from .file_cases import net, plain, refused, same, state
 
+
+def nameless(model: nn.Module) -> None:
+    """Adapt one more layer, whose name is half of a surrogate pair."""
+    model.add_module("\ud800", nn.Linear(2, 2))
+    remove_lora(model)
+    register_lora(model, rank=1)
+
+
 BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]] = {
     "nan": (
         lambda model: model[0].parametrizations.weight[0].lora_A.data.fill_(torch.nan),
@@ -56,6 +64,11 @@ BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]]
         "format must be one of \\['kohya', 'native', 'peft'\\], got 'zip'",
     ),
     "option": (lambda model: None, {"colour": 1}, "native takes .*got colour"),
+    "name without bytes": (
+        nameless,
+        {"base": {}},
+        "can't be written: a name or metadata: .*surrogates",
+    ),
     "missing": (lambda model: None, {"adapter": "x"}, "no weight with an adapter 'x'"),
 }
 

@@ -116,7 +116,7 @@ def write(
             for name, _, _, tensor in base_parameters(model)
             if not is_lazy(tensor) and "parametrizations" not in name.split(".")
         },
-        "base": dict(base),
+        "base": base,
     }
     for pair in pairs:  # what others parametrize in front has no original of that name
         owner = weights[pair.weight]

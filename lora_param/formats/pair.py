@@ -94,8 +94,8 @@ class About:
 
     @property
     def called(self) -> str:
-        """What to call the base, after a space."""
-        return f" {self.model or self.cls}" if self.model or self.cls else ""
+        """What to call the base; empty if that isn't known."""
+        return self.model or self.cls
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,10 @@ def read(
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
     known = (modules or {}).values()
     vague = bool(config.get("fan_in_fan_out")) or any(map(layout.is_conv1d, known))
-    results: list[Pair | str] = []
+    twice, results = mha_out_proj != "once", list[Pair | str]()
     for place in found:
         embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
         transposed = _is_transposed(place, factors[place.name]["A"], config, embedded, vague)
-        twice = mha_out_proj != "once"
         results += _results(place, factors[place.name], config, transposed, twice)
     unplaced = [name for name, place in places.items() if place is None]
     complaints = [each for each in results if isinstance(each, str)]
