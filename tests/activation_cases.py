@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_param import (
-    named_lora_parameters,
-)
+from lora_param import named_lora_parameters
 
 from .cases import CASES, Case, floats, images, indices, outputs, shake
 from .reference import loss, reference

@@ -10,11 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-from lora_param import (
-    LoRAError,
-    load_lora,
-    register_lora,
-)
+from lora_param import LoRAError, load_lora, register_lora
 
 from .cases import shake
 

@@ -11,9 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from lora_param import (
-    lora_parameters,
-)
+from lora_param import lora_parameters
 
 from .activation_cases import (
     ACTIVATION,

@@ -16,12 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_param import (
-    base_state_dict,
-    lora_parameters,
-    register_lora,
-    save_lora,
-)
+from lora_param import base_state_dict, lora_parameters, register_lora, save_lora
 from lora_param.__main__ import COMMANDS, main
 
 from .cases import shake

@@ -13,13 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from lora_param import (
-    base_state_dict,
-    load_lora,
-    lora_parameters,
-    register_lora,
-    save_lora,
-)
+from lora_param import base_state_dict, load_lora, lora_parameters, register_lora, save_lora
 from lora_param.__main__ import main
 
 from .cli_cases import fails, linears, works, written

@@ -15,13 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lora_param import (
-    FileError,
-    base_state_dict,
-    merge_lora,
-    register_lora,
-    save_lora,
-)
+from lora_param import FileError, base_state_dict, merge_lora, register_lora, save_lora
 from lora_param.__main__ import _merged, main
 from lora_param.formats.tensors import Entry, header
 
@@ -217,6 +211,19 @@ def test_a_tensor_that_is_there_by_two_names_is_not_changed_by_one(
     assert "b.weight may be adapted weights by other" in fails(capsys, *merging(*files))
     assert not files[2].exists()
     works(capsys, *merging(*files), "--any-base")
+
+
+def test_a_conversion_makes_no_second_name_the_models_own(
+    files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, native = nn.ModuleDict({"a": nn.Linear(4, 4)}), tmp_path / "native"
+    register_lora(model, rank=1)
+    save_lora(model, files[0], format="kohya")
+    tensors = base_state_dict(model)
+    save_file(tensors | {"b.weight": tensors["a.weight"].clone()}, files[1])
+    works(capsys, "convert", files[0], native, "--to", "native", "--base", files[1])
+    error = fails(capsys, *merging(native, files[1], files[2]))
+    assert "b.weight may be adapted weights by other" in error
 
 
 def test_tensors_of_the_model_may_have_the_same_bits(

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lora_param import (
-    remove_lora,
-)
+from lora_param import remove_lora
 
 from .cases import adapted, shake
 

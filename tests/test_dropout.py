@@ -11,12 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from lora_param import (
-    LoRAError,
-    TargetError,
-    disable_lora,
-    register_lora,
-)
+from lora_param import LoRAError, TargetError, disable_lora, register_lora
 
 from .activation_cases import (
     WEIGHT_SPACE,

@@ -1,83 +1,21 @@
-"""Kohya's, LyCORIS' and diffusers' files: names, alphas, kernels, and what is refused."""
+"""Files of Kohya's scripts and LyCORIS, read and written."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_param import FileError, LoRAError, load_lora, lora_summary, register_lora, save_lora
-from lora_param.formats import FORMATS, recognised
 
 from .cases import shake
-
-
-class UNet(nn.Module):
-    """Names as a Stable Diffusion's UNet has them, with an underscore inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(4, 6, 3, padding=1)
-        self.mid = nn.ModuleDict({"attn1": Projections(6), "conv_out": nn.Conv2d(6, 4, 1)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        x = self.mid["attn1"](x.movedim(1, -1)).movedim(-1, 1)
-        return self.mid["conv_out"](x)
-
-
-class Projections(nn.Module):
-    """The layers of an attention, in a row."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.to_q, self.to_k = nn.Linear(width, width), nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.to_out[0](self.to_k(self.to_q(x)))
-
-
-class CLIPText(nn.Module):
-    """Names as a text encoder has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(6, 6), "out_proj": nn.Linear(6, 6)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.self_attn["out_proj"](self.self_attn["q_proj"](x))
-
-
-def pipeline() -> nn.ModuleDict:
-    return nn.ModuleDict({"unet": UNet(), "text_encoder": CLIPText()})
-
-
-def linear(name: str, rank: int = 2, alpha: float | None = None) -> dict[str, Tensor]:
-    tensors = {
-        f"{name}.lora_down.weight": torch.randn(rank, 6),
-        f"{name}.lora_up.weight": torch.randn(6, rank),
-    }
-    return tensors if alpha is None else tensors | {f"{name}.alpha": torch.tensor(alpha)}
-
-
-def saved(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file(tensors, folder / "lora.safetensors", metadata)
-    return folder / "lora.safetensors"
-
-
-def update(model: nn.Module, path: str, name: str = "weight") -> Tensor:
-    """Return what an adapter adds to a weight."""
-    module = model.get_submodule(path)
-    return getattr(module, name) - module.parametrizations[name].original
-
+from .kohya_cases import CLIPText, UNet, linear, pipeline, saved, update
 
 PREFIXES = [
     ("lora_unet_", UNet, "mid.attn1.to_q"),
@@ -222,7 +160,11 @@ def test_names_that_collide_are_refused_both_ways(tmp_path: Path) -> None:
 
 
 Q = "lora_unet_mid_attn1_to_q"
+
+
 DOWN, UP = f"{Q}.lora_down.weight", f"{Q}.lora_up.weight"
+
+
 BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("Tucker", lambda t: t.update({f"{Q}.lora_mid.weight": torch.ones(2, 2, 3, 3)}), r"lora_mid\.weight is no plain LoRA's"),
     ("LoHa", lambda t: (t.clear(), t.update({f"{Q}.hada_w1_a": torch.ones(2, 2)})), "hada_w1_a is no plain LoRA's"),
@@ -273,103 +215,3 @@ def test_what_the_format_cannot_hold_is_refused_before_writing(
     with pytest.raises(FileError, match=f"nothing was written: {message}"):
         save_lora(model, tmp_path / "out.safetensors", format="kohya")
     assert not (tmp_path / "out.safetensors").exists()
-
-
-# diffusers
-
-A, B = "lora_A.weight", "lora_B.weight"
-LAYOUTS: list[tuple[str, str, str, str]] = [
-    ("as PEFT's", f"unet.mid.attn1.to_q.{A}", f"unet.mid.attn1.to_q.{B}", "unet.mid.attn1.to_q"),
-    ("without a part", f"mid.attn1.to_q.{A}", f"mid.attn1.to_q.{B}", "unet.mid.attn1.to_q"),
-    ("processors", "unet.mid.attn1.processor.to_q_lora.down.weight", "unet.mid.attn1.processor.to_q_lora.up.weight", "unet.mid.attn1.to_q"),
-    ("processors' out", "unet.mid.attn1.processor.to_out_lora.down.weight", "unet.mid.attn1.processor.to_out_lora.up.weight", "unet.mid.attn1.to_out.0"),
-    ("lora", "unet.mid.attn1.to_k.lora.down.weight", "unet.mid.attn1.to_k.lora.up.weight", "unet.mid.attn1.to_k"),
-    ("an encoder's", "text_encoder.self_attn.q_proj.lora_linear_layer.down.weight", "text_encoder.self_attn.q_proj.lora_linear_layer.up.weight", "text_encoder.self_attn.q_proj"),
-    ("an encoder's, old", "text_encoder.self_attn.to_q_lora.down.weight", "text_encoder.self_attn.to_q_lora.up.weight", "text_encoder.self_attn.q_proj"),
-    ("an encoder's out, old", "text_encoder.self_attn.to_out_lora.down.weight", "text_encoder.self_attn.to_out_lora.up.weight", "text_encoder.self_attn.out_proj"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("down", "up", "path"), [each[1:] for each in LAYOUTS], ids=[each[0] for each in LAYOUTS]
-)
-def test_layouts_of_diffusers_are_read(down: str, up: str, path: str, tmp_path: Path) -> None:
-    part, _, inside = path.partition(".")
-    tensors = {down: torch.randn(2, 6), up: torch.randn(6, 2)}
-    models = [(pipeline()[part], inside), (pipeline(), path)]
-    for model, place in models if down.startswith(part) else models[:1]:
-        assert load_lora(model, saved(tmp_path, tensors)) == [f"{place}.weight"]
-        torch.testing.assert_close(update(model, place), tensors[up] @ tensors[down])
-
-
-def diffusers(part: str = "unet.") -> dict[str, Tensor]:
-    name = f"{part}mid.attn1.to_q"
-    return {f"{name}.{A}": torch.randn(2, 6), f"{name}.{B}": torch.randn(6, 2)}
-
-
-@pytest.mark.parametrize("part", ["unet.", ""], ids=["pipeline", "one model"])
-def test_the_config_in_the_metadata_scales(part: str, tmp_path: Path) -> None:
-    fields = {"r": 1, "lora_alpha": 3, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 9}}
-    config = {f"{part}{field}": value for field, value in fields.items()}
-    tensors, model = diffusers(part), UNet()
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
-    load_lora(model, saved(tmp_path, tensors, metadata))
-    A_, B_ = tensors.values()
-    torch.testing.assert_close(update(model, "mid.attn1.to_q"), B_ @ A_ * 1.5)
-
-
-METADATA: list[tuple[str, str, str]] = [
-    ("DoRA", json.dumps({"unet.r": 2, "unet.use_dora": True}), "use_dora=True"),
-    ("another rank", json.dumps({"unet.r": 3}), r"unet\.mid\.attn1\.to_q has rank 2, by its config 3"),
-    ("no JSON", "{", "lora_adapter_metadata is no JSON"),
-    ("no object", "[1]", "lora_adapter_metadata is no JSON object"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [m[1:] for m in METADATA], ids=[m[0] for m in METADATA]
-)
-def test_metadata_that_cannot_be_honoured_are_refused(
-    text: str, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(FileError, match=message):
-        load_lora(UNet(), saved(tmp_path, diffusers(), {"lora_adapter_metadata": text}))
-
-
-def test_diffusers_keys_beside_plain_lora_are_refused_by_name(tmp_path: Path) -> None:
-    tensors = diffusers() | {"unet.mid.attn1.to_q.lora_magnitude_vector": torch.ones(6)}
-    with pytest.raises(FileError, match=r"to_q\.lora_magnitude_vector is no plain LoRA's"):
-        load_lora(UNet(), saved(tmp_path, tensors))
-    tensors = diffusers() | {
-        f"text_encoder.x.{A}": torch.ones(2, 6),
-        f"text_encoder.x.{B}": torch.ones(6, 2),
-    }
-    path, model = saved(tmp_path, tensors), UNet()
-    with pytest.raises(FileError, match=r"no module for text_encoder\.x; the nearest"):
-        load_lora(model, path)
-    assert load_lora(model, path, prefix="unet.") == ["mid.attn1.to_q.weight"]
-
-
-def with_config(folder: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
-    config = {f"unet.{name}": value for name, value in fields.items()}
-    metadata = {"format": "pt", "license": "MIT", "lora_adapter_metadata": json.dumps(config)}
-    return saved(folder, tensors, metadata)
-
-
-def test_a_pattern_of_the_config_is_held_against_the_name_in_its_part(tmp_path: Path) -> None:
-    ranks = {"^mid.attn1.to_q": 2, "^unet.mid.attn1.to_q": 3}
-    path = with_config(tmp_path, diffusers(), r=1, rank_pattern=ranks)
-    assert load_lora(UNet(), path) == ["mid.attn1.to_q.weight"]
-
-
-def test_a_config_in_the_metadata_that_could_take_minutes_is_refused(tmp_path: Path) -> None:
-    names = {"unet.mid.attn1.to_q": f"unet.{'a.' * 400}a"}
-    tensors = {key.replace(*next(iter(names.items()))): t for key, t in diffusers().items()}
-    path = with_config(tmp_path, tensors, r=2, rank_pattern={"a*a*a*x": 2})
-    with pytest.raises(FileError, match="has too many repetitions"):
-        FORMATS[3].read(path, None)
-
-
-def test_the_config_in_the_metadata_is_no_string_of_the_callers(tmp_path: Path) -> None:
-    path = with_config(tmp_path, diffusers(), r=2)
-    assert recognised(path).about(path).metadata == {"license": "MIT"}

@@ -15,12 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_param import (
-    FileError,
-    load_lora,
-    register_lora,
-    save_lora,
-)
+from lora_param import FileError, load_lora, register_lora, save_lora
 from lora_param.formats.peft_config import NEUTRAL, NUMBERS, OFF
 
 from .peft_cases import (

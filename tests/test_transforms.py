@@ -10,11 +10,7 @@ import torch._dynamo.testing
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from lora_param import (
-    disable_lora,
-    lora_disabled,
-    lora_parameters,
-)
+from lora_param import disable_lora, lora_disabled, lora_parameters
 
 from .cases import adapted
 
