@@ -26,6 +26,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -38,7 +39,7 @@ from . import mnist
 from .machine import choose_device, environment, next_folder, timed
 from .mnist import Split
 from .mnist_results import SOURCE, STATES, Run, Score, summary, table, timings, verdict
-from .mnist_training import RichBoyNet, adam, score, shuffled, train
+from .mnist_training import RichBoyNet, adam, in_blocks, score, shuffled, train
 from .plotting import plot_wrong_counts
 
 T = TypeVar("T")
@@ -118,7 +119,8 @@ def pretrain(net: RichBoyNet, split: Split, config: Config, generator: torch.Gen
     batches = shuffled(split, config.batch_size, generator)
     count = config.epochs * math.ceil(len(split.labels) / config.batch_size)
     optimizer = adam(net.parameters(), config.learning_rate)
-    return train(net, optimizer, split, batches, count, "pretraining")
+    forward = partial(net, linear=in_blocks) if split.labels.device.type == "cpu" else net
+    return train(forward, optimizer, split, batches, count, "pretraining")
 
 
 def finetune(net: RichBoyNet, split: Split, config: Config, generator: torch.Generator) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from statistics import median, quantiles
 
@@ -32,7 +33,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 import lora_param as lp
 
 from . import mnist
-from .mnist_training import RichBoyNet, adam, score, shuffled, train
+from .mnist_training import RichBoyNet, adam, in_blocks, score, shuffled, train
 
 Work = Callable[[int], object]
 """Does so many batches, or tests so many images."""
@@ -50,6 +51,7 @@ def ours() -> dict[str, Work]:
     """Set up the experiment's way of working."""
     train_split, test_split = mnist.load(mnist.FOLDER, torch.device("cpu"))
     net, tuned = RichBoyNet(), RichBoyNet()
+    fast = partial(net, linear=in_blocks)
     lp.register_lora(tuned, rank=1, init="gaussian")
     optimizers = adam(net.parameters(), 1e-3), adam(lp.lora_parameters(tuned), 1e-3)
     batches = shuffled(train_split, 10, torch.Generator().manual_seed(0))
@@ -58,7 +60,7 @@ def ours() -> dict[str, Work]:
         return score(network, mnist.Split(*(t[:count] for t in test_split)), 1000, "ours")
 
     return {
-        "pretraining": lambda n: train(net, optimizers[0], train_split, batches, n, "ours"),
+        "pretraining": lambda n: train(fast, optimizers[0], train_split, batches, n, "ours"),
         "fine-tuning": lambda n: train(tuned, optimizers[1], train_split, batches, n, "ours"),
         "testing, plain": lambda n: test(net, n),
         "testing, LoRA on": lambda n: test(tuned, n),

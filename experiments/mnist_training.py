@@ -1,15 +1,17 @@
 """The source's network and what is done with it: training steps and test passes.
 
 Nothing in a loop waits for the device: images are on it as tensors, batches are drawn by index,
-and losses are read at the end. Half of a step's time is Adam's, over 2.8 million parameters, so
-torch's fused implementation matters most.
+and losses are read at the end. What is left of a step is Adam's pass over 2.8 million parameters,
+for which torch has a fused implementation, and products of ten rows with them, for which a CPU
+wants them in blocks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .mnist import Split
 from .mnist_results import Score
+
+Linear = Callable[[nn.Linear, Tensor], Tensor]
+"""Applies a layer to its input."""
 
 
 class RichBoyNet(nn.Module):
@@ -28,16 +33,62 @@ class RichBoyNet(nn.Module):
         self.linear2 = nn.Linear(hidden_size_1, hidden_size_2)
         self.linear3 = nn.Linear(hidden_size_2, 10)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, linear: Linear = nn.Module.__call__) -> Tensor:
         """Return the digits' logits, `[batch, 10]`, for pixels `[batch, 784]`."""
-        hidden = torch.relu_(self.linear1(pixels))
-        hidden = torch.relu_(self.linear2(hidden))
-        logits: Tensor = self.linear3(hidden)
-        return logits
+        hidden = torch.relu_(linear(self.linear1, pixels))
+        hidden = torch.relu_(linear(self.linear2, hidden))
+        return linear(self.linear3, hidden)
+
+
+def in_blocks(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a layer with its weight in blocks of rows.
+
+    With ten rows of input, torch's product of whole matrices is slow on a CPU. Here each core reads
+    a block of the weight of its own, and the weight's gradient is made in pieces that fit a core's
+    cache: 0.7 of the time of a training step.
+
+    Args:
+        layer: The layer.
+        x: Its input, `[batch, in_features]`.
+
+    Returns:
+        Its output, `[batch, out_features]`.
+    """
+    output: Tensor = _InBlocks.apply(x, layer.weight, layer.bias)
+    return output
+
+
+class _InBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        blocks = _blocks(weight, torch.get_num_threads())
+        parts = torch.bmm(x.expand(len(blocks), -1, -1), blocks.mT)
+        return parts.transpose(0, 1).flatten(1) + bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        (x, weight), (gradient,) = ctx.saved_tensors, gradients
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            blocks = _blocks(weight, torch.get_num_threads())
+            parts = gradient.reshape(len(x), len(blocks), -1).transpose(0, 1)
+            for_x = torch.bmm(parts, blocks).sum(0)
+        pieces = _blocks(gradient.T, 40)
+        for_weight = torch.bmm(pieces, x.expand(len(pieces), -1, -1)).view_as(weight)
+        return for_x, for_weight, gradient.sum(0)
+
+
+def _blocks(matrix: Tensor, most: int) -> Tensor:
+    rows, columns = matrix.shape
+    return matrix.reshape(math.gcd(rows, most), -1, columns)
 
 
 def train(
-    net: nn.Module,
+    net: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     split: Split,
     batches: Iterator[Tensor],
@@ -47,7 +98,7 @@ def train(
     """Take one step per batch.
 
     Args:
-        net: The network.
+        net: The network's forward.
         optimizer: Has the parameters to train.
         split: Images and labels.
         batches: Indices into the split.

@@ -15,7 +15,7 @@ import lora_param
 from experiments import mnist_finetune, mnist_source_loop
 from experiments.machine import choose_device
 from experiments.mnist_results import SOURCE, STATES, Run, Score, table, verdict
-from experiments.mnist_training import RichBoyNet
+from experiments.mnist_training import RichBoyNet, in_blocks
 
 SHORT = ["--train-images", "1000", "--finetune-batches", "10", "--device", "cpu"]
 
@@ -93,6 +93,23 @@ def test_same_seed_gives_the_same_figures_in_a_new_folder(
     assert "bytes, the network 11,228,040: " in printed.out
     assert "LoRA off: the wrong counts are exactly the pretrained network's" in printed.out
     assert printed.err == ""  # no progress bars where the output is no terminal
+
+
+@pytest.mark.parametrize("batch", [1, 10])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_layers_in_blocks_give_the_networks_outputs_and_gradients(
+    batch: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    net = RichBoyNet(30, 21).double()
+    pixels = torch.randn(batch, 784, dtype=torch.float64)
+    plain, blocks = net(pixels), net(pixels, in_blocks)
+    torch.testing.assert_close(blocks, plain)
+    expected, found = (
+        torch.autograd.grad(logits.square().sum(), list(net.parameters()))
+        for logits in (plain, blocks)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_several_seeds_give_mean_and_spread(
