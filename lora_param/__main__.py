@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -198,6 +199,9 @@ def _recognised(path: Path) -> tuple[Format, About]:
 
 def _checkpoint(path: Path) -> dict[str, Tensor]:
     tensors = load_tensors(path) if peek(path).tensors else load_pickle(path)
+    times = Counter(map(plain_name, tensors))
+    if twice := [name for name in times if times[name] > 1]:
+        raise FileError(f"{path}: more than one tensor is {shortened(twice)}; keep one of them")
     return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 

@@ -130,6 +130,10 @@ BAD_BASES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda tensors: tensors.update({"linear.bias": torch.ones(5, dtype=torch.int32)}),
         "linear.bias has other bits",
     ),
+    "a weight by its compiled name too": (
+        lambda tensors: tensors.update({"_orig_mod.linear.weight": torch.ones(5, 6)}),
+        "more than one tensor is linear.weight",
+    ),
 }  # fmt: skip
 
 
