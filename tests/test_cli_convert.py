@@ -232,11 +232,12 @@ def test_what_is_written_into_the_files_own_folder(
     works(capsys, "convert", ".", "../out.safetensors", "--to", "native", "--base", str(base))
 
 
-def test_a_parametrized_module_beside_the_adapter_is_no_obstacle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("target", ["0", "1"])
+def test_a_parametrized_module_is_no_obstacle(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 5), parametrizations.weight_norm(nn.Linear(5, 4)))
-    register_lora(model, rank=2, target="0")
+    register_lora(model, rank=2, target=target)
     save_lora(model, tmp_path / "ours")
     works(capsys, "convert", tmp_path / "ours", tmp_path / "kohya", "--to", "kohya")
     works(capsys, "convert", tmp_path / "ours", tmp_path / "peft", "--to", "peft")

@@ -155,6 +155,7 @@ BROKEN: list[tuple[str, int, Callable[[dict[str, Any]], Any], dict[str, Any], st
     ("NaN", 0, lambda s: s["0.lora_A"].fill_(float("nan")), {"alpha": 3}, "alpha and factors must be finite"),
     ("NaN for an alpha", 0, lambda s: None, {"alpha": float("nan")}, "alpha and factors must be finite"),
     ("no tensor", 0, lambda s: s.update({"0.lora_A": 1}), {"alpha": 3}, "a state dict must hold tensors by name"),
+    ("a long name", 0, lambda s: s.update({1001 * "a": torch.ones(1)}), {"alpha": 3}, "names of up to 1000 characters"),
     ("junk", 0, lambda s: s.update(junk=torch.ones(1)), {"alpha": 3}, "junk is neither a factor nor equal"),
 ]  # fmt: skip
 
