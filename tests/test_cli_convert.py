@@ -13,7 +13,14 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from lora_param import base_state_dict, load_lora, lora_parameters, register_lora, save_lora
+from lora_param import (
+    base_state_dict,
+    load_lora,
+    lora_parameters,
+    register_lora,
+    remove_lora,
+    save_lora,
+)
 from lora_param.__main__ import main
 
 from .cli_cases import fails, linears, works, written
@@ -29,6 +36,20 @@ def test_converting_beside_another_base_keeps_the_bases_fingerprint(
     works(capsys, "convert", str(adapter), str(out), "--to", "native", "--base", str(other))
     works(capsys, "check", str(out), "--base", str(base))
     fails(capsys, "check", str(out), "--base", str(other))
+
+
+def test_a_module_by_two_names_in_the_checkpoint_is_the_base_nonetheless(
+    files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model.add_module("again", model[1])
+    register_lora(model, rank=1, target="0")
+    save_lora(model, tmp_path / "kohya", format="kohya")
+    remove_lora(model)
+    save_file({name: each.clone() for name, each in model.state_dict().items()}, files[1])
+    native = tmp_path / "native"
+    works(capsys, "convert", tmp_path / "kohya", native, "--to", "native", "--base", files[1])
+    assert load_lora(model, native, base="require") == ["0.weight"]
 
 
 @pytest.mark.parametrize(("to", "name"), [("peft", "folder"), ("kohya", "kohya.safetensors")])

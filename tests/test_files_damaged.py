@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor
 
 from lora_param import (
@@ -154,6 +155,13 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
         "of no known format",
     ),
 }
+
+
+def test_metadata_may_be_null(path: Path) -> None:
+    path.write_bytes(framed(b'{"__metadata__":null}'))
+    with safe_open(path, "pt") as file:
+        assert file.metadata() is None
+    assert header(path).metadata == {}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -264,10 +264,11 @@ def test_a_rank_that_overflows_when_it_is_lowered_is_refused(tmp_path: Path) -> 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system here")
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin"])
 def test_a_pipe_in_a_folder_of_pefts_is_not_waited_for(name: str, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / name).unlink(missing_ok=True)
+    save_lora(net(), tmp_path, format="peft")
+    model_file = tmp_path / "adapter_model.safetensors"
+    (model_file if name.endswith(".bin") else tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    refused(plain(), tmp_path, "no regular file|of no known format")
+    refused(plain(), tmp_path, f"{name}: can't be read: no regular file")
 
 
 @pytest.mark.parametrize("key", ["lora_param", "format", "lora_adapter_metadata"])

@@ -142,6 +142,12 @@ def test_a_trained_bias_is_refused_by_name(index: int, key: str, tmp_path: Path)
         load(CASES[index], plain, path)
 
 
+def test_a_bias_is_no_meta_models_own(tmp_path: Path) -> None:
+    _, plain, path = CASES[0].trained(tmp_path, bias="all")
+    with pytest.raises(FileError, match=r"0\.bias is neither a factor nor equal to the model's"):
+        load(CASES[0], plain.to("meta"), path)
+
+
 BROKEN: list[tuple[str, int, Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
     ("no alpha", 0, lambda s: None, {}, r"the file doesn't hold its lora_alpha; pass it as alpha="),
     ("no enable_lora", 4, lambda s: None, {"alpha": 3}, "0 adapts 2 of 3 slices; say which by enable_lora="),
@@ -152,6 +158,7 @@ BROKEN: list[tuple[str, int, Callable[[dict[str, Any]], Any], dict[str, Any], st
     ("another width", 0, lambda s: s.update({"0.lora_A": torch.ones(2, 7)}), {"alpha": 3}, r"0 has factors \(2, 7\)"),
     ("another kernel", 7, lambda s: s.update({"0.lora_A": torch.ones(6, 7)}), {"alpha": 3}, r"0 has factors \(6, 7\)"),
     ("three slices of none", 4, lambda s: s.update({"0.lora_A": torch.ones(3, 9)}), {"alpha": 3}, r"0 has factors \(3, 9\)"),
+    ("65 slices", 4, lambda s: s.update({"0.lora_A": torch.ones(65, 9), "0.lora_B": torch.ones(65, 1)}), {"alpha": 3}, r"0 has factors \(65, 9\)"),
     ("NaN", 0, lambda s: s["0.lora_A"].fill_(float("nan")), {"alpha": 3}, "alpha and factors must be finite"),
     ("NaN for an alpha", 0, lambda s: None, {"alpha": float("nan")}, "alpha and factors must be finite"),
     ("no tensor", 0, lambda s: s.update({"0.lora_A": 1}), {"alpha": 3}, "a state dict must hold tensors by name"),
