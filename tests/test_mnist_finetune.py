@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import lora_param
-from experiments import mnist_finetune, mnist_source_loop
+from experiments import mnist_finetune
 from experiments.machine import choose_device
 from experiments.mnist_results import SOURCE, STATES, Run, Score, table, verdict
-from experiments.mnist_training import RichBoyNet, in_blocks
+from experiments.mnist_training import RichBoyNet
 
 SHORT = ["--train-images", "1000", "--finetune-batches", "10", "--device", "cpu"]
 
@@ -93,23 +93,6 @@ def test_same_seed_gives_the_same_figures_in_a_new_folder(
     assert "bytes, the network 11,228,040: " in printed.out
     assert "LoRA off: the wrong counts are exactly the pretrained network's" in printed.out
     assert printed.err == ""  # no progress bars where the output is no terminal
-
-
-@pytest.mark.parametrize("batch", [1, 10])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_layers_in_blocks_give_the_networks_outputs_and_gradients(
-    batch: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    net = RichBoyNet(30, 21).double()
-    pixels = torch.randn(batch, 784, dtype=torch.float64)
-    plain, blocks = net(pixels), net(pixels, in_blocks)
-    torch.testing.assert_close(blocks, plain)
-    expected, found = (
-        torch.autograd.grad(logits.square().sum(), list(net.parameters()))
-        for logits in (plain, blocks)
-    )
-    torch.testing.assert_close(found, expected)
 
 
 def test_several_seeds_give_mean_and_spread(
@@ -313,16 +296,6 @@ def test_table_has_the_sources_figures_beneath_ours() -> None:
         assert ours.startswith(state)
         assert source.split()[2:] == [str(count) for count in SOURCE[state].wrong]
     assert [line.split()[1] for line in lines[2::2]] == ["0.953", "0.843", "0.953"]
-
-
-def test_source_loop_compares_both_ways(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    phases = dict.fromkeys(mnist_source_loop.PHASES, (40, 20, 40))
-    monkeypatch.setattr(mnist_source_loop, "PHASES", phases)
-    mnist_source_loop.main(["--quick"])
-    lines = capsys.readouterr().out.split("\n")
-    assert [line[:18].strip() for line in lines[1:-1]] == [*phases, "whole run"]
 
 
 def test_progress_shows_where_the_output_is_a_terminal(
