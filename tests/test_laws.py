@@ -283,8 +283,7 @@ def test_law_8_merging_goes_through_a_foreign_parametrization(foreign) -> None:
 def test_law_11_a_call_that_raises_at_the_last_weight_changes_nothing(case: Case) -> None:
     layer, _ = case.build()
     model = nn.Sequential(layer, nn.Linear(9, 1))
-    before = describe(model)
-    bits = fingerprint(model)
+    before, bits = describe(model), fingerprint(model)
     targets = [f"0.{name}" for name in case.names]
     with pytest.raises(ValueError, match=r"1\.weight: rank must satisfy 1 <= rank <= min\(1, 9\)"):
         register_lora(model, rank=2, target=[*targets, "1"])
@@ -304,9 +303,8 @@ def test_several_adapters_add_up_and_leave_each_other_alone(case: Case) -> None:
     for got, want in zip(outputs(layer, inputs), only_a, strict=True):
         close(got.detach(), want.detach(), torch.float64)
     shake(layer, "b")
-    for got, want in zip(
-        outputs(layer, inputs), reference(plain, layer, inputs).outputs, strict=True
-    ):
+    expected = reference(plain, layer, inputs).outputs
+    for got, want in zip(outputs(layer, inputs), expected, strict=True):
         close(got.detach(), want, torch.float64)
     assert equal(list(lora_parameters(layer, "a")), factors)
     remove_lora(layer, "b")
