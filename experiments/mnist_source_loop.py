@@ -8,8 +8,8 @@ the same machine, and their medians are scaled up to the whole run.
 Command: `python -m experiments.mnist_source_loop`; `--quick` for fewer rounds, `--full` to run
     both from beginning to end.
 Hardware, time: 2 cores of a shared AMD EPYC; 95 s, with `--full` 195 s.
-Expected: a ratio of about 0.32. Twelve runs gave 0.29 to 0.34 nine times, then 0.41, 0.41 and
-    0.45: pretraining waits for memory, which the machine shares, the source's loop for Python.
+Expected: a ratio of about 0.32. Sixteen runs gave 0.29 to 0.37 twelve times (0.33 with `--full`)
+    and 0.41 to 0.45 four times: pretraining waits for memory, which the machine shares.
 """
 
 from __future__ import annotations
