@@ -3,7 +3,7 @@
 Reproduces: the "LoRA from scratch" notebook of github.com/hkproj/pytorch-lora. One epoch on all
     digits, then 100 batches of nines for the adapter alone.
 Command: `python -m experiments.mnist_finetune`
-Hardware, time: 2 cores of a shared AMD EPYC; 35 to 50 s, nearly all of it pretraining.
+Hardware, time: 2 cores of a shared AMD EPYC; 35 to 50 s alone, nearly all of it pretraining.
 Expected: the 9s improve several-fold, the other digits pay for it, and off is exactly as before.
     Figures vary with the seed, the CPU and its threads. With seed 0 and two threads, the notebook's
     own beneath:
