@@ -10,14 +10,7 @@
 """
 
 from .base import assert_frozen, base_frozen, fingerprint
-from .errors import (
-    AdapterError,
-    FileError,
-    FrozenError,
-    LoRAError,
-    StateDictError,
-    TargetError,
-)
+from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictError, TargetError
 from .files import load_lora, save_lora
 from .merge import lora_merged, merge_lora
 from .parametrization import LoRAParametrization

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .classes import (
-    Found,
-    chains_of,
-    found_of,
-    parametrized_class,
-    properties_of,
-    type_before,
-)
+from .classes import Found, chains_of, found_of, parametrized_class, properties_of, type_before
 from .errors import LoRAError
 from .parametrization import LoRAParametrization
 

@@ -83,4 +83,4 @@ def test_no_file_is_longer_than_350_lines_and_the_library_stays_small() -> None:
     ]
     lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
     assert {path: length for path, length in lengths.items() if length > 350} == {}
-    assert sum(length for path, length in lengths.items() if path.parts[0] == "lora_param") < 5300
+    assert sum(length for path, length in lengths.items() if path.parts[0] == "lora_param") < 5250

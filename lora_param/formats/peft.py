@@ -137,11 +137,7 @@ def write(path: Path, pairs: Sequence[Pair], model: nn.Module, about: About) -> 
 
 
 def _results(
-    place: Place,
-    found: Mapping[str, Tensor],
-    config: Config,
-    transposed: bool | None,
-    twice: bool,
+    place: Place, found: Mapping[str, Tensor], config: Config, transposed: bool | None, twice: bool
 ) -> Iterator[Pair | str]:
     """Yield the pair, or what is wrong with it."""
     A, B = found["A"], found["B"]
