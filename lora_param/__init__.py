@@ -9,11 +9,10 @@
 >>> remove_lora(model)
 """
 
-from .base import assert_frozen, base_frozen, fingerprint
+from .deltas import LoRAParametrization
 from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictError, TargetError
-from .files import load_lora, save_lora
+from .frozen import assert_frozen, base_frozen, fingerprint
 from .merge import lora_merged, merge_lora
-from .parametrization import LoRAParametrization
 from .register import disable_lora, enable_lora, lora_disabled, register_lora, remove_lora
 from .state import (
     base_state_dict,
@@ -43,7 +42,6 @@ __all__ = [
     "disable_lora",
     "enable_lora",
     "fingerprint",
-    "load_lora",
     "load_lora_state_dict",
     "lora_disabled",
     "lora_merged",
@@ -54,5 +52,4 @@ __all__ = [
     "named_lora_parameters",
     "register_lora",
     "remove_lora",
-    "save_lora",
 ]

@@ -1,152 +1,129 @@
-"""Activation space: `base(x) + ((x A^T) B^T) * scale`, without ever forming `B @ A`.
-
-A forward here takes a module, its input, the weight beneath the adapters, and the adapters' terms.
-It gives what the stock forward gives for the adapted weight, gradients included, and keeps nothing
-of the weight's size for backward. All is composed of torch's own operations, so that it compiles,
-exports, runs under vmap and differentiates twice; a custom autograd function gained 0 to 3 %.
-
-Source: Hu et al., arXiv:2106.09685, section 4.1, equation 3.
-"""
+"""The forward of a layer whose deltas act on its output: one for all layers and kinds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 as everybody calls it
+from torch import Tensor, nn
 
-from .parametrization import LoRAParametrization
+from .chains import chains_of, originals_of, record_of, run_through, type_before
+from .deltas.protocol import Delta
+from .layers import Layer, computes_as_its_row, layer_of, methods_of
 
-CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-"""By the number of the weight's dimensions."""
-
-
-class Term(NamedTuple):
-    """One product to add: `lora_A` `[rank, fan_in]`, `lora_B` `[fan_out, rank]`, scale, dropout."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scale: float
-    dropout: float
+Runs = tuple[tuple[Delta, ...], ...]
+"""Deltas in the order in which they act, neighbours of one kind together."""
 
 
-def terms_of(adapters: Sequence[LoRAParametrization]) -> list[Term]:
-    """Turn enabled adapters into terms: one for all whose input is the same."""
-    dropping = [entry for entry in adapters if entry.training and entry.dropout]
-    terms = [Term(e.lora_A, e.lora_B, e.scale, e.dropout) for e in dropping]
-    plain = [entry for entry in adapters if entry not in dropping] if dropping else adapters
-    if len(plain) == 1:
-        terms.append(Term(plain[0].lora_A, plain[0].lora_B, plain[0].scale, 0.0))
-    elif plain:
-        lora_A = torch.cat([entry.lora_A for entry in plain])
-        lora_B = torch.cat([entry.lora_B * entry.scale for entry in plain], 1)
-        terms.append(Term(lora_A, lora_B, 1.0, 0.0))
-    return terms
+class Plan(NamedTuple):
+    """How a weight is computed in activation space, for as long as nothing is switched."""
+
+    switched: object
+    entries: tuple[nn.Module, ...]
+    in_front: tuple[nn.Module, ...]
+    acting: Runs
 
 
-def linear(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Apply `Linear`: `[..., fan_in]` to `[..., fan_out]`."""
-    return _linear(x, weight, module.bias, [(t, t.lora_A, t.lora_B.t()) for t in terms])
+def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., Any]:
+    """Make the forward of a type: `base(x)` for the weight beneath, and what each delta does to it.
+
+    A weight that is read with others' parametrizations behind the deltas, with hooks on these, or
+    in a module whose methods somebody has replaced is left to the stock forward, in weight space.
+    """
+    stock, methods, run, suits = base.forward, methods_of(base), layer.run, layer.suits
+    argument = list(inspect.signature(stock).parameters)[1]
+
+    @functools.wraps(stock)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get(argument)
+        usual = len(args) + len(kwargs) == 1 and (suits is None or suits(self))
+        dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+        patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
+        if not usual or not dense or patched or not (found := _acting(self, layer)):
+            return base.forward(self, *args, **kwargs)
+        weight, acting = found
+        at_work = run(self, x, layer.transposed)  # type: ignore[misc]
+        y = at_work.base(weight)
+        for first, *others in acting:
+            y = first.act(y, at_work.x, at_work, others)
+        return at_work.result(y)
+
+    return forward
 
 
-def transposed_linear(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Apply transformers' `Conv1D`, whose weight is `[in, out]`, so that `lora_B` meets `x`."""
-    return _linear(x, weight.t(), module.bias, [(t, t.lora_B.t(), t.lora_A) for t in terms])
+def acts(module: nn.Module, name: str) -> bool:
+    """Say whether a module would compute, or computes, a tensor's deltas in activation space."""
+    base = type_before(module)
+    layer, chain = layer_of(base), chains_of(module).get(name)
+    if name != "weight" or not layer.run or not computes_as_its_row(base):
+        return False
+    if layer.suits is not None and not layer.suits(module):
+        return False
+    entries = tuple(chain._modules.values()) if chain else ()
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in entries)
+    return not hooked and _parted(entries, chain, layer) is not None
 
 
-def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, products: list[tuple[Term, Tensor, Tensor]]
-) -> Tensor:
-    # As torch does it, which otherwise wouldn't give a fresh adapter's output the base's bits.
-    flat = x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x
-    y = F.linear(flat, weight, bias)
-    for term, down, up in products:
-        low = F.linear(_dropped(flat, term), down.to(flat.dtype))
-        y = _plus(y, low, up, term.scale)
-    return y if flat is x else _shaped(y, (*x.shape[:-1], y.shape[-1]))
+def _acting(module: nn.Module, layer: Layer) -> tuple[Tensor, Runs] | None:
+    """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
+    chain: Any = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
+    if chain is None:
+        return None
+    plan = _plan(module, chain, layer)
+    if not plan.acting or chain._forward_hooks or chain._forward_pre_hooks:
+        return None
+    for run in plan.acting:
+        for delta in run:
+            if delta._forward_hooks or delta._forward_pre_hooks or "forward" in delta.__dict__:
+                return None
+    weight = chain._parameters.get("original")
+    if weight is None or plan.in_front:
+        weight = run_through(plan.in_front, originals_of(chain))
+        if any(_misfits(delta, weight, layer) for run in plan.acting for delta in run):
+            return None
+    return weight, plan.acting
 
 
-def convolution(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Apply an ungrouped `Conv1d/2d/3d`: the same convolution to `rank` channels, and a product."""
-    convolve, padding = CONVOLUTIONS[weight.dim()], module.padding
-    if module.padding_mode != "zeros":
-        x = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode)
-        padding = 0
-    y = convolve(x, weight, module.bias, module.stride, padding, module.dilation)
-    for term in terms:
-        kernel = term.lora_A.to(x.dtype).view(-1, *weight.shape[1:])
-        low = convolve(_dropped(x, term), kernel, None, module.stride, padding, module.dilation)
-        lora_B = term.lora_B.to(y.dtype)
-        y = _plus_channels(y, low, lora_B, term.scale, weight.dim() - 2)
-    return y
+def _plan(module: nn.Module, chain: Any, layer: Layer) -> Plan:
+    """Return how a weight is computed now: as last found out, unless something has changed."""
+    entries = tuple(chain._modules.values())
+    if torch.compiler.is_compiling():  # which holds a graph against what it has read
+        return _found_out(entries, chain, layer)
+    record = record_of(module)
+    plan: Plan | None = record.plan
+    if plan is None or plan.switched is not Delta.switched or plan.entries != entries:
+        plan = record.plan = _found_out(entries, chain, layer)
+    return plan
 
 
-def embedding(module: Any, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """Look up `Embedding` rows: `[...]` to `[..., fan_in]`; the padding row gets no gradient."""
-    if torch.is_autocast_enabled(weight.device.type):  # which leaves a lookup alone
-        with torch.autocast(weight.device.type, enabled=False):
-            return embedding(module, x, weight, terms)
-    index, pad = x.reshape(-1), module.padding_idx
-    y = F.embedding(index, weight, pad)
-    for lora_A, lora_B, scale, _ in terms:
-        low, up = F.embedding(index, lora_B, pad), lora_A
-        if pad is not None:
-            # The padding row's own update in a column apart, past which no gradient flows.
-            padded = (index == pad).unsqueeze(1)
-            low = torch.cat([low.masked_fill(padded, 0), padded.to(low.dtype)], 1)
-            up = torch.cat([up, (lora_B[pad] @ lora_A).detach().unsqueeze(0)])
-        y = _plus(y, low.to(y.dtype), up, scale)
-    return _shaped(y, (*x.shape, y.shape[-1]))
+def _found_out(entries: tuple[nn.Module, ...], chain: Any, layer: Layer) -> Plan:
+    in_front, deltas = _parted(entries, chain, layer) or ((), ())
+    runs: list[tuple[Delta, ...]] = []
+    for delta in deltas:
+        if delta.enabled and runs and type(runs[-1][0]) is type(delta):
+            runs[-1] += (delta,)
+        elif delta.enabled:
+            runs.append((delta,))
+    return Plan(Delta.switched, entries, in_front, tuple(runs))
 
 
-def _dropped(x: Tensor, term: Term) -> Tensor:
-    return F.dropout(x, term.dropout) if term.dropout else x
+def _parted(
+    entries: tuple[Any, ...], chain: Any, layer: Layer
+) -> tuple[tuple[nn.Module, ...], tuple[Delta, ...]] | None:
+    """Part a chain in others' entries and deltas behind them; `None` if not all of these can act."""
+    first = next((i for i, each in enumerate(entries) if isinstance(each, Delta)), len(entries))
+    for each in entries[first:]:
+        # By its own `act`: a subclass, or a kind with parametrized tensors, may compute otherwise.
+        can_act = isinstance(each, Delta) and vars(type(each)).get("act") and each.rows is None
+        if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
+            return None
+    return entries[:first], entries[first:]
 
 
-def _plus(y: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Add `low @ up * scale` over the last dimension, in one pass over `y`."""
-    up = up.to(y.dtype)
-    if y.dim() != 2:
-        rows, low = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
-        return _shaped(torch.addmm(rows, low, up, alpha=scale), y.shape)
-    if not _alone():
-        return torch.addmm(y, low, up, alpha=scale)
-    if up.requires_grad and up.shape[0] < 16 and y.shape[0] > 64 and y.is_cpu:
-        # For its gradient: on a transpose as narrow as this, BLAS takes up to three times as long.
-        up = up.contiguous()
-    return y.addmm_(low, up, alpha=scale)
-
-
-def _plus_channels(y: Tensor, low: Tensor, lora_B: Tensor, scale: float, sizes: int) -> Tensor:
-    """Add `lora_B @ low * scale` over channels, which stand before the last `sizes` dimensions."""
-    if not y.is_contiguous():  # channels last
-        y, low = y.movedim(-sizes - 1, -1), low.movedim(-sizes - 1, -1)
-        return _plus(y, low, lora_B.t(), scale).movedim(-1, -sizes - 1)
-    flat, low = y.flatten(-sizes), low.flatten(-sizes)
-    batched = flat.dim() == 3
-    lora_B = lora_B.expand(y.shape[0], -1, -1) if batched else lora_B
-    if _alone() and not torch.is_grad_enabled():  # autograd would copy what is changed by a view
-        (flat.baddbmm_ if batched else flat.addmm_)(lora_B, low, alpha=scale)
-        return y
-    add = torch.baddbmm if batched else torch.addmm
-    return _shaped(add(flat, lora_B, low, alpha=scale), y.shape)
-
-
-def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """Give a result its shape without making it a view, which could not be changed in place."""
-    if _is_traced():  # by jit, which would take the shape for a constant
-        return y.view(*shape)
-    result: Tensor = torch.ops.aten._unsafe_view(y, shape)
-    return result
-
-
-def _alone() -> bool:
-    """Whether a result may be changed in place: not if it might be traced, or batched otherwise."""
-    traced = torch.compiler.is_compiling() or _is_traced()
-    return not (traced or torch._C._are_functorch_transforms_active())
-
-
-def _is_traced() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:
+    """Say whether a delta, one registered by hand, has another matrix view than its layer."""
+    shape = tuple(weight.shape)
+    return delta.misfit(shape, layer.view(shape)) is not None

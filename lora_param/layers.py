@@ -1,23 +1,25 @@
-"""The layer table: which tensors of a layer multiply activations, and their matrix view."""
+"""The layer table: which tensors of a layer multiply activations, how they read as matrices, and
+how the layer runs on them."""
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .activation import convolution, embedding, linear, transposed_linear
 from .errors import LoRAError
+from .ops import ConvolutionRun, EmbeddingRun, LinearRun
 
 Shape = tuple[int, ...]
 """`(*batch, fan_out, fan_in)` of a weight's matrix view."""
 
 
-def kernel(shape: Shape) -> Shape:
+def rows_by_rest(shape: Shape) -> Shape:
     """View a weight as one matrix: its first dimension by all the others."""
     return shape[0], math.prod(shape[1:])
 
@@ -39,11 +41,11 @@ def _graph_rule(module: nn.Module) -> str | None:
     return "a traced graph can't be parametrized; adapt the model before tracing it"
 
 
-def _ungrouped(module: Any) -> bool:
+def _is_ungrouped(module: Any) -> bool:
     return module.groups == 1 and "_conv_forward" not in module.__dict__
 
 
-def _plain_lookup(module: Any) -> bool:
+def _is_plain_lookup(module: Any) -> bool:
     return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
 
 
@@ -76,8 +78,10 @@ class Layer:
         kind: The type, or where importing it would be too much, its `module.qualname`.
         tensors: Globs over the names of the module's own tensors, or a child's tensor by path.
         view: From a weight's shape to the shape of its matrix view.
-        activation: Its forward in activation space; `None` where it stays in weight space.
-        suits: Whether `activation` is right for one module of the type.
+        transposed: Whether its weight is stored `(in, out)`, so that `lora_B` meets the input.
+        run: `(module, x, transposed)` to the layer at work on `x`, in activation space; `None`
+            where it stays in weight space.
+        suits: Whether `run` is right for one module of the type; `None` where it always is.
         drops: Whether dropout can act on its input.
         default: Whether `target=None` adapts it.
         refusal: From a module to why it can't be adapted, or `None`.
@@ -87,9 +91,10 @@ class Layer:
 
     kind: type[nn.Module] | str
     tensors: tuple[str, ...] = ("weight",)
-    view: Callable[[Shape], Shape] = kernel
-    activation: Callable[..., Tensor] | None = None
-    suits: Callable[[Any], bool] = lambda module: True
+    view: Callable[[Shape], Shape] = rows_by_rest
+    transposed: bool = False
+    run: Callable[[Any, Any, bool], Any] | None = None
+    suits: Callable[[Any], bool] | None = None
     drops: bool = True
     default: bool = True
     refusal: Callable[[nn.Module], str | None] = lambda module: None
@@ -101,10 +106,10 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 
 TABLE: tuple[Layer, ...] = (
     Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
-    Layer(nn.Linear, activation=linear),
-    Layer(nn.Conv1d, activation=convolution, suits=_ungrouped),
-    Layer(nn.Conv2d, activation=convolution, suits=_ungrouped),
-    Layer(nn.Conv3d, activation=convolution, suits=_ungrouped),
+    Layer(nn.Linear, run=LinearRun),
+    Layer(nn.Conv1d, run=ConvolutionRun, suits=_is_ungrouped),
+    Layer(nn.Conv2d, run=ConvolutionRun, suits=_is_ungrouped),
+    Layer(nn.Conv3d, run=ConvolutionRun, suits=_is_ungrouped),
     Layer(nn.ConvTranspose1d),
     Layer(nn.ConvTranspose2d),
     Layer(nn.ConvTranspose3d),
@@ -116,16 +121,17 @@ TABLE: tuple[Layer, ...] = (
     ),
     Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
-    Layer(CONV1D, activation=transposed_linear),
+    Layer(CONV1D, transposed=True, run=LinearRun),
     Layer(
         nn.Embedding,
-        activation=embedding,
-        suits=_plain_lookup,
+        transposed=True,
+        run=EmbeddingRun,
+        suits=_is_plain_lookup,
         drops=False,
         default=False,
         refusal=_embedding_rule,
     ),
-    Layer(nn.EmbeddingBag, default=False, refusal=_embedding_rule),
+    Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule),
     Layer(
         nn.ParameterList, ("*",), stack, default=False, overrides={"__getitem__": _without_slices}
     ),
@@ -139,38 +145,39 @@ UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
 
 def layer_of(cls: type[nn.Module]) -> Layer:
     """Return the table's row for a type of module; a subclass has its base's row."""
-    return _row(cls)[0]
+    return _row_and_type(cls)[0]
 
 
-def activation_of(cls: type[nn.Module]) -> Callable[..., Tensor] | None:
-    """Return the activation-space forward of a type that computes as its row's own type does."""
-    layer, kind = _row(cls)
-    return layer.activation if _methods(cls) == _STOCK.setdefault(kind, _methods(kind)) else None
-
-
-def _methods(cls: type) -> tuple[Any, Any]:
-    return getattr(cls, "forward", None), getattr(cls, "_conv_forward", None)
-
-
-_STOCK = {layer.kind: _methods(layer.kind) for layer in TABLE if isinstance(layer.kind, type)}
-"""What computes each type, as torch has it: somebody may have put another method in its place."""
-
-
-def _row(cls: type[nn.Module]) -> tuple[Layer, type]:
+@functools.lru_cache(maxsize=1024)
+def _row_and_type(cls: type) -> tuple[Layer, type]:
     for base in cls.__mro__:
-        name = f"{base.__module__}.{base.__qualname__}"
         for layer in TABLE:
-            if layer.kind is base or layer.kind == name:
+            if layer.kind is base or layer.kind == f"{base.__module__}.{base.__qualname__}":
                 return layer, base
     return UNLISTED, nn.Module
 
 
-def listed(module: nn.Module, present: list[str]) -> list[str]:
+def methods_of(cls: Any) -> tuple[Any, Any]:
+    """Return what computes a type of layer."""
+    return getattr(cls, "forward", None), getattr(cls, "_conv_forward", None)
+
+
+def computes_as_its_row(cls: type[nn.Module]) -> bool:
+    """Say whether a type computes as its row's own type does, and nobody has patched that one."""
+    _, kind = _row_and_type(cls)
+    home: Any = kind.__init__
+    return methods_of(cls) == methods_of(kind) and all(
+        getattr(each, "__code__", home.__code__).co_filename == home.__code__.co_filename
+        for each in methods_of(kind)
+        if each is not None
+    )
+
+
+def listed_tensors(layer: Layer, present: list[str]) -> list[str]:
     """Return which of a module's tensors its row names, and dotted names as they stand.
 
     A row that finds nothing gives its first name, for the caller to say why it can't be adapted.
     """
-    layer = layer_of(type(module))
     found = [
         name
         for glob in layer.tensors

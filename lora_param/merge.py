@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classes import chains_of, evaluated, originals_of
+from .chains import run_through
+from .checks import check_model, check_structure, check_unshared, deltas_called
+from .deltas import Delta
 from .errors import AdapterError, LoRAError
-from .parametrization import LoRAParametrization
-from .refusals import check_model, check_structure, check_unshared
-from .register import adapters_of, take_off
-from .surgery import all_or_nothing, chain_of, put_plain, undisturbed, value_of
-from .targets import Weight
+from .register import take_off
+from .undo import all_or_nothing, set_data
+from .weight import Weight, merged_for_now, walk, without_side_effects
 
 
 def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -48,22 +47,24 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     Source:
         Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
     """
-    check_model(model, "merge_lora")
-    pairs = adapters_of(model, adapter)
-    for weight, entry in pairs:
-        if not entry.enabled:
+    found = walk(model, "merge_lora")
+    check_model(found, "merge_lora")
+    pairs = deltas_called(found, adapter)
+    for weight, delta in pairs:
+        if not delta.enabled:
             raise AdapterError(
-                f"{weight.name}: adapter {entry.adapter!r} is disabled, so merging would change "
+                f"{weight.name}: adapter {delta.adapter!r} is disabled, so merging would change "
                 "the output; enable it, or remove it"
             )
-    weights = list({weight.name: weight for weight, _ in pairs}.values())
-    check_unshared(model, weights, "merging would change it there too")
-    merging = {id(entry) for _, entry in pairs}
-    with all_or_nothing(model):
-        merged = [values for weight in weights for values in _merged(weight, merging)]
+    weights = {(weight.module, weight.tensor): weight for weight, _ in pairs}.values()
+    whole = [Weight(weight.path, weight.module, weight.tensor) for weight in weights]
+    check_unshared(found, whole, "merging would change it there too")
+    merging = {delta for _, delta in pairs}
+    merged = [values for weight in whole for values in _merged(weight, merging)]
+    with all_or_nothing() as undo:
         for original, value in merged:
-            original.data = value
-        take_off(model, pairs)
+            set_data(undo, original, value)
+        take_off(found, pairs, undo)
 
 
 @contextmanager
@@ -97,38 +98,53 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     Source:
         Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
     """
-    check_structure(model, "lora_merged")
-    values: defaultdict[nn.Module, dict[str, Tensor]] = defaultdict(dict)
-    for weight, _ in adapters_of(model):
-        value = value_of(weight.module, weight.tensor)
-        originals = originals_of(chains_of(weight.module)[weight.tensor])
-        shared = any(value.data_ptr() == original.data_ptr() for original in originals)
-        values[weight.module][weight.tensor] = value.clone() if shared else value
-    with ExitStack() as stack:
-        for module, each in values.items():
-            stack.callback(put_plain(module, each))
+    found = walk(model, "lora_merged")
+    check_structure(found, "lora_merged")
+    deltas_called(found, None)
+    adapted = [weight for weight in found.weights if weight.deltas]
+    values = [_own_value(weight) for weight in adapted]
+    with ExitStack() as undo:
+        for weight, value in zip(adapted, values, strict=True):
+            _put_merged(weight, value, undo)
         yield
 
 
-def _merged(weight: Weight, merging: set[int]) -> list[tuple[Tensor, Tensor]]:
-    """Pair a weight's originals with the values that make up for the entries in `merging`."""
-    chain = chain_of(weight.module, weight.tensor)
-    last = max(index for index, entry in enumerate(chain) if id(entry) in merging)
-    ours = [isinstance(entry, LoRAParametrization) for entry in chain]
-    applied = [e for e, lora in zip(chain, ours, strict=True) if not lora or id(e) in merging]
-    applied = applied[: applied.index(chain[last]) + 1]
-    others = [entry for entry in applied if id(entry) not in merging]
-    if others and any(
-        lora and id(entry) not in merging
-        for entry, lora in zip(chain[: chain.index(others[-1])], ours, strict=False)
-    ):
+def _own_value(weight: Weight) -> Tensor:
+    """Return what reading a weight gives, in memory of its own."""
+    value = weight.value
+    shared = any(value.data_ptr() == original.data_ptr() for original in weight.originals)
+    return value.clone() if shared else value
+
+
+def _put_merged(weight: Weight, value: Tensor, undo: ExitStack) -> None:
+    module, holder = weight.module, weight.module._modules["parametrizations"]
+    training = module.training
+
+    def follow() -> None:  # what the module did in the block
+        if module.training != training and holder is not None:
+            holder.train(module.training)
+
+    undo.callback(follow)
+    undo.callback(merged_for_now.discard, module)
+    merged_for_now.add(module)
+    weight.make_plain(nn.Parameter(value, requires_grad=False), module._parameters, undo)
+
+
+def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
+    """Pair a weight's originals with the values that make up for the deltas in `merging`."""
+    chain = weight.chain
+    last = max(index for index, entry in enumerate(chain) if entry in merging)
+    applied = [e for e in chain[: last + 1] if e in merging or not isinstance(e, Delta)]
+    others = [entry for entry in applied if entry not in merging]
+    kept = {each for each in weight.deltas if each not in merging}
+    if others and not kept.isdisjoint(chain[: chain.index(others[-1])]):
         raise LoRAError(
             f"{weight.name}: {type(others[-1]).__name__} stands between the adapters, so one can't "
             "be merged without the other; merge all"
         )
-    originals = originals_of(chains_of(weight.module)[weight.tensor])
-    with undisturbed(chain):
-        value = evaluated(applied, originals)
+    originals = weight.originals
+    with without_side_effects(chain):
+        value = run_through(applied, originals)
         _check_finite(weight, originals, value)
         new = _inverted(weight, others, value) if others else [value]
     return list(zip(originals, new, strict=True))
@@ -146,7 +162,7 @@ def _inverted(weight: Weight, others: list[nn.Module], value: Tensor) -> list[Te
         for entry in reversed(others):
             new = entry.right_inverse(new)  # type: ignore[operator]
         originals = [new] if isinstance(new, Tensor) else list(new)
-        again = evaluated(others, originals)
+        again = run_through(others, originals)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
         raise LoRAError(refusal) from error
     tolerance = 16 * torch.finfo(value.dtype).eps

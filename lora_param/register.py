@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .base import freeze, is_frozen, thaw
-from .errors import AdapterError, LoRAError, TargetError
-from .layers import layer_of
-from .parametrization import (
-    Init,
-    LoRAParametrization,
-    check_adapter,
-    check_alpha,
-    check_dropout,
-    check_dtype,
-    check_rank,
+from .checks import (
+    check_droppable,
+    check_model,
+    check_unshared,
+    check_weights,
+    deltas_called,
+    without_tied,
 )
-from .refusals import check_droppable, check_model, check_unshared, check_weights, without_tied
-from .surgery import (
-    all_or_nothing,
-    attach,
-    base_modules,
-    chain_of,
-    check_module,
-    detach,
-    template_of,
-    tensor_names,
-)
-from .targets import Target, Weight, resolve, spread
+from .deltas import KINDS, Delta
+from .deltas.lora import Init, check_dropout
+from .deltas.protocol import check_adapter
+from .errors import LoRAError
+from .frozen import freeze as freeze_base
+from .frozen import is_frozen, thaw
+from .targets import Target, number_for_each, resolve
+from .undo import all_or_nothing
+from .weight import Walk, Weight, walk
 
 
 def register_lora(
@@ -43,6 +38,7 @@ def register_lora(
     exclude: Target | None = None,
     adapter: str = "default",
     freeze: bool = True,
+    kind: str = "lora",
     dropout: float = 0.0,
     init: Init = "kaiming",
     generator: torch.Generator | None = None,
@@ -68,6 +64,8 @@ def register_lora(
         adapter: The adapter's name, without dots. Several adapters on one weight add up.
         freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
             gives the flags back. `False` leaves them as they are.
+        kind: What is registered: `"lora"`, or another row of `lora_param.deltas.KINDS`, which may
+            take fewer of the options.
         dropout: Probability with which entries of a layer's input are dropped in front of `lora_A`
             in training; every weight must be one that is computed in activation space.
         init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
@@ -80,8 +78,9 @@ def register_lora(
         The adapted parameters' names in model order, such as `["linear1.weight"]`.
 
     Raises:
-        LoRAError: `rank`, `alpha`, `dropout`, `init` or `dtype` is out of range; the model is
-            wrapped or sharded; or the call is made in `torch.inference_mode`.
+        LoRAError: `rank`, `alpha`, `kind`, `dropout`, `init` or `dtype` is out of range, or not for
+            this kind; the model is wrapped or sharded; or the call is made in
+            `torch.inference_mode`.
         TargetError: A pattern matches nothing, or a weight can't be adapted.
         AdapterError: The adapter's name is unusable, or taken on one of the weights.
 
@@ -97,66 +96,58 @@ def register_lora(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
         section 4.
     """
-    check_model(model, "register_lora")
+    found = walk(model, "register_lora")
+    check_model(found, "register_lora")
     check_adapter(adapter)
-    if dtype is not None:
-        check_dtype(dtype)
-    with all_or_nothing(model):
-        weights = resolve(model, target, exclude)
-        check_weights(weights, adapter)
-        if target is None:
-            weights = without_tied(model, weights)
-        check_unshared(model, weights, "an adapter here would not act there")
-        if not weights:
-            raise TargetError(
-                "every weight is tied to an embedding; name other weights with target"
-            )
-        ranks, alphas = spread("rank", rank, weights), spread("alpha", alpha, weights)
-        plans = [_plan(weight, r, a) for weight, r, a in zip(weights, ranks, alphas, strict=True)]
-        check_droppable(weights, check_dropout(dropout))
+    given = {"dropout": dropout, "init": init, "generator": generator, "dtype": dtype}
+    cls = _kind(kind, {"rank": rank, "alpha": alpha, **given})
+    weights = resolve(found, target, exclude, cls.least_dimensions)
+    check_weights(weights, adapter)
+    if target is None:
+        weights = without_tied(found, weights)
+    ranks, alphas = (
+        number_for_each("rank", rank, weights),
+        number_for_each("alpha", alpha, weights),
+    )
+    if check_dropout(dropout):
+        check_droppable(weights)
+    pairs = []
+    for weight, r, a in zip(weights, ranks, alphas, strict=True):
+        options = {"rank": r, "alpha": a, "adapter": adapter, **given}
+        try:
+            delta = cls.make(weight.like, weight.view, **_taken(cls, options))
+        except LoRAError as error:
+            raise LoRAError(f"{weight.name}: {error} or exclude this weight") from None
+        pairs.append((weight, delta))
+    install(found, pairs, freeze)
+    return [weight.name for weight in weights]
+
+
+def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> None:
+    """Attach deltas to weights that `check_weights` has passed: all of them or none."""
+    check_unshared(walk, [weight for weight, _ in pairs], "an adapter here would not act there")
+    with all_or_nothing() as undo:
         if freeze:
-            _freeze(model)
-        for weight, (shape, value), r, a in zip(weights, plans, ranks, alphas, strict=True):
-            *batch, fan_out, fan_in = shape
-            parametrization = LoRAParametrization(
-                fan_out,
-                fan_in,
-                r,
-                a,
-                batch=tuple(batch),
-                adapter=adapter,
-                dropout=dropout,
-                init=init,
-                generator=generator,
-                device=value.device,
-                dtype=dtype or value.dtype,
-            )
-            attach(weight.module, weight.tensor, parametrization)
-        return [weight.name for weight in weights]
+            freeze_base(walk, undo)
+        for weight, delta in pairs:
+            weight.attach(delta, undo)
 
 
-_freeze = freeze  # `register_lora` has an argument of that name
+def _kind(kind: object, options: Mapping[str, Any]) -> type[Delta]:
+    """Return the kind of that name, which takes all options that aren't as by default."""
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise LoRAError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
+    defaults = inspect.signature(register_lora).parameters
+    taken = _taken(KINDS[kind], options)
+    for name, value in options.items():
+        if name not in taken and value != defaults[name].default:
+            raise LoRAError(f"a {kind} delta takes no {name}, got {value!r:.60}; leave it out")
+    return KINDS[kind]
 
 
-def adapters_of(
-    model: nn.Module, adapter: str | None = None
-) -> list[tuple[Weight, LoRAParametrization]]:
-    """List the adapters, or those of one name, in model order and chain order; raise for none."""
-    check_module(model, "a call about adapters")
-    found = [
-        (Weight(path, module, tensor), entry)
-        for path, module in base_modules(model)
-        for tensor in tensor_names(module)
-        for entry in chain_of(module, tensor)
-        if isinstance(entry, LoRAParametrization)
-    ]
-    wanted = [(weight, entry) for weight, entry in found if adapter in (None, entry.adapter)]
-    if not wanted:
-        names = sorted({entry.adapter for _, entry in found})
-        there = f"the model has {', '.join(map(repr, names))}" if names else "the model has none"
-        which = "an adapter" if adapter is None else f"an adapter {adapter!r}"
-        raise AdapterError(f"there is no weight with {which}; {there}")
-    return wanted
+def _taken(cls: type[Delta], options: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(cls.make).parameters
+    return {name: value for name, value in options.items() if name in parameters}
 
 
 def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -176,8 +167,7 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> disable_lora(model)
         >>> enable_lora(model)
     """
-    for _, entry in adapters_of(model, adapter):
-        entry.enabled = True
+    _switch(model, adapter, "enable_lora", True)
 
 
 def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -198,8 +188,7 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> model.weight is model.parametrizations.weight.original
         True
     """
-    for _, entry in adapters_of(model, adapter):
-        entry.enabled = False
+    _switch(model, adapter, "disable_lora", False)
 
 
 @contextmanager
@@ -223,14 +212,21 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         >>> with lora_disabled(model):
         ...     base_output = model(torch.ones(1, 3))
     """
-    states = [(entry, entry.enabled) for _, entry in adapters_of(model, adapter)]
-    try:
-        for entry, _ in states:
-            entry.enabled = False
+    with ExitStack() as undo:
+        for _, delta in deltas_called(walk(model, "lora_disabled"), adapter):
+            _set_enabled(delta, False, undo)
         yield
-    finally:
-        for entry, enabled in states:
-            entry.enabled = enabled
+
+
+def _switch(model: nn.Module, adapter: str | None, call: str, enabled: bool) -> None:
+    with all_or_nothing() as undo:
+        for _, delta in deltas_called(walk(model, call), adapter):
+            _set_enabled(delta, enabled, undo)
+
+
+def _set_enabled(delta: Delta, enabled: bool, undo: ExitStack) -> None:
+    undo.callback(setattr, delta, "enabled", delta.enabled)
+    delta.enabled = enabled
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -255,32 +251,18 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
-    check_model(model, "remove_lora")
-    with all_or_nothing(model):
-        if adapter is None and not _is_adapted(model) and is_frozen(model):
-            thaw(model)  # the adapters went with a submodule, or torch took them off
+    found = walk(model, "remove_lora")
+    check_model(found, "remove_lora")
+    with all_or_nothing() as undo:
+        if adapter is None and not found.deltas and is_frozen(found):
+            thaw(found, undo)  # the adapters went with a submodule, or torch took them off
         else:
-            take_off(model, adapters_of(model, adapter))
+            take_off(found, deltas_called(found, adapter), undo)
 
 
-def _plan(weight: Weight, rank: int, alpha: float | None) -> tuple[tuple[int, ...], Tensor]:
-    """Return a weight's matrix view and a tensor of its dtype and device, all checked."""
-    value = template_of(weight.module, weight.tensor)
-    shape = layer_of(type(weight.module)).view(tuple(value.shape))
-    try:
-        check_alpha(alpha, check_rank(rank, shape[-2], shape[-1]))
-    except LoRAError as error:
-        raise LoRAError(f"{weight.name}: {error} or exclude this weight") from None
-    return shape, value
-
-
-def take_off(model: nn.Module, pairs: list[tuple[Weight, LoRAParametrization]]) -> None:
-    """Detach adapters; with the last one of the model, give the base its flags back."""
-    for weight, entry in pairs:
-        detach(weight.module, weight.tensor, entry)
-    if not _is_adapted(model):
-        thaw(model)
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    return any(isinstance(module, LoRAParametrization) for module in model.modules())
+def take_off(walk: Walk, pairs: list[tuple[Weight, Delta]], undo: ExitStack) -> None:
+    """Detach deltas; with the last one of the model, give the base its flags back."""
+    for weight, delta in pairs:
+        weight.detach(delta, undo)
+    if len(pairs) == len(walk.deltas):
+        thaw(walk, undo)

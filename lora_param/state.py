@@ -1,17 +1,23 @@
-"""The adapters' own tensors: for an optimizer, and as a strict state dict."""
+"""The adapters' own tensors and numbers: for an optimizer, and as a strict state dict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import StateDictError
-from .parametrization import LoRAParametrization
-from .refusals import check_structure
-from .register import adapters_of
-from .surgery import base_modules, chain_of, completed, detach, snapshot, tensor_names
+from .chains import chains_of
+from .checks import check_structure, deltas_called
+from .deltas import Delta
+from .errors import LoRAError, StateDictError
+from .undo import all_or_nothing, copy_into
+from .weight import Walk, Weight, tensor_names, walk
+
+NUMBERS = "_extra_state"
+"""What torch calls the part of a state dict that holds no parameter: a delta's kind and numbers."""
 
 
 def named_lora_parameters(
@@ -38,9 +44,9 @@ def named_lora_parameters(
         >>> [(name, tuple(p.shape)) for name, p in named_lora_parameters(model)]
         [('weight.default.lora_A', (1, 3)), ('weight.default.lora_B', (2, 1))]
     """
-    for weight, entry in adapters_of(model, adapter):
-        for name, parameter in entry.named_parameters():
-            yield f"{weight.name}.{entry.adapter}.{name}", parameter
+    for weight, delta in deltas_called(walk(model, "named_lora_parameters"), adapter):
+        for name, parameter in delta.named_parameters():
+            yield f"{weight.name}.{delta.adapter}.{name}", parameter
 
 
 def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
@@ -68,14 +74,15 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
 
 
 def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
-    """Return the adapters' tensors, detached and not copied, as `state_dict` does.
+    """Return the adapters' state: tensors, detached and not copied, and numbers.
 
     Args:
         model: An adapted model.
         adapter: The adapter's name; `None` means all.
 
     Returns:
-        Tensors by the names of `named_lora_parameters`.
+        Tensors by the names of `named_lora_parameters`, and for each weight `_extra_state`, which
+        says its kind, rank, alpha and dropout, as JSON in a tensor of bytes.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -86,26 +93,32 @@ def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, T
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> list(lora_state_dict(model))
-        ['weight.default.lora_A', 'weight.default.lora_B']
+        ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
-    return {name: parameter.detach() for name, parameter in named_lora_parameters(model, adapter)}
+    return {
+        f"{weight.name}.{delta.adapter}.{name}": value
+        for weight, delta in deltas_called(walk(model, "lora_state_dict"), adapter)
+        for name, value in delta.state_dict().items()
+    }
 
 
 def load_lora_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str | None = None
 ) -> None:
-    """Copy tensors into the adapters of a model that has them registered: all of them or none.
+    """Load the adapters of a model that has them registered: all of them or none.
+
+    Tensors are copied, and numbers taken over, so that an alpha or a dropout is what it was.
 
     Args:
         model: An adapted model.
         state_dict: What `lora_state_dict` returned, for the same weights, ranks and names. Values
-            are converted to the adapters' dtype and device.
+            are converted to the adapters' dtype and device, and numbers are their own.
         adapter: The adapter to load; `None` means all, and the state dict has to hold all.
 
     Raises:
         AdapterError: There is no such adapter.
-        StateDictError: Lists every missing, unexpected and misshapen entry, and what is no
-            finite floating-point tensor.
+        StateDictError: Lists every missing, unexpected and misshapen entry, what is no finite
+            floating-point tensor, and numbers of another kind or rank.
 
     Example:
         >>> import torch
@@ -117,50 +130,62 @@ def load_lora_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
-    # Copies, for the case that a value is a view of another adapter's factor.
-    copies = {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in state_dict.items()
+    deltas = {
+        f"{weight.name}.{delta.adapter}.": delta
+        for weight, delta in deltas_called(walk(model, "load_lora_state_dict"), adapter)
     }
-    completed(filling(model, copies, adapter))
+    with all_or_nothing() as undo:
+        load_deltas(deltas, state_dict, undo)
 
 
-def filling(
-    model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str | None
-) -> Callable[[], None]:
-    """Hold a state dict against a model's adapters, and return what copies it into them."""
-    parameters = dict(named_lora_parameters(model, adapter))
-    complaints = [f"missing: {name}" for name in parameters if name not in state_dict]
-    complaints += [f"unexpected: {name}" for name in state_dict if name not in parameters]
+def load_deltas(
+    deltas: Mapping[str, Delta], state_dict: Mapping[str, Any], undo: ExitStack
+) -> None:
+    """Load deltas from their states, whose keys begin with what the deltas are called.
+
+    Raises:
+        StateDictError: Lists all that doesn't fit; nothing was loaded.
+    """
+    parameters, numbers, complaints = {}, {}, []
+    known = {f"{prefix}{NUMBERS}": delta for prefix, delta in deltas.items()}
+    for prefix, delta in deltas.items():
+        parameters |= {prefix + name: each for name, each in delta.named_parameters()}
+    expected = [key for prefix, each in deltas.items() for key in each.state_dict(prefix=prefix)]
+    complaints += [f"missing: {name}" for name in expected if name not in state_dict]
+    complaints += [f"unexpected: {name}" for name in state_dict if name not in set(expected)]
     for name, parameter in parameters.items():
-        value = state_dict.get(name, parameter)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            complaints.append(f"no floating-point tensor: {name} is {kind}")
-        elif value.shape != parameter.shape:
-            complaints.append(
-                f"misshapen: {name} is {tuple(value.shape)}, should be {tuple(parameter.shape)}"
-            )
-        elif value.layout is not torch.strided or value.is_meta != parameter.is_meta:
-            complaints.append(f"without values to copy: {name} is {value.layout} on {value.device}")
+        if name in state_dict and (fault := _fault(state_dict[name], parameter)):
+            complaints.append(fault.format(name))
+    for name, delta in known.items():
+        try:
+            numbers[delta] = delta.checked_numbers(state_dict.get(name, delta.get_extra_state()))
+        except LoRAError as error:
+            complaints.append(f"{name}: {error}")
     if complaints:
         raise StateDictError(
             f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
         )
-    infinite = [
-        name
-        for name, parameter in parameters.items()
-        if not parameter.is_meta and not state_dict[name].to(parameter.dtype).isfinite().all()
-    ]
-    if infinite:
-        raise StateDictError(f"nothing was loaded: not finite: {', '.join(infinite)}")
+    # Copies, for the case that a value is a view of another delta's tensor.
+    copies = {name: state_dict[name].detach().clone() for name in parameters}
+    for name, parameter in parameters.items():
+        copy_into(undo, parameter, copies[name])
+    for delta, new in numbers.items():
+        undo.callback(setattr, delta, "numbers", delta.numbers)
+        delta.numbers = new
 
-    def fill() -> None:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state_dict[name])
 
-    return fill
+def _fault(value: object, parameter: nn.Parameter) -> str | None:
+    """Say what keeps a value from being copied into a parameter, with a place for its name."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        return f"no floating-point tensor: {{}} is {kind}"
+    if value.shape != parameter.shape:
+        return f"misshapen: {{}} is {tuple(value.shape)}, should be {tuple(parameter.shape)}"
+    if value.layout is not torch.strided or value.is_meta != parameter.is_meta:
+        return f"without values to copy: {{}} is {value.layout} on {value.device}"
+    if not value.is_meta and not value.to(parameter.dtype).isfinite().all():
+        return "not finite: {}"
+    return None
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -183,14 +208,35 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
-    check_structure(model, "base_state_dict")
-    bring_back = snapshot(model)
-    try:
-        for _, module in base_modules(model):
-            for tensor in tensor_names(module):
-                for entry in chain_of(module, tensor):
-                    if isinstance(entry, LoRAParametrization):
-                        detach(module, tensor, entry)
-        return model.state_dict()
-    finally:
-        bring_back()
+    found = walk(model, "base_state_dict")
+    check_structure(found, "base_state_dict")
+    state = model.state_dict()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if any(isinstance(entry, Delta) for chain in chains_of(module).values() for entry in chain):
+            state = _without_deltas(state, f"{path}." if path else "", module)
+    return state
+
+
+def _without_deltas(state: dict[str, Any], prefix: str, module: nn.Module) -> dict[str, Any]:
+    """Give one module's entries the keys and the order that they have without deltas."""
+    names: dict[str, str | None] = {}
+    for tensor, chain in chains_of(module).items():
+        stem = f"{prefix}parametrizations.{tensor}."
+        others = [entry for entry in chain if not isinstance(entry, Delta)]
+        if not others:
+            names[f"{stem}original"] = f"{prefix}{tensor}"
+        for index, entry in enumerate(chain):
+            plain = f"{stem}{others.index(entry)}." if entry in others else None
+            for key in [key for key in state if key.startswith(f"{stem}{index}.")]:
+                names[key] = plain and plain + key.removeprefix(f"{stem}{index}.")
+    renamed = {plain: each for key, each in state.items() if (plain := names.get(key, key))}
+    own = [f"{prefix}{name}" for name in tensor_names(module) if f"{prefix}{name}" in renamed]
+    entries = iter(own)
+    first = True
+    result: dict[str, Any] = {}
+    for key, value in renamed.items():
+        if first and key.startswith(prefix):
+            result |= {name: renamed[name] for name in entries}
+            first = False
+        result.setdefault(key, value)
+    return result

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .base import base_parameters
-from .classes import in_activation_space
-from .register import adapters_of
-from .surgery import template_of
-from .targets import Weight
+from .activation import acts
+from .checks import deltas_called
+from .weight import Weight, walk
 
 
 @dataclass(frozen=True)
@@ -19,17 +17,19 @@ class AdapterSummary:
 
     Attributes:
         name: The adapter's name.
-        rank: Its rank.
-        alpha: Its alpha; the update's scale is `alpha / rank`.
-        parameters: Number of elements of `lora_A` and `lora_B`.
+        rank: Its rank; `None` for a kind that has none.
+        alpha: Its alpha, of which the update's scale is `alpha / rank`; `None` like the rank.
+        parameters: Number of elements of its tensors.
         enabled: Whether it acts.
+        kind: What it is, such as `"lora"`.
     """
 
     name: str
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
     parameters: int
     enabled: bool
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class LoRASummary:
 
     def __str__(self) -> str:
         """Return the table: a header, a line per weight, the totals."""
-        header = ("weight", "shape", "space", "adapter", "rank", "alpha", "state", "parameters")
+        header = tuple("weight shape space adapter kind rank alpha state parameters".split())
         rows = [header, *(_row(weight) for weight in self.weights)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        numeric = (False, False, False, False, True, True, False, True)
+        numeric = (False, False, False, False, False, True, True, False, True)
         lines = [
             "  ".join(
                 cell.rjust(width) if right else cell.ljust(width)
@@ -116,48 +116,56 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Linear(10, 4))
         >>> _ = register_lora(model, rank=2)
         >>> print(lora_summary(model))
-        weight    shape  space       adapter  rank  alpha  state  parameters
-        --------------------------------------------------------------------
-        0.weight  10x20  activation  default     2      2  on             60
-        1.weight  4x10   activation  default     2      2  on             28
-        --------------------------------------------------------------------
+        weight    shape  space       adapter  kind  rank  alpha  state  parameters
+        --------------------------------------------------------------------------
+        0.weight  10x20  activation  default  lora     2      2  on             60
+        1.weight  4x10   activation  default  lora     2      2  on             28
+        --------------------------------------------------------------------------
         base 254 + LoRA 88 = 342 parameters; LoRA is 34.646 % of the base; 88 trainable
         >>> lora_summary(model).lora_parameters
         88
     """
-    entries: dict[str, tuple[Weight, list[AdapterSummary]]] = {}
-    for weight, entry in adapters_of(model):
-        size = sum(parameter.numel() for parameter in entry.parameters())
-        adapter = AdapterSummary(entry.adapter, entry.rank, entry.alpha, size, entry.enabled)
-        entries.setdefault(weight.name, (weight, []))[1].append(adapter)
-    base = {id(tensor): tensor.numel() for _, _, _, tensor in base_parameters(model)}
+    found = walk(model, "lora_summary")
+    adapters: dict[str, list[AdapterSummary]] = {}
+    weights: dict[str, Weight] = {}
+    for weight, delta in deltas_called(found, None):
+        size = sum(parameter.numel() for parameter in delta.parameters())
+        rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
+        summary = AdapterSummary(delta.adapter, rank, alpha, size, delta.enabled, delta.kind)
+        weights.setdefault(weight.name, weight)
+        adapters.setdefault(weight.name, []).append(summary)
+    base = {id(each.original): each.original.numel() for each in found.tensors() if each.original is not None}
     return LoRASummary(
         weights=tuple(
             WeightSummary(
                 name,
-                tuple(template_of(weight.module, weight.tensor).shape),
-                "activation" if in_activation_space(weight.module, weight.tensor) else "weight",
-                tuple(adapters),
+                tuple(weight.like.shape),
+                "activation" if acts(weight.module, weight.tensor) else "weight",
+                tuple(adapters[name]),
             )
-            for name, (weight, adapters) in entries.items()
+            for name, weight in weights.items()
         ),
         base_parameters=sum(base.values()),
-        lora_parameters=sum(
-            each.parameters for _, adapters in entries.values() for each in adapters
-        ),
+        lora_parameters=sum(each.parameters for listed in adapters.values() for each in listed),
         trainable_parameters=sum(each.numel() for each in model.parameters() if each.requires_grad),
     )
 
 
 def _row(weight: WeightSummary) -> tuple[str, ...]:
-    adapters = [
-        (each.name, str(each.rank), f"{each.alpha:g}", "on" if each.enabled else "off")
+    cells = [
+        (
+            each.name,
+            each.kind,
+            "-" if each.rank is None else str(each.rank),
+            "-" if each.alpha is None else f"{each.alpha:g}",
+            "on" if each.enabled else "off",
+        )
         for each in weight.adapters
     ]
     return (
         weight.name,
         "x".join(map(str, weight.shape)),
         weight.space,
-        *map(", ".join, zip(*adapters, strict=True)),
+        *map(", ".join, zip(*cells, strict=True)),
         f"{sum(each.parameters for each in weight.adapters):,}",
     )

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .errors import TargetError
-from .layers import UNLISTED, layer_of, listed
-from .surgery import base_modules, original_of, tensor_names
+from .layers import UNLISTED, layer_of, listed_tensors
+from .weight import Walk, Weight, join, tensor_names
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
@@ -22,38 +22,26 @@ Target: TypeAlias = Selector | Iterable[Selector]
 Number = TypeVar("Number", int, float, float | None)
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of one module of a model; the model's own path is empty."""
-
-    path: str
-    module: nn.Module
-    tensor: str
-
-    @property
-    def name(self) -> str:
-        """The full name, as `model.named_parameters()` gives it for the plain model."""
-        return _join(self.path, self.tensor)
-
-
-def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> list[Weight]:
+def resolve(
+    walk: Walk, target: Target | None, exclude: Target | None, least: int = 2
+) -> list[Weight]:
     """List the weights that `target` names and `exclude` doesn't, in model order.
 
-    What names a module names the tensors of its row, or of an unlisted module every tensor of two
-    or more dimensions. A glob that also covers biases and norms takes the weights among them.
+    What names a module names the tensors of its row, or of an unlisted module every tensor of at
+    least `least` dimensions. A glob that also covers biases and norms takes the weights among them.
     Whether a weight can be adapted is not checked here.
 
     Raises:
-        TargetError: One of the selectors matches nothing, or nothing of two or more dimensions.
+        TargetError: One of the selectors matches nothing, or nothing of so many dimensions.
     """
-    weights = {weight.name: weight for weight in catalogue(model)}
-    places = _places(model, weights)
+    weights = {weight.name: weight for weight in walk.weights}
+    places = [] if target is None and exclude is None else _places(walk, least)
     if target is None:
         chosen = {
-            name
-            for path, module in base_modules(model)
+            join(path, tensor)
+            for path, module in walk.modules
             if layer_of(type(module)).default
-            for name in _of_module(path, module)
+            for tensor in _row_tensors(path, module, least)
         }
         if not chosen:
             raise TargetError(
@@ -64,7 +52,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
         chosen = set()
         for selector in _selectors("target", target):
             hits = _hits("target", selector, places)
-            broad = {name for name in hits if not is_flat(weights[name])}
+            broad = {name for name in hits if not is_flat(weights[name], least)}
             if not broad:
                 raise TargetError(_unmatched("target", selector, hits, weights, places))
             chosen |= broad
@@ -78,7 +66,7 @@ def resolve(model: nn.Module, target: Target | None, exclude: Target | None) -> 
     return [weight for name, weight in weights.items() if name in chosen]
 
 
-def spread(
+def number_for_each(
     option: str, value: Number | Mapping[str, Number], weights: Sequence[Weight]
 ) -> list[Number]:
     """Give each weight its number: the one for all, or that of the first pattern to match it.
@@ -108,22 +96,12 @@ def spread(
     return [value[pattern] for pattern in deciders if pattern is not None]
 
 
-def catalogue(model: nn.Module) -> list[Weight]:
-    """List every parameter, and every tensor that the table expects, there or not."""
-    return [
-        Weight(path, module, tensor)
-        for path, module in base_modules(model)
-        for tensor in dict.fromkeys([*listed(module, tensor_names(module)), *tensor_names(module)])
-        if "." not in tensor
-    ]
-
-
-def _of_module(path: str, module: nn.Module) -> list[str]:
-    present = tensor_names(module)
-    if layer_of(type(module)) is not UNLISTED:
-        return [_join(path, tensor) for tensor in listed(module, present)]
-    own = [Weight(path, module, tensor) for tensor in present]
-    return [weight.name for weight in own if not is_flat(weight)]
+def _row_tensors(path: str, module: nn.Module, least: int) -> list[str]:
+    """List the tensors that naming a module names, a child's by its path."""
+    layer, present = layer_of(type(module)), tensor_names(module)
+    if layer is not UNLISTED:
+        return listed_tensors(layer, present)
+    return [name for name in present if not is_flat(Weight(path, module, name), least)]
 
 
 @dataclass(frozen=True)
@@ -143,19 +121,22 @@ class _Place:
     named: frozenset[str]
 
 
-def _places(model: nn.Module, weights: Mapping[str, Weight]) -> list[_Place]:
-    names: defaultdict[int, dict[str, str]] = defaultdict(dict)
-    for name, weight in weights.items():
-        names[id(weight.module)][weight.tensor] = name
-    found = [
-        (path, module, {_join(path, tensor): name for tensor, name in names[id(module)].items()})
-        for path, module in base_modules(model, aliases=True)
+def _places(walk: Walk, least: int) -> list[_Place]:
+    names: defaultdict[nn.Module, dict[str, str]] = defaultdict(dict)
+    for weight in walk.weights:
+        names[weight.module][weight.tensor] = weight.name
+    own_names = [
+        {join(path, tensor): name for tensor, name in names[module].items()}
+        for path, module in walk.places
     ]
-    spelled = {alias: name for _, _, own in found for alias, name in own.items()}
+    spelled = {alias: name for own in own_names for alias, name in own.items()}
+    rows = [
+        {join(path, tensor) for tensor in _row_tensors(path, module, least)}
+        for path, module in walk.places
+    ]
     return [
-        _Place(path, module, own, frozenset(spelled[each] for each in row if each in spelled))
-        for path, module, own in found
-        for row in [_of_module(path, module)]
+        _Place(path, module, own, frozenset(spelled[name] for name in row if name in spelled))
+        for (path, module), own, row in zip(walk.places, own_names, rows, strict=True)
     ]
 
 
@@ -225,10 +206,10 @@ def _glob(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
-def is_flat(weight: Weight) -> bool:
-    """Say whether a weight has fewer than the two dimensions that a matrix needs."""
-    tensor = original_of(weight.module, weight.tensor)
-    return tensor is not None and not is_lazy(tensor) and tensor.ndim < 2
+def is_flat(weight: Weight, least: int = 2) -> bool:
+    """Say whether a weight has fewer dimensions than a kind of delta needs."""
+    tensor = weight.original
+    return tensor is not None and not is_lazy(tensor) and tensor.ndim < least
 
 
 def _unmatched(
@@ -277,7 +258,3 @@ def _show(selector: Selector) -> str:
     if isinstance(selector, str):
         return f'"{selector}"'
     return getattr(selector, "__qualname__", repr(selector))
-
-
-def _join(path: str, tensor: str) -> str:
-    return f"{path}.{tensor}" if path else tensor

@@ -11,67 +11,21 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import inspect
 import pickle
 import threading
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .activation import terms_of
+from .activation import in_activation_space
+from .chains import chains_of, type_before
+from .deltas.protocol import Delta
 from .errors import LoRAError
-from .layers import activation_of, layer_of
-from .parametrization import LoRAParametrization
-
-
-class Found(NamedTuple):
-    """How a module was before its first adapter; kept on the module as `_lora_found`."""
-
-    type: type[nn.Module] | None
-    order: tuple[str, ...]
-
-
-def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
-    """Return a module's chains of parametrizations by tensor; empty where there are none.
-
-    Torch's `is_parametrized` asks for an attribute, and wrappers answer that for what they wrap.
-    """
-    chains = module._modules.get("parametrizations")
-    if not isinstance(chains, nn.ModuleDict) or not all(
-        isinstance(chain, parametrize.ParametrizationList) for chain in chains.values()
-    ):
-        return {}
-    return cast("MutableMapping[str, Any]", chains)
-
-
-def originals_of(chain: Any) -> list[Tensor]:
-    """List the tensors at the start of a chain."""
-    if chain.is_tensor:
-        return [chain.original]
-    return [getattr(chain, f"original{index}") for index in range(chain.ntensors)]
-
-
-def evaluated(chain: Sequence[nn.Module], originals: Sequence[Tensor]) -> Tensor:
-    """Apply a chain's entries, at least one, to the tensors at its start."""
-    value: Tensor = chain[0](*originals)
-    for entry in chain[1:]:
-        value = entry(value)
-    return value
-
-
-def type_before(module: nn.Module) -> type[nn.Module]:
-    """Return a module's class without the one made for its parametrizations."""
-    return type(module).__bases__[0] if chains_of(module) else type(module)
-
-
-def found_of(module: nn.Module) -> Found:
-    """Return how a module was before its first adapter."""
-    found: Found = module.__dict__.get("_lora_found", Found(None, ()))
-    return found
+from .layers import computes_as_its_row, layer_of
 
 
 def properties_of(cls: type) -> set[str]:
@@ -112,8 +66,8 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         body |= {name: override(base) for name, override in layer.overrides.items()}
         if layer.rereads:
             body["forward"] = _reading_once(base)
-        if activation := activation_of(base):
-            body["forward"] = _in_activation_space(base, activation, layer.suits)
+        if layer.run and computes_as_its_row(base):
+            body["forward"] = in_activation_space(base, layer)
         for reset in ("reset_parameters", "_reset_parameters"):
             if hasattr(base, reset):
                 body[reset] = _refuse_reset
@@ -127,17 +81,18 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str) -> property:
     def read(self: Any) -> Any:
-        if name not in self.parametrizations:  # torch has taken it off this module
+        chain = self._modules["parametrizations"]._modules.get(name)
+        if chain is None:  # torch has taken it off this module
             for table in (self._parameters, self._buffers, self.__dict__):
                 if name in table:
                     return table[name]
             raise AttributeError(name)
-        chain, store = self.parametrizations[name], _store()
+        store = _store(self)
         if store is None:
             return chain()
-        # A value read without a graph, or in another state, must not stand in for this one.
-        state = tuple((getattr(e, "enabled", None), getattr(e, "scale", None)) for e in chain)
-        key = (chain, torch.is_grad_enabled(), state)
+        # What was read without a graph, or of other tensors, must not stand in for this one.
+        tensors = tuple(map(id, [*chain.parameters(), *chain.buffers()]))
+        key = (chain, torch.is_grad_enabled(), Delta.switched, tensors)
         if key not in store:
             store[key] = chain()
         return store[key]
@@ -153,85 +108,39 @@ def _weight_property(name: str) -> property:
     return property(read, write)
 
 
-_during_forward = threading.local()
+class _Reading(threading.local):
+    """Which module's forward runs in this thread, and what it has read so far."""
+
+    module: nn.Module | None = None
+    values: dict[Any, Any] = {}  # noqa: RUF012 replaced, never filled
 
 
-def _store() -> dict[Any, Any] | None:
-    """Return where values are kept: torch's own cache, or that of a forward that is running."""
+_reading = _Reading()
+
+
+def _store(module: nn.Module) -> dict[Any, Any] | None:
+    """Return where values are kept: torch's own cache, or that of a module's running forward."""
     if parametrize._cache_enabled:
         return cast("dict[Any, Any]", parametrize._cache)
     # A compiler merges equal expressions itself.
-    return None if torch.compiler.is_compiling() else getattr(_during_forward, "store", None)
+    if torch.compiler.is_compiling() or _reading.module is not module:
+        return None
+    return _reading.values
 
 
 def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _store() is not None:
+        if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
-        _during_forward.store = {}
+        outer = _reading.module, _reading.values
+        _reading.module, _reading.values = self, {}
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            _during_forward.store = None
+            _reading.module, _reading.values = outer
 
     return forward
-
-
-def _in_activation_space(
-    base: type[nn.Module], activation: Callable[..., Tensor], suits: Callable[[Any], bool]
-) -> Callable[..., Any]:
-    stock: Any = base.forward
-    argument = list(inspect.signature(stock).parameters)[1]
-
-    @functools.wraps(stock)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(argument)
-        usual = len(args) + len(kwargs) == 1 and base.forward is stock and suits(self)
-        dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
-        if usual and dense and (ends := _ends(self, "weight")):
-            return activation(self, x, ends[0], terms_of(ends[1]))
-        return base.forward(self, *args, **kwargs)
-
-    return forward
-
-
-def _ends(module: nn.Module, name: str) -> tuple[Tensor, list[LoRAParametrization]] | None:
-    """Return a weight as it is beneath its adapters, and those that are on; `None` without such."""
-    others, adapters = _separated(module, name) or ([], [])
-    adapters = [entry for entry in adapters if entry.enabled]
-    if not adapters:
-        return None
-    originals = originals_of(chains_of(module)[name])
-    weight = evaluated(others, originals) if others else originals[0]
-    # One that was registered by hand may have another matrix view.
-    matrices = all(e.lora_A.dim() == 2 and len(e.lora_B) == len(weight) for e in adapters)
-    return (weight, adapters) if matrices else None
-
-
-def _separated(
-    module: nn.Module, name: str
-) -> tuple[list[nn.Module], list[LoRAParametrization]] | None:
-    """Part a chain in others' entries and adapters behind them; `None` if it isn't so ordered."""
-    chains = chains_of(module)
-    entries = list(chains[name]) if name in chains else []
-    # By exact type: a subclass, or an adapter with parametrized factors, may compute otherwise.
-    ours = [type(e) is LoRAParametrization and not _is_hooked(e) for e in entries]
-    count = sum(ours)
-    if not all(ours[len(ours) - count :]) or (entries and _is_hooked(chains[name])):
-        return None
-    return entries[: len(ours) - count], entries[len(ours) - count :]
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def in_activation_space(module: nn.Module, name: str) -> bool:
-    """Say whether a module would compute, or computes, a tensor's adapters in activation space."""
-    base = type_before(module)
-    stock = name == "weight" and activation_of(base) is not None and layer_of(base).suits(module)
-    return stock and _separated(module, name) is not None
 
 
 def _refuse_reset(self: nn.Module) -> None:
@@ -242,8 +151,8 @@ def _refuse_reset(self: nn.Module) -> None:
 
 
 def _check_assignable(module: nn.Module, name: str) -> None:
-    chain = dict(chains_of(module).items()).get(name, ())
-    if any(isinstance(entry, LoRAParametrization) for entry in chain):
+    chain = chains_of(module).get(name, ())
+    if any(isinstance(entry, Delta) for entry in chain):
         raise LoRAError(
             f"{name}: can't assign to an adapted weight, which is original + update; assign to "
             f"parametrizations.{name}.original under no_grad, or call remove_lora first"
@@ -276,25 +185,29 @@ _INNERMOST = {
 def _accept_base_keys(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
 ) -> None:
-    """Translate a base's keys to the adapted model's; its adapters then keep their values."""
+    """Translate a base's keys to the adapted model's; its deltas then keep their state."""
     for name, chain in chains_of(module).items():
         _accept_keys_of_chain(chain, name, state_dict, prefix)
 
 
 def _accept_keys_of_chain(chain: Any, name: str, state_dict: dict[str, Any], prefix: str) -> None:
     stem = f"{prefix}parametrizations.{name}."
-    ours = {i: entry for i, entry in enumerate(chain) if isinstance(entry, LoRAParametrization)}
-    others = [index for index in range(len(chain)) if index not in ours]
+    deltas = {index: entry for index, entry in enumerate(chain) if isinstance(entry, Delta)}
+    others = [index for index in range(len(chain)) if index not in deltas]
+    states = {
+        f"{stem}{index}.{key}": value
+        for index, delta in deltas.items()
+        for key, value in delta.state_dict(keep_vars=True).items()
+    }
     if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
         state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
-    elif not others or any(f"{stem}{index}.lora_A" in state_dict for index in range(len(chain))):
+    elif not others or not states.keys().isdisjoint(state_dict):
         return
     for plain, index in reversed(list(enumerate(others))):
         for key in [key for key in state_dict if key.startswith(f"{stem}{plain}.")]:
             state_dict[f"{stem}{index}.{key.removeprefix(f'{stem}{plain}.')}"] = state_dict.pop(key)
-    for index, entry in ours.items():
-        for factor, parameter in entry.named_parameters():
-            state_dict.setdefault(f"{stem}{index}.{factor}", parameter)
+    for key, value in states.items():
+        state_dict.setdefault(key, value)
 
 
 def _reduction(base: type[nn.Module]) -> Callable[..., tuple[Any, ...]]:
@@ -308,9 +221,6 @@ def _reduction(base: type[nn.Module]) -> Callable[..., tuple[Any, ...]]:
                 "while it is adapted; save its state dict, or call remove_lora first"
             )
         state, *rest = reduced[2:]
-        # A class that torch made for this one module can't be named in a pickle and suits no copy.
-        if "_lora_found" in state:
-            state = {**state, "_lora_found": found_of(self)._replace(type=None)}
         return _rebuild, (base, tuple(chains_of(self)), reduced[1][1:]), state, *rest
 
     return reduce_ex

@@ -1,77 +1,50 @@
-"""The base beneath the adapters: its parameters, freezing them, and proof that they stayed."""
+"""The base beneath the deltas: freezing it, and the proof that it stayed as it was."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
-from .classes import chains_of
 from .errors import FrozenError, LoRAError
-from .parametrization import LoRAParametrization
-from .surgery import check_module, original_of, tensor_names, without_wrappers
+from .undo import change, set_flag
+from .weight import Walk, Weight, walk
+
+FROZEN = "_lora_frozen"
+"""Where a module keeps the names of its parameters that `freeze` has frozen."""
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Yield name, owner, name in the owner and tensor of every parameter that is no adapter's.
-
-    The name is the one that the plain model gives it: `"linear1.weight"`, adapted or not.
-    """
-    for path, module in _base_paths(model):
-        for name in tensor_names(module):
-            # A chain's one original goes by its owner's name.
-            if isinstance(module, ParametrizationList) and name == "original":
-                continue
-            if isinstance(tensor := original_of(module, name), nn.Parameter):
-                yield f"{path}.{name}" if path else name, module, name, tensor
-
-
-def _base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module but the adapters, with the path that it has without them."""
-    check_module(model, "a call about the base")
-    base_path: dict[str, str] = {}
-    entries: dict[str, list[nn.Module]] = {}
-    for path, module in model.named_modules():
-        parent, _, name = path.rpartition(".")
-        if isinstance(module, LoRAParametrization) or (parent and parent not in base_path):
-            continue
-        if parent in entries and module in entries[parent]:
-            name = str(entries[parent].index(module))  # its number in the chain without adapters
-        if isinstance(module, ParametrizationList):
-            entries[path] = [e for e in module if not isinstance(e, LoRAParametrization)]
-        base_path[path] = without_wrappers(f"{base_path[parent]}.{name}" if parent else name)
-        yield base_path[path], module
-
-
-def freeze(model: nn.Module) -> None:
-    """Freeze every parameter that is no adapter's, clear its gradient and remember its flag.
+def freeze(walk: Walk, undo: ExitStack) -> None:
+    """Freeze every parameter of the base, clear its gradient and remember its flag.
 
     The gradient is cleared because an optimizer built earlier would still apply it.
     """
-    for _, owner, name, tensor in base_parameters(model):
-        if tensor.requires_grad:
-            owner.__dict__["_lora_frozen"] = (*owner.__dict__.get("_lora_frozen", ()), name)
-            tensor.requires_grad_(False)
-        tensor.grad = None
+    for weight in walk.tensors():
+        own, tensor = weight.module.__dict__, weight.original
+        if tensor is not None and (tensor.requires_grad or tensor.grad is not None):
+            if tensor.requires_grad:
+                change(undo, own, FROZEN, (*own.get(FROZEN, ()), weight.tensor))
+            set_flag(undo, tensor, False)
 
 
-def is_frozen(model: nn.Module) -> bool:
+def is_frozen(walk: Walk) -> bool:
     """Say whether `freeze` has frozen anything that `thaw` would give back."""
-    return any("_lora_frozen" in module.__dict__ for module in model.modules())
+    return any(FROZEN in module.__dict__ for _, module in walk.owners)
 
 
-def thaw(model: nn.Module) -> None:
+def thaw(walk: Walk, undo: ExitStack) -> None:
     """Give every parameter that `freeze` froze its flag back."""
-    for module in model.modules():
-        for name in module.__dict__.pop("_lora_frozen", ()):
-            if (tensor := original_of(module, name)) is not None:
-                tensor.requires_grad_(True)
+    for path, module in walk.owners:
+        for name in module.__dict__.get(FROZEN, ()):
+            if (tensor := Weight(path, module, name).original) is not None:
+                set_flag(undo, tensor, True)
+        if FROZEN in module.__dict__:
+            change(undo, module.__dict__, FROZEN)
 
 
 def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
@@ -177,18 +150,8 @@ def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
 
 
 def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
-    tensors = {name: tensor for name, _, _, tensor in base_parameters(model)}
-    for path, module in _base_paths(model) if buffers else ():
-        found = {name: each for name, each in module._buffers.items() if each is not None}
-        found |= {
-            name: each
-            for name in chains_of(module)
-            if (each := original_of(module, name)) is not None
-        }
-        if isinstance(module, ParametrizationList):
-            found.pop("original", None)
-        tensors |= {f"{path}.{name}" if path else name: each for name, each in found.items()}
-    return tensors
+    found = walk(model, "a call about the base").tensors(buffers=buffers)
+    return {each.name: each.original for each in found if each.original is not None}
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What can't be adapted, and why: each rule is a row that gives a reason or `None`."""
+"""What can't be done, and why: each rule is a row that gives a reason or `None`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .base import base_parameters
-from .classes import chains_of, in_activation_space, type_before
+from .activation import acts
+from .chains import chains_of, type_before
+from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
-from .layers import layer_of
-from .parametrization import FLOATS, LoRAParametrization, show_dtypes
-from .surgery import chain_of, check_module, memory_of, original_of, plain_for_now, template_of
-from .targets import Weight
+from .weight import Walk, Weight, merged_for_now
 
 FIXED = {
     "DistributedDataParallel": "it synchronises the parameters it was given; register before "
@@ -28,9 +26,9 @@ FIXED = {
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
 
-def check_model(model: nn.Module, call: str) -> None:
+def check_model(walk: Walk, call: str) -> None:
     """Raise unless the structure of a model can be changed for good, here and now."""
-    check_structure(model, call)
+    check_structure(walk, call)
     if torch.is_inference_mode_enabled():
         raise LoRAError(
             f"{call} can't be called in torch.inference_mode: what is made there never gets a "
@@ -38,11 +36,10 @@ def check_model(model: nn.Module, call: str) -> None:
         )
 
 
-def check_structure(model: nn.Module, call: str) -> None:
+def check_structure(walk: Walk, call: str) -> None:
     """Raise unless the structure of a model can be changed."""
-    check_module(model, call)
-    for path, module in model.named_modules():
-        if module in plain_for_now:
+    for path, module in walk.owners:
+        if module in merged_for_now:
             raise LoRAError(
                 f"{path or 'model'}: {call} can't be called in a lora_merged block, in which there "
                 "are no adapters; call it after the block"
@@ -55,68 +52,90 @@ def check_structure(model: nn.Module, call: str) -> None:
                 )
 
 
+def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]:
+    """List the deltas, or those of one adapter, in model order and chain order.
+
+    Raises:
+        AdapterError: There are none.
+    """
+    wanted = [(weight, each) for weight, each in walk.deltas if adapter in (None, each.adapter)]
+    if not wanted:
+        names = sorted({delta.adapter for _, delta in walk.deltas})
+        there = f"the model has {', '.join(map(repr, names))}" if names else "the model has none"
+        which = "an adapter" if adapter is None else f"an adapter {adapter!r}"
+        raise AdapterError(f"there is no weight with {which}; {there}")
+    return wanted
+
+
 def check_weights(weights: Sequence[Weight], adapter: str) -> None:
     """Raise for the first weight that can't be adapted, naming the rule and the fix."""
     for weight in weights:
-        tensor = original_of(weight.module, weight.tensor)
+        tensor = weight.original
         for rule in RULES:
             if reason := rule(weight, tensor):
                 raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
-        for entry in chain_of(weight.module, weight.tensor):
-            if isinstance(entry, LoRAParametrization) and entry.adapter == adapter:
+        for delta in weight.deltas:
+            if delta.adapter == adapter:
                 raise AdapterError(
                     f'{weight.name}: there is an adapter "{adapter}" on this weight already; '
                     "choose another name, or remove that one first"
                 )
 
 
-def check_droppable(weights: Sequence[Weight], dropout: float) -> None:
-    """Raise for the first weight whose input an adapter doesn't meet."""
+def check_droppable(weights: Sequence[Weight]) -> None:
+    """Raise for the first weight whose input a delta doesn't meet."""
     for weight in weights:
-        cls = type_before(weight.module)
-        drops = in_activation_space(weight.module, weight.tensor) and layer_of(cls).drops
-        if dropout and not drops:
+        if not (acts(weight.module, weight.tensor) and weight.layer.drops):
             raise TargetError(
                 f"{weight.name}: dropout needs a layer that computes in activation space, and an "
-                f"input to drop from, which a {cls.__name__} has not; use dropout=0, or exclude "
-                "this weight"
+                f"input to drop from, which a {type_before(weight.module).__name__} has not; use "
+                "dropout=0, or exclude this weight"
             )
 
 
-def partners(model: nn.Module, weights: Sequence[Weight]) -> list[list[tuple[str, nn.Module]]]:
-    """List for each weight the other names and owners that its Parameter has in the model."""
-    places: defaultdict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for name, owner, _, tensor in base_parameters(model):
-        places[memory_of(tensor)].append((name, owner))
-    originals = [original_of(weight.module, weight.tensor) for weight in weights]
+def memory_of(tensor: Tensor | None) -> int:
+    """Identify a Parameter by where its bytes begin, if it has bytes of its own."""
+    if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
+        return tensor.data_ptr() or id(tensor)
+    return id(tensor)
+
+
+def partners(walk: Walk, weights: Sequence[Weight]) -> list[list[Weight]]:
+    """List for each weight the others that are the same Parameter."""
+    places: defaultdict[int, list[Weight]] = defaultdict(list)
+    for weight in walk.tensors():
+        places[memory_of(weight.original)].append(weight)
     return [
-        [place for place in places[memory_of(original)] if place[0] != weight.name]
-        for weight, original in zip(weights, originals, strict=True)
+        [other for other in places[memory_of(weight.original)] if other.name != weight.name]
+        for weight in weights
     ]
 
 
-def check_unshared(model: nn.Module, weights: Sequence[Weight], consequence: str) -> None:
+def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
     """Raise for the first weight whose Parameter is another module's too."""
-    for weight, others in zip(weights, partners(model, weights), strict=True):
+    for weight, others in zip(weights, partners(walk, weights), strict=True):
         if others:
-            names = ", ".join(name for name, _ in others)
+            names = ", ".join(other.name for other in others)
             raise TargetError(
                 f"{weight.name}: {names} is the same Parameter, and {consequence}; give each "
                 "place a Parameter of its own, or exclude this weight"
             )
 
 
-def without_tied(model: nn.Module, weights: Sequence[Weight]) -> list[Weight]:
+def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
     """Leave out, with a warning that names them, the weights that are tied to an embedding."""
     tied = {
-        weight.name: ", ".join(name for name, _ in others)
-        for weight, others in zip(weights, partners(model, weights), strict=True)
-        if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for _, owner in others)
+        weight.name: ", ".join(other.name for other in others)
+        for weight, others in zip(weights, partners(walk, weights), strict=True)
+        if any(isinstance(other.module, (nn.Embedding, nn.EmbeddingBag)) for other in others)
     }
     if tied:
         listing = "; ".join(f"{name} (is {others})" for name, others in tied.items())
         warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=3)
-    return [weight for weight in weights if weight.name not in tied]
+    left = [weight for weight in weights if weight.name not in tied]
+    if not left:
+        raise TargetError("every weight is tied to an embedding; name other weights with target")
+    return left
 
 
 def _name_taken(weight: Weight, tensor: Tensor | None) -> str | None:
@@ -152,7 +171,7 @@ def _normed_by_hook(weight: Weight, tensor: Tensor | None) -> str | None:
 
 
 def _not_there(weight: Weight, tensor: Tensor | None) -> str | None:
-    if chain_of(weight.module, weight.tensor) or tensor is not None:
+    if weight.chain or tensor is not None:
         return None
     if weight.tensor in weight.module._parameters:
         return "it is None; give the module a Parameter"
@@ -196,9 +215,9 @@ def _no_sum(weight: Weight, tensor: Tensor | None) -> str | None:
 
 
 def _unreadable(weight: Weight, tensor: Tensor | None) -> str | None:
-    if chain := chain_of(weight.module, weight.tensor):
+    if chain := weight.chain:
         try:
-            template_of(weight.module, weight.tensor)
+            _ = weight.like
         except Exception as error:
             names = ", ".join(type(entry).__name__ for entry in chain)
             return f"reading it through {names} fails with {error!r}; mend or remove these"
@@ -206,7 +225,7 @@ def _unreadable(weight: Weight, tensor: Tensor | None) -> str | None:
 
 
 def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
-    return layer_of(type(weight.module)).refusal(weight.module)
+    return weight.layer.refusal(weight.module)
 
 
 RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (

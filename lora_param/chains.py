@@ -1,0 +1,67 @@
+"""Torch's lists of parametrizations as they stand in a module, and what we note beside them."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+
+class Record:
+    """What a module remembers while it has adapters, under the name `_lora`.
+
+    Attributes:
+        type: The class that it had before its first adapter, for torch's own parametrizations.
+        order: The names of its parameters then.
+        plan: How its weight is computed, as last found out.
+    """
+
+    def __init__(self, type: type[nn.Module] | None = None, order: tuple[str, ...] = ()) -> None:
+        self.type, self.order = type, order
+        self.plan: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A class that torch made for one module can't be named in a pickle and suits no copy.
+        return Record, (None, self.order)
+
+
+def record_of(module: nn.Module) -> Record:
+    """Return what a module remembers, or an empty record."""
+    return module.__dict__.get("_lora") or Record()
+
+
+def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
+    """Return a module's chains of parametrizations by tensor; empty where there are none.
+
+    Torch's `is_parametrized` asks for an attribute, and wrappers answer that for what they wrap.
+    """
+    chains = module._modules.get("parametrizations")
+    if not isinstance(chains, nn.ModuleDict) or not all(
+        isinstance(chain, ParametrizationList) for chain in chains._modules.values()
+    ):
+        return {}
+    return cast("MutableMapping[str, Any]", chains._modules)
+
+
+def originals_of(chain: Any) -> list[Tensor]:
+    """List the tensors at the start of a chain."""
+    if chain.is_tensor:
+        return [chain.original]
+    return [getattr(chain, f"original{index}") for index in range(chain.ntensors)]
+
+
+def run_through(entries: Sequence[nn.Module], originals: Sequence[Tensor]) -> Tensor:
+    """Apply a chain's entries in their order; without any, return the one original."""
+    if not entries:
+        return originals[0]
+    value: Tensor = entries[0](*originals)
+    for entry in entries[1:]:
+        value = entry(value)
+    return value
+
+
+def type_before(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class without the one made for its parametrizations."""
+    return type(module).__bases__[0] if chains_of(module) else type(module)

@@ -1,0 +1,9 @@
+"""The kinds of deltas: a row each in one table."""
+
+from .lora import LoRAParametrization
+from .protocol import Delta
+
+KINDS: dict[str, type[Delta]] = {each.kind: each for each in (LoRAParametrization,)}
+"""By what `register_lora(kind=...)`, state dicts and files call them."""
+
+__all__ = ["KINDS", "Delta", "LoRAParametrization"]

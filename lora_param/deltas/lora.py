@@ -1,0 +1,331 @@
+"""The first kind: `W + (B @ A) * scale`, one low-rank update of one tensor."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 as everybody calls it
+
+from ..errors import LoRAError, StateDictError
+from .protocol import Delta, Run, Shape, check_dtype
+
+Init = Literal["kaiming", "gaussian"]
+
+
+class LoRAParametrization(Delta):
+    """Add a low-rank update to a weight: `W + (B @ A).view_as(W) * scale`, `scale = alpha / rank`.
+
+    `W` is any tensor that reads as a matrix `(fan_out, fan_in)` in row-major order, or with `batch`
+    as a stack of such matrices. There is no `right_inverse`: registering leaves the original as it
+    is, and assigning to the weight is refused.
+
+    Args:
+        fan_out: Rows of the weight's matrix view.
+        fan_in: Columns of the weight's matrix view.
+        rank: Rank of the update, `1 <= rank <= min(fan_out, fan_in)`.
+        alpha: Finite numerator of the scale; `None` means `rank`, a scale of one.
+        batch: Leading dimensions of a stack of matrices, each of which gets a pair of its own.
+        adapter: The adapter's name, by which `enable_lora` and the like find it.
+        dropout: Probability, `0 <= dropout < 1`, with which entries of a layer's input are dropped
+            in front of `lora_A` in training. Weight space can't do that: in training, reading the
+            weight with a graph warns.
+        init: How `lora_A` is drawn: `"kaiming"`, uniform with a = sqrt(5), that is in
+            ±1/sqrt(fan_in), or `"gaussian"` with a standard deviation of 1/rank.
+            `lora_B` is zero, so a fresh adapter changes nothing.
+        generator: Source of the draws; the global one of the device if `None`.
+        device: Device of both factors.
+        dtype: Dtype of both factors, one of float16, bfloat16, float32 and float64.
+
+    Attributes:
+        lora_A: Parameter `[*batch, rank, fan_in]`.
+        lora_B: Parameter `[*batch, fan_out, rank]`.
+        rank: The rank.
+        alpha: The numerator of the scale; setting it changes the update at once.
+        scale: `alpha / rank`; setting it sets `alpha`.
+        dropout: The probability.
+        enabled: While `False`, the weight passes through untouched, as the same object.
+
+    Raises:
+        LoRAError: `rank`, `alpha` or `dropout` is out of range; `init`, `dtype` or `generator` is
+            unknown.
+        AdapterError: `adapter` is no usable name.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> layer = torch.nn.Linear(20, 10)
+        >>> lora = LoRAParametrization(10, 20, rank=2, alpha=4)
+        >>> _ = register_parametrization(layer, "weight", lora)
+        >>> layer.parametrizations.weight[0] is lora
+        True
+        >>> lora.lora_A.shape, lora.lora_B.shape, lora.scale
+        (torch.Size([2, 20]), torch.Size([10, 2]), 2.0)
+        >>> torch.equal(layer.weight, layer.parametrizations.weight.original)
+        True
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
+        section 4.1, equation 3.
+    """
+
+    kind = "lora"
+    least_dimensions = 2
+
+    def __init__(
+        self,
+        fan_out: int,
+        fan_in: int,
+        rank: int = 8,
+        alpha: float | None = None,
+        *,
+        batch: tuple[int, ...] = (),
+        adapter: str = "default",
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(adapter)
+        self.rank = check_rank(rank, fan_out, fan_in)
+        self._alpha = check_alpha(alpha, self.rank)
+        self.dropout = check_dropout(dropout)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise LoRAError(
+                f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+            )
+        if init not in ("kaiming", "gaussian"):
+            raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
+        check_dtype(dtype or torch.get_default_dtype())
+        self.lora_A = nn.Parameter(
+            torch.empty(*batch, self.rank, fan_in, device=device, dtype=dtype)
+        )
+        self.lora_B = nn.Parameter(
+            torch.zeros(*batch, fan_out, self.rank, device=device, dtype=dtype)
+        )
+        self._draw(init, generator)
+
+    @classmethod
+    def make(
+        cls,
+        weight: Tensor,
+        view: Shape,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LoRAParametrization:
+        """Build a fresh pair for a weight, on its device and, unless told otherwise, of its dtype.
+
+        Raises:
+            LoRAError: An option is out of range.
+        """
+        *batch, fan_out, fan_in = view
+        return cls(
+            fan_out,
+            fan_in,
+            rank,
+            alpha,
+            batch=tuple(batch),
+            adapter=adapter,
+            dropout=dropout,
+            init=init,
+            generator=generator,
+            device=weight.device,
+            dtype=dtype or weight.dtype,
+        )
+
+    @classmethod
+    def restore(
+        cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    ) -> LoRAParametrization:
+        """Build the pair that has these factors, rank, alpha and dropout.
+
+        The factors are taken as they are, without a copy; the rank may exceed the smaller side,
+        which `misfit` tells.
+
+        Raises:
+            StateDictError: The factors are no pair, or the numbers aren't theirs.
+        """
+        A, B = tensors["lora_A"], tensors["lora_B"]
+        if min(A.ndim, B.ndim) < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1]:
+            raise StateDictError(f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair")
+        delta = cls(1, 1, 1, device="meta")  # draws nothing
+        delta.rank = B.shape[-1]
+        delta.lora_A, delta.lora_B = (
+            each if isinstance(each, nn.Parameter) else nn.Parameter(each.detach())
+            for each in (A, B)
+        )
+        delta.numbers = dict(numbers)
+        return delta
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Rank, alpha and dropout."""
+        return {"rank": self.rank, "alpha": self._alpha, "dropout": self.dropout}
+
+    @numbers.setter
+    def numbers(self, numbers: Mapping[str, Any]) -> None:
+        if type(numbers["rank"]) is not int or numbers["rank"] != self.rank:
+            raise StateDictError(f"its rank must be {self.rank}, got {numbers['rank']!r:.40}")
+        dropout, alpha = check_dropout(numbers["dropout"]), check_alpha(numbers["alpha"], self.rank)
+        self.dropout, self.alpha = dropout, alpha
+
+    @property
+    def alpha(self) -> float:
+        """The numerator of the scale."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._alpha = check_alpha(alpha, self.rank)
+        Delta.switched = object()
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self._alpha / self.rank
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.alpha = check_alpha(scale, 1, "scale") * self.rank
+
+    def _draw(self, init: Init, generator: torch.Generator | None) -> None:
+        device = self.lora_A.device if generator is None else generator.device
+        # torch reads fan_in off a matrix, so a stack is drawn as the tall matrix of its slices.
+        tall = torch.empty_like(self.lora_A, device=device).flatten(0, -2)
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(tall, a=math.sqrt(5), generator=generator)
+        else:
+            nn.init.normal_(tall, std=1 / self.rank, generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(tall.view_as(self.lora_A))
+
+    def misfit(self, shape: Shape, view: Shape) -> str | None:
+        """Say why the factors can't be those of a weight of this matrix view."""
+        if len(view) < 2:
+            return f"a pair needs a matrix, and the weight is {shape}"
+        *batch, fan_out, fan_in = view
+        got = tuple(self.lora_A.shape), tuple(self.lora_B.shape)
+        wanted = (*batch, self.rank, fan_in), (*batch, fan_out, self.rank)
+        return None if got == wanted else f"its factors are {got}, should be {wanted}"
+
+    def value(self, weight: Tensor) -> Tensor:
+        """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to the weight's.
+
+        In bfloat16 that rounding loses what is smaller than about 1/256 of the weight's entry.
+        """
+        if self.dropout and self.training and torch.is_grad_enabled():
+            warnings.warn(
+                f"adapter {self.adapter!r} has dropout, which needs its layer's input; what reads "
+                "the weight without calling the layer gets the update without dropout",
+                stacklevel=2,
+            )
+        dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
+        update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+        return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
+
+    def act(self, y: Tensor, x: Tensor, run: Run, others: Sequence[LoRAParametrization]) -> Tensor:  # type: ignore[override]
+        """Add `((x A^T) B^T) * scale` to a layer's output, without ever forming `B @ A`.
+
+        Args:
+            y: The layer's output so far, which may be changed in place where the run allows it.
+            x: Its input.
+            run: The layer, at work on that input.
+            others: Pairs that act directly behind this one; all whose input is the same are one
+                product, of their concatenated factors.
+
+        Returns:
+            The output with this update and the others'.
+        """
+        if not others and not (self.dropout and self.training):
+            A, B = run.factors(self.lora_A, self.lora_B)
+            return run.up(y, run.down(x, A), B, self.scale)
+        same = []
+        for each in (self, *others):
+            if each.dropout and each.training:
+                A, B = run.factors(each.lora_A, each.lora_B)
+                y = run.up(y, run.down(F.dropout(x, each.dropout), A), B, each.scale)
+            else:
+                same.append(each)
+        if not same:
+            return y
+        A, B = run.factors(
+            torch.cat([each.lora_A for each in same]),  # [sum of ranks, fan_in]
+            torch.cat([each.lora_B * each.scale for each in same], 1),  # [fan_out, sum of ranks]
+        )
+        return run.up(y, run.down(x, A), B, 1.0)
+
+    def lowered(self, rank: int) -> LoRAParametrization:
+        """Return the same update, within rounding, as a pair whose rank is the smaller side."""
+        tall = self.lora_B.shape[-2] > self.lora_A.shape[-1]
+        product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
+        eye = torch.eye(rank, dtype=product.dtype, device=product.device)
+        eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
+        A, B = (eye, product) if tall else (product, eye)
+        numbers = {"rank": rank, "alpha": self.scale * rank, "dropout": self.dropout}
+        return self.restore({"lora_A": A, "lora_B": B}, numbers)
+
+    def block(self, start: int, stop: int) -> LoRAParametrization:
+        """Return the update of some of the weight's rows, of a stack that of some of its slices."""
+        A, B = self.lora_A, self.lora_B[start:stop]
+        A = A[start:stop] if A.ndim > 2 else A
+        return self.restore({"lora_A": A, "lora_B": B}, self.numbers)
+
+    def singular_values(self, shape: Shape) -> Tensor:
+        """Return the update's singular values, `[*batch, rank]`, without forming it."""
+        A, B = (torch.linalg.qr(each.detach().double())[1] for each in (self.lora_A.mT, self.lora_B))
+        return torch.linalg.svdvals(B @ A.mT) * abs(self.scale)
+
+    def extra_repr(self) -> str:
+        """Name, rank, scale and state, for `print(model)`."""
+        state = "enabled" if self.enabled else "disabled"
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        return f"{self.adapter!r}, rank={self.rank}, alpha={self.alpha:g}{dropout}, {state}"
+
+
+def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
+    """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
+    limit = min(fan_out, fan_in)
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+    if not whole or not 1 <= int(cast(Any, rank)) <= limit:
+        too_high = whole and int(cast(Any, rank)) > limit
+        fix = "lower the rank" if too_high else "give an integer from 1 up"
+        raise LoRAError(
+            f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit}, got {rank!r}; "
+            f"{fix}"
+        )
+    return int(cast(Any, rank))
+
+
+def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
+    """Return `alpha` as a finite float, `rank` for `None`, or raise."""
+    if alpha is None and name == "alpha":
+        return float(rank)
+    try:
+        value = float(cast(Any, alpha)) if isinstance(alpha, Real) else math.nan
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value) or isinstance(alpha, bool):
+        default = ", or None for the rank" if name == "alpha" else ""
+        raise LoRAError(
+            f"{name} must be a finite number{default}, got {alpha!r:.40}; give a number"
+        )
+    return value
+
+
+def check_dropout(dropout: object) -> float:
+    """Return `dropout` as a float, or raise."""
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+        raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
+    return float(dropout)

@@ -1,0 +1,178 @@
+"""What a delta is: one adapter's change of one weight, a map from weight to weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, LoRAError, StateDictError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that weights and a delta's tensors can have."""
+
+Shape = tuple[int, ...]
+SomeDelta = TypeVar("SomeDelta", bound="Delta")
+
+
+class Run(Protocol):
+    """A layer at work on one input: all that a delta knows of it in activation space."""
+
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn a stored weight's factors to the one that meets the input and the other."""
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Run the layer on `x` with `A` for its weight, and without a bias."""
+
+    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Mix the channels of `low` by `B` and add them to `y`, times `scale`."""
+
+
+class Delta(nn.Module):
+    """What one adapter does to one weight, as a parametrization of torch's.
+
+    A kind is a subclass in a file of its own and a row in `KINDS`. It says what the weight becomes
+    (`value`) and, where that can be had without forming the weight, how the layer's output changes
+    (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state.
+
+    Args:
+        adapter: The adapter's name, by which `enable_lora` and the like find it.
+
+    Attributes:
+        adapter: The adapter's name.
+        enabled: While `False`, the weight passes through untouched, as the same object.
+        rows: The rows of the weight that change, all of them for `None`.
+
+    Raises:
+        AdapterError: `adapter` is no usable name.
+    """
+
+    kind: ClassVar[str]
+    least_dimensions: ClassVar[int] = 1
+    act: ClassVar[Any] = None
+    """`act(y, x, run, others)`, see `LoRAParametrization.act`; `None` where there is none."""
+
+    switched: ClassVar[object] = object()
+    """Another object after every change of a switch: what was planned before holds no more."""
+
+    adapter: str
+    rows: slice | None
+    _enabled: bool
+
+    def __init__(self, adapter: str = "default") -> None:
+        super().__init__()
+        check_adapter(adapter)
+        self.adapter, self.rows, self._enabled = adapter, None, True
+
+    @classmethod
+    def make(cls: type[SomeDelta], weight: Tensor, view: Shape, **options: Any) -> SomeDelta:
+        """Build a fresh delta, which changes nothing yet, for a weight of this matrix view."""
+        raise NotImplementedError
+
+    @classmethod
+    def restore(
+        cls: type[SomeDelta], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    ) -> SomeDelta:
+        """Build the delta that has these tensors and numbers; the inverse of reading both off."""
+        raise NotImplementedError
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """All that decides its value beside its tensors, for JSON."""
+        return {}
+
+    @numbers.setter
+    def numbers(self, numbers: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def misfit(self, shape: Shape, view: Shape) -> str | None:
+        """Say why it can't be a weight's of this shape and matrix view; `None` if it can."""
+        raise NotImplementedError
+
+    def value(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, in the weight's shape and dtype."""
+        raise NotImplementedError
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it acts."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        Delta.switched = object()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
+        if not self._enabled:
+            return weight
+        if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
+            with torch.autocast(weight.device.type, enabled=False):
+                return self._of_rows(weight)
+        return self._of_rows(weight)
+
+    def _of_rows(self, weight: Tensor) -> Tensor:
+        if self.rows is None:
+            return self.value(weight)
+        start, stop, _ = self.rows.indices(len(weight))
+        return torch.cat([weight[:start], self.value(weight[start:stop]), weight[stop:]])
+
+    def get_extra_state(self) -> Tensor:
+        """Return kind and numbers as a tensor, which every way to keep a state dict can hold."""
+        said: dict[str, Any] = {"kind": self.kind, **self.numbers}
+        if self.rows is not None:
+            said["rows"] = [self.rows.start, self.rows.stop]
+        return torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: object) -> None:
+        """Take over the numbers of a delta of the same kind, or raise a `StateDictError`."""
+        self.numbers = self.checked_numbers(state)
+
+    def checked_numbers(self, state: object) -> dict[str, Any]:
+        """Return the numbers in what `get_extra_state` gave, or raise a `StateDictError`."""
+        said = spec_of(state)
+        rows = None if self.rows is None else [self.rows.start, self.rows.stop]
+        for what, own in (("kind", self.kind), ("rows", rows)):
+            if (theirs := said.pop(what, None)) != own:
+                raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
+        if said.keys() != self.numbers.keys():
+            raise StateDictError(f"a {self.kind} delta has {list(self.numbers)}, got {list(said)}")
+        return said
+
+
+def spec_of(state: object) -> dict[str, Any]:
+    """Return the kind and numbers that a tensor of `get_extra_state` holds.
+
+    Raises:
+        StateDictError: It holds none.
+    """
+    try:
+        said = json.loads(bytes(state.cpu().tolist()))  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or not isinstance(said.get("kind"), str):
+        raise StateDictError(f"must hold a delta's kind and numbers, got {type(state).__name__}")
+    return said
+
+
+def check_adapter(adapter: object) -> None:
+    """Raise unless `adapter` can be an adapter's name."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise AdapterError(
+            f"an adapter's name must be a non-empty string without dots, got {adapter!r}"
+        )
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise unless `dtype` is one that a delta's tensors can be trained in."""
+    if dtype not in FLOATS:
+        raise LoRAError(f"an adapter's dtype must be one of {show_dtypes(*FLOATS)}, got {dtype}")
+
+
+def show_dtypes(*dtypes: torch.dtype) -> str:
+    """Return the dtypes' names without `torch.`, comma-separated."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
