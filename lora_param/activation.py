@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .chains import chains_of, originals_of, record_of, run_through, type_before
+from .chains import chains_of, originals_of, run_through, type_before
 from .deltas.protocol import Delta
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
+from .ops import is_traced
 
 Runs = tuple[tuple[Delta, ...], ...]
 """Deltas in the order in which they act, neighbours of one kind together."""
@@ -42,10 +43,14 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         usual = len(args) + len(kwargs) == 1 and (suits is None or suits(self))
         dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
         patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
-        if not usual or not dense or patched or not (found := _acting(self, layer)):
+        if not usual or not dense or patched:
+            return base.forward(self, *args, **kwargs)
+        traced = is_traced()
+        if not (found := _acting(self, layer, traced)):
             return base.forward(self, *args, **kwargs)
         weight, acting = found
-        at_work = run(self, x, layer.transposed)  # type: ignore[misc]
+        in_place = not (traced or torch._C._are_functorch_transforms_active())
+        at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
         y = at_work.base(weight)
         for first, *others in acting:
             y = first.act(y, at_work.x, at_work, others)
@@ -67,12 +72,19 @@ def acts(module: nn.Module, name: str) -> bool:
     return not hooked and _parted(entries, chain, layer) is not None
 
 
-def _acting(module: nn.Module, layer: Layer) -> tuple[Tensor, Runs] | None:
+def _acting(module: nn.Module, layer: Layer, traced: bool) -> tuple[Tensor, Runs] | None:
     """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
     chain: Any = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
     if chain is None:
         return None
-    plan = _plan(module, chain, layer)
+    entries = tuple(chain._modules.values())
+    record = module.__dict__.get("_lora")
+    # A trace depends on nothing that was found out before it, and leaves nothing behind.
+    plan: Plan | None = None if traced or not record else record.plan
+    if not plan or plan.switched is not Delta.switched or plan.entries != entries:
+        plan = _found_out(entries, chain, layer)
+        if record and not traced:
+            record.plan = plan
     if not plan.acting or chain._forward_hooks or chain._forward_pre_hooks:
         return None
     for run in plan.acting:
@@ -85,18 +97,6 @@ def _acting(module: nn.Module, layer: Layer) -> tuple[Tensor, Runs] | None:
         if any(_misfits(delta, weight, layer) for run in plan.acting for delta in run):
             return None
     return weight, plan.acting
-
-
-def _plan(module: nn.Module, chain: Any, layer: Layer) -> Plan:
-    """Return how a weight is computed now: as last found out, unless something has changed."""
-    entries = tuple(chain._modules.values())
-    if torch.compiler.is_compiling():  # which holds a graph against what it has read
-        return _found_out(entries, chain, layer)
-    record = record_of(module)
-    plan: Plan | None = record.plan
-    if plan is None or plan.switched is not Delta.switched or plan.entries != entries:
-        plan = record.plan = _found_out(entries, chain, layer)
-    return plan
 
 
 def _found_out(entries: tuple[nn.Module, ...], chain: Any, layer: Layer) -> Plan:

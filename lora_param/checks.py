@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
-from .weight import Walk, Weight, merged_for_now
+from .weight import Walk, Weight, memory_of, merged_for_now
 
 FIXED = {
     "DistributedDataParallel": "it synchronises the parameters it was given; register before "
@@ -70,16 +69,23 @@ def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]
 def check_weights(weights: Sequence[Weight], adapter: str) -> None:
     """Raise for the first weight that can't be adapted, naming the rule and the fix."""
     for weight in weights:
-        tensor = weight.original
+        tensor, chain = weight.original, weight.chain
         for rule in RULES:
-            if reason := rule(weight, tensor):
+            if reason := rule(weight, tensor, chain):
                 raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
-        for delta in weight.deltas:
-            if delta.adapter == adapter:
+        for entry in chain:
+            if isinstance(entry, Delta) and entry.adapter == adapter and _overlap(weight, entry):
                 raise AdapterError(
                     f'{weight.name}: there is an adapter "{adapter}" on this weight already; '
                     "choose another name, or remove that one first"
                 )
+
+
+def _overlap(weight: Weight, delta: Delta) -> bool:
+    """Say whether a delta changes some of a weight's rows."""
+    if weight.rows is None or delta.rows is None:
+        return True
+    return bool(weight.rows.start < delta.rows.stop and delta.rows.start < weight.rows.stop)
 
 
 def check_droppable(weights: Sequence[Weight]) -> None:
@@ -93,21 +99,14 @@ def check_droppable(weights: Sequence[Weight]) -> None:
             )
 
 
-def memory_of(tensor: Tensor | None) -> int:
-    """Identify a Parameter by where its bytes begin, if it has bytes of its own."""
-    if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
-        return tensor.data_ptr() or id(tensor)
-    return id(tensor)
-
-
 def partners(walk: Walk, weights: Sequence[Weight]) -> list[list[Weight]]:
     """List for each weight the others that are the same Parameter."""
-    places: defaultdict[int, list[Weight]] = defaultdict(list)
-    for weight in walk.tensors():
-        places[memory_of(weight.original)].append(weight)
+    if not walk.shared:
+        return [[] for _ in weights]
+    same = [walk.shared.get(memory_of(weight.original), []) for weight in weights]
     return [
-        [other for other in places[memory_of(weight.original)] if other.name != weight.name]
-        for weight in weights
+        [other for other in others if other.name != weight.name]
+        for weight, others in zip(weights, same, strict=True)
     ]
 
 
@@ -138,7 +137,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
     return left
 
 
-def _name_taken(weight: Weight, tensor: Tensor | None) -> str | None:
+def _name_taken(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
     own = weight.module._modules | weight.module._parameters | weight.module._buffers
     if "parametrizations" in own and not chains_of(weight.module):
         return (
@@ -147,7 +146,9 @@ def _name_taken(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
-def _made_in_inference_mode(weight: Weight, tensor: Tensor | None) -> str | None:
+def _made_in_inference_mode(
+    weight: Weight, tensor: Tensor | None, chain: list[nn.Module]
+) -> str | None:
     if tensor is not None and tensor.is_inference():
         return (
             "it was made in torch.inference_mode and can never be trained; build the model outside"
@@ -155,7 +156,7 @@ def _made_in_inference_mode(weight: Weight, tensor: Tensor | None) -> str | None
     return None
 
 
-def _normed_by_hook(weight: Weight, tensor: Tensor | None) -> str | None:
+def _normed_by_hook(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
     for hook in weight.module._forward_pre_hooks.values():
         kind = type(hook)
         if not kind.__module__.startswith("torch.nn.utils."):
@@ -170,40 +171,40 @@ def _normed_by_hook(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
-def _not_there(weight: Weight, tensor: Tensor | None) -> str | None:
-    if weight.chain or tensor is not None:
+def _not_there(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
+    if chain or tensor is not None:
         return None
     if weight.tensor in weight.module._parameters:
         return "it is None; give the module a Parameter"
     return "it is no Parameter of its module; make it one"
 
 
-def _lazy(weight: Weight, tensor: Tensor | None) -> str | None:
+def _lazy(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
     if tensor is not None and is_lazy(tensor):
         return "it is lazy and has no shape yet; run one forward first"
     return None
 
 
-def _not_floating(weight: Weight, tensor: Tensor | None) -> str | None:
+def _not_floating(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
     if tensor is not None and tensor.dtype not in FLOATS:
         allowed, got = show_dtypes(*FLOATS), show_dtypes(tensor.dtype)
         return f"its dtype must be one of {allowed}, got {got}; convert it"
     return None
 
 
-def _not_dense(weight: Weight, tensor: Tensor | None) -> str | None:
+def _not_dense(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
     if tensor is not None and tensor.layout is not torch.strided:
         return f"its layout must be strided, got {tensor.layout}; make it dense"
     return None
 
 
-def _distributed(weight: Weight, tensor: Tensor | None) -> str | None:
-    if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
+def _distributed(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
+    if "DTensor" in [base.__name__ for base in type(tensor).__mro__]:
         return "it is a DTensor, already sharded; adapt the model before sharding it"
     return None
 
 
-def _no_sum(weight: Weight, tensor: Tensor | None) -> str | None:
+def _no_sum(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
     if tensor is None or type(tensor) in (Tensor, nn.Parameter):
         return None
     try:
@@ -214,8 +215,8 @@ def _no_sum(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
-def _unreadable(weight: Weight, tensor: Tensor | None) -> str | None:
-    if chain := weight.chain:
+def _unreadable(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
+    if chain:
         try:
             _ = weight.like
         except Exception as error:
@@ -224,11 +225,11 @@ def _unreadable(weight: Weight, tensor: Tensor | None) -> str | None:
     return None
 
 
-def _layer_rule(weight: Weight, tensor: Tensor | None) -> str | None:
+def _layer_rule(weight: Weight, tensor: Tensor | None, chain: list[nn.Module]) -> str | None:
     return weight.layer.refusal(weight.module)
 
 
-RULES: tuple[Callable[[Weight, Tensor | None], str | None], ...] = (
+RULES: tuple[Callable[[Weight, Tensor | None, list[nn.Module]], str | None], ...] = (
     _name_taken,
     _normed_by_hook,
     _not_there,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FrozenError, LoRAError
-from .undo import change, set_flag
+from .undo import keep_entries, set_flags
 from .weight import Walk, Weight, walk
 
 FROZEN = "_lora_frozen"
@@ -24,12 +25,14 @@ def freeze(walk: Walk, undo: ExitStack) -> None:
 
     The gradient is cleared because an optimizer built earlier would still apply it.
     """
-    for weight in walk.tensors():
-        own, tensor = weight.module.__dict__, weight.original
-        if tensor is not None and (tensor.requires_grad or tensor.grad is not None):
-            if tensor.requires_grad:
-                change(undo, own, FROZEN, (*own.get(FROZEN, ()), weight.tensor))
-            set_flag(undo, tensor, False)
+    flagged: defaultdict[nn.Module, list[str]] = defaultdict(list)
+    for weight, tensor in walk.parameters:
+        if tensor.requires_grad:
+            flagged[weight.module].append(weight.tensor)
+    for module, names in flagged.items():
+        keep_entries(undo, (module.__dict__, [FROZEN]))
+        module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *names)
+    set_flags(undo, [tensor for _, tensor in walk.parameters], False)
 
 
 def is_frozen(walk: Walk) -> bool:
@@ -40,11 +43,12 @@ def is_frozen(walk: Walk) -> bool:
 def thaw(walk: Walk, undo: ExitStack) -> None:
     """Give every parameter that `freeze` froze its flag back."""
     for path, module in walk.owners:
-        for name in module.__dict__.get(FROZEN, ()):
-            if (tensor := Weight(path, module, name).original) is not None:
-                set_flag(undo, tensor, True)
         if FROZEN in module.__dict__:
-            change(undo, module.__dict__, FROZEN)
+            weights = [Weight(path, module, name) for name in module.__dict__[FROZEN]]
+            keep_entries(undo, (module.__dict__, [FROZEN]))
+            del module.__dict__[FROZEN]
+            originals = [weight.original for weight in weights]
+            set_flags(undo, [tensor for tensor in originals if tensor is not None], True)
 
 
 def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
@@ -150,8 +154,9 @@ def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
 
 
 def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
-    found = walk(model, "a call about the base").tensors(buffers=buffers)
-    return {each.name: each.original for each in found if each.original is not None}
+    found = walk(model, "a call about the base")
+    tensors: list[tuple[Weight, Any]] = [*found.parameters, *(found.buffers if buffers else ())]
+    return {weight.name: tensor for weight, tensor in tensors}
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:

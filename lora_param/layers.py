@@ -1,5 +1,6 @@
 """The layer table: which tensors of a layer multiply activations, how they read as matrices, and
-how the layer runs on them."""
+how the layer runs on them.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +80,8 @@ class Layer:
         tensors: Globs over the names of the module's own tensors, or a child's tensor by path.
         view: From a weight's shape to the shape of its matrix view.
         transposed: Whether its weight is stored `(in, out)`, so that `lora_B` meets the input.
-        run: `(module, x, transposed)` to the layer at work on `x`, in activation space; `None`
-            where it stays in weight space.
+        run: `(module, x, transposed, in_place)` to the layer at work on `x`, in activation space,
+            whose result may be changed in place or not; `None` where it stays in weight space.
         suits: Whether `run` is right for one module of the type; `None` where it always is.
         drops: Whether dropout can act on its input.
         default: Whether `target=None` adapts it.
@@ -93,7 +94,7 @@ class Layer:
     tensors: tuple[str, ...] = ("weight",)
     view: Callable[[Shape], Shape] = rows_by_rest
     transposed: bool = False
-    run: Callable[[Any, Any, bool], Any] | None = None
+    run: Callable[[Any, Any, bool, bool], Any] | None = None
     suits: Callable[[Any], bool] | None = None
     drops: bool = True
     default: bool = True
@@ -143,12 +144,12 @@ UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
 """Any other module: each of its tensors of two or more dimensions, where the caller names it."""
 
 
-def layer_of(cls: type[nn.Module]) -> Layer:
+@functools.lru_cache(maxsize=1024)
+def layer_of(cls: Any) -> Layer:
     """Return the table's row for a type of module; a subclass has its base's row."""
     return _row_and_type(cls)[0]
 
 
-@functools.lru_cache(maxsize=1024)
 def _row_and_type(cls: type) -> tuple[Layer, type]:
     for base in cls.__mro__:
         for layer in TABLE:
@@ -178,10 +179,10 @@ def listed_tensors(layer: Layer, present: list[str]) -> list[str]:
 
     A row that finds nothing gives its first name, for the caller to say why it can't be adapted.
     """
-    found = [
-        name
-        for glob in layer.tensors
-        for name in ([glob] if "." in glob else present)
-        if fnmatch.fnmatchcase(name, glob)
-    ]
+    found = []
+    for glob in layer.tensors:
+        if "." in glob or glob in present:
+            found.append(glob)
+        elif "*" in glob or "[" in glob:
+            found += [name for name in present if fnmatch.fnmatchcase(name, glob)]
     return found if found and found[0] in present else [*layer.tensors[:1], *found]

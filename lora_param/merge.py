@@ -127,7 +127,7 @@ def _put_merged(weight: Weight, value: Tensor, undo: ExitStack) -> None:
     undo.callback(follow)
     undo.callback(merged_for_now.discard, module)
     merged_for_now.add(module)
-    weight.make_plain(nn.Parameter(value, requires_grad=False), module._parameters, undo)
+    weight.make_plain(nn.Parameter(value, requires_grad=False), undo)
 
 
 def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:

@@ -34,11 +34,11 @@ class _Run:
 class LinearRun(_Run):
     """`Linear`, from `[..., in]` to `[..., out]`; also with its weight stored `(in, out)`."""
 
-    def __init__(self, module: Any, x: Tensor, transposed: bool) -> None:
-        self.transposed, self.bias, self.shape = transposed, module.bias, x.shape
+    def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
+        self.transposed, self.in_place = transposed, in_place
+        self.bias, self.shape = module.bias, x.shape
         # As torch does it, which otherwise wouldn't give a fresh delta's output the base's bits.
         self.x = x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x  # [tokens, in]
-        self.in_place = can_change_in_place()
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[tokens, out]`."""
@@ -60,13 +60,13 @@ class LinearRun(_Run):
 class ConvolutionRun(_Run):
     """An ungrouped `Conv1d/2d/3d`: `rank` channels by the same convolution, then a product."""
 
-    def __init__(self, module: Any, x: Tensor, transposed: bool) -> None:
-        self.module, self.padding, self.transposed = module, module.padding, transposed
+    def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
+        self.transposed, self.in_place = transposed, in_place
+        self.module, self.padding = module, module.padding
         if module.padding_mode != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode)
             self.padding = 0
         self.x = x  # [batch, in, *sizes], or without a batch
-        self.in_place = can_change_in_place()
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[batch, out, *sizes]`."""
@@ -106,10 +106,10 @@ class ConvolutionRun(_Run):
 class EmbeddingRun(_Run):
     """`Embedding`, from `[...]` to `[..., width]`; the padding row gets no gradient."""
 
-    def __init__(self, module: Any, x: Tensor, transposed: bool) -> None:
-        self.shape, self.pad, self.transposed = x.shape, module.padding_idx, transposed
+    def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
+        self.transposed, self.in_place = transposed, in_place
+        self.shape, self.pad = x.shape, module.padding_idx
         self.x = x.reshape(-1)  # [lookups]
-        self.in_place = can_change_in_place()
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[lookups, width]`."""
@@ -160,7 +160,6 @@ def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     return result
 
 
-def can_change_in_place() -> bool:
-    """Say whether a result may be changed: not if it might be traced, or batched otherwise."""
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-    return not (traced or torch._C._are_functorch_transforms_active())
+def is_traced() -> bool:
+    """Say whether a compiler or `torch.jit.trace` is watching."""
+    return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state())

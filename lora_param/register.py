@@ -26,7 +26,7 @@ from .frozen import freeze as freeze_base
 from .frozen import is_frozen, thaw
 from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
-from .weight import Walk, Weight, walk
+from .weight import Walk, Weight, view_of, walk
 
 
 def register_lora(
@@ -99,55 +99,57 @@ def register_lora(
     found = walk(model, "register_lora")
     check_model(found, "register_lora")
     check_adapter(adapter)
-    given = {"dropout": dropout, "init": init, "generator": generator, "dtype": dtype}
-    cls = _kind(kind, {"rank": rank, "alpha": alpha, **given})
+    options = {"dropout": dropout, "init": init, "generator": generator, "dtype": dtype}
+    cls, taken = _kind(kind, {"rank": rank, "alpha": alpha, **options})
     weights = resolve(found, target, exclude, cls.least_dimensions)
     check_weights(weights, adapter)
     if target is None:
         weights = without_tied(found, weights)
-    ranks, alphas = (
-        number_for_each("rank", rank, weights),
-        number_for_each("alpha", alpha, weights),
-    )
     if check_dropout(dropout):
         check_droppable(weights)
+    ranks = number_for_each("rank", rank, weights)
+    alphas = number_for_each("alpha", alpha, weights)
     pairs = []
     for weight, r, a in zip(weights, ranks, alphas, strict=True):
-        options = {"rank": r, "alpha": a, "adapter": adapter, **given}
+        given = {"rank": r, "alpha": a, **options}
+        own = {name: given[name] for name in taken}
+        like = weight.like
         try:
-            delta = cls.make(weight.like, weight.view, **_taken(cls, options))
+            delta = cls.make(like, view_of(weight.layer, like), adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error} or exclude this weight") from None
         pairs.append((weight, delta))
-    install(found, pairs, freeze)
-    return [weight.name for weight in weights]
+    return install(found, pairs, freeze)
 
 
-def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> None:
-    """Attach deltas to weights that `check_weights` has passed: all of them or none."""
+def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
+    """Attach deltas to weights that `check_weights` has passed: all of them or none.
+
+    Returns:
+        The weights' names.
+
+    Raises:
+        TargetError: A weight's Parameter is another module's too.
+    """
     check_unshared(walk, [weight for weight, _ in pairs], "an adapter here would not act there")
     with all_or_nothing() as undo:
         if freeze:
             freeze_base(walk, undo)
         for weight, delta in pairs:
             weight.attach(delta, undo)
+        return [weight.name for weight, _ in pairs]
 
 
-def _kind(kind: object, options: Mapping[str, Any]) -> type[Delta]:
-    """Return the kind of that name, which takes all options that aren't as by default."""
+def _kind(kind: object, options: Mapping[str, Any]) -> tuple[type[Delta], list[str]]:
+    """Return the kind of that name, and which options it takes; others must be as by default."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise LoRAError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
     defaults = inspect.signature(register_lora).parameters
-    taken = _taken(KINDS[kind], options)
+    known = inspect.signature(KINDS[kind].make).parameters
     for name, value in options.items():
-        if name not in taken and value != defaults[name].default:
+        if name not in known and value != defaults[name].default:
             raise LoRAError(f"a {kind} delta takes no {name}, got {value!r:.60}; leave it out")
-    return KINDS[kind]
-
-
-def _taken(cls: type[Delta], options: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(cls.make).parameters
-    return {name: value for name, value in options.items() if name in parameters}
+    return KINDS[kind], [name for name in options if name in known]
 
 
 def enable_lora(model: nn.Module, adapter: str | None = None) -> None:

@@ -14,7 +14,7 @@ from .checks import check_structure, deltas_called
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
 from .undo import all_or_nothing, copy_into
-from .weight import Walk, Weight, tensor_names, walk
+from .weight import tensor_names, walk
 
 NUMBERS = "_extra_state"
 """What torch calls the part of a state dict that holds no parameter: a delta's kind and numbers."""
@@ -146,7 +146,9 @@ def load_deltas(
     Raises:
         StateDictError: Lists all that doesn't fit; nothing was loaded.
     """
-    parameters, numbers, complaints = {}, {}, []
+    parameters: dict[str, nn.Parameter] = {}
+    numbers: dict[Delta, dict[str, Any]] = {}
+    complaints: list[str] = []
     known = {f"{prefix}{NUMBERS}": delta for prefix, delta in deltas.items()}
     for prefix, delta in deltas.items():
         parameters |= {prefix + name: each for name, each in delta.named_parameters()}

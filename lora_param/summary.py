@@ -10,6 +10,9 @@ from .activation import acts
 from .checks import deltas_called
 from .weight import Weight, walk
 
+NUMERIC = ("rank", "alpha", "parameters")
+"""Columns that are aligned to the right."""
+
 
 @dataclass(frozen=True)
 class AdapterSummary:
@@ -77,10 +80,10 @@ class LoRASummary:
 
     def __str__(self) -> str:
         """Return the table: a header, a line per weight, the totals."""
-        header = tuple("weight shape space adapter kind rank alpha state parameters".split())
+        header = ("weight", "shape", "space", "adapter", "kind", *NUMERIC[:2], "state", NUMERIC[2])
         rows = [header, *(_row(weight) for weight in self.weights)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        numeric = (False, False, False, False, False, True, True, False, True)
+        numeric = [title in NUMERIC for title in header]
         lines = [
             "  ".join(
                 cell.rjust(width) if right else cell.ljust(width)
@@ -134,7 +137,7 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         summary = AdapterSummary(delta.adapter, rank, alpha, size, delta.enabled, delta.kind)
         weights.setdefault(weight.name, weight)
         adapters.setdefault(weight.name, []).append(summary)
-    base = {id(each.original): each.original.numel() for each in found.tensors() if each.original is not None}
+    base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
     return LoRASummary(
         weights=tuple(
             WeightSummary(

@@ -5,12 +5,12 @@ An undo is a `contextlib.ExitStack`: what raises runs it backwards, what succeed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 GONE: Any = object()
 """The value of an entry that isn't there."""
@@ -24,63 +24,41 @@ def all_or_nothing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
-def change(undo: ExitStack, table: dict[str, Any], key: str, value: Any = GONE) -> None:
-    """Set one entry of a table, or take it out; undone, it and the table's order are as before."""
-    undo.callback(_put_back, table, key, table.get(key, GONE), tuple(table))
-    if value is GONE:
-        table.pop(key, None)
-    else:
-        table[key] = value
+def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Iterable[str]]) -> None:
+    """Note tables' entries of some names, there or not, and the tables' order: they may change."""
+    kept = []
+    for table, names in places:
+        entries = {}
+        for name in names:
+            entries[name] = table.get(name, GONE)
+        kept.append((table, entries, tuple(table)))
+    undo.callback(_put_back, kept)
 
 
-def _put_back(table: dict[str, Any], key: str, value: Any, order: Sequence[str]) -> None:
-    if value is GONE:
-        table.pop(key, None)
-    else:
-        table[key] = value
-    _fill(table, in_order(table, order))
-
-
-def reorder(undo: ExitStack, table: dict[str, Any], order: Sequence[str]) -> None:
-    """Bring a table's entries into an order."""
-    before = tuple(table)
-    undo.callback(lambda: _fill(table, in_order(table, before)))
-    _fill(table, in_order(table, order))
+def _put_back(kept: Iterable[tuple[dict[str, Any], dict[str, Any], Sequence[str]]]) -> None:
+    for table, entries, order in kept:
+        content = in_order({**table, **entries}, order)
+        table.clear()
+        table.update({name: each for name, each in content.items() if each is not GONE})
 
 
 def in_order(table: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
     """Return a table's entries in an order, with those that it doesn't name behind the others."""
-    names = [name for name in order if name in table]
-    return {name: table[name] for name in [*names, *(each for each in table if each not in names)]}
+    first = {name: table[name] for name in order if name in table}
+    return first | {name: table[name] for name in table if name not in first}
 
 
-def rewrite(undo: ExitStack, table: dict[str, Any], content: Mapping[str, Any]) -> None:
-    """Give a table another content."""
-    undo.callback(_fill, table, dict(table))
-    _fill(table, dict(content))
+def set_flags(undo: ExitStack, tensors: Sequence[Tensor], requires_grad: bool) -> None:
+    """Say whether tensors require gradients; those that they have are kept for the undo alone."""
+    undo.callback(_set_flags, [(each, each.requires_grad, each.grad) for each in tensors])
+    _set_flags([(each, requires_grad, each.grad if requires_grad else None) for each in tensors])
 
 
-def _fill(table: dict[str, Any], content: dict[str, Any]) -> None:
-    table.clear()
-    table.update(content)
-
-
-def set_class(undo: ExitStack, module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class, past a `__setattr__` of its own."""
-    undo.callback(object.__setattr__, module, "__class__", type(module))
-    object.__setattr__(module, "__class__", cls)
-
-
-def set_flag(undo: ExitStack, tensor: Tensor, requires_grad: bool) -> None:
-    """Say whether a tensor requires a gradient; one that it has is kept for the undo alone."""
-    undo.callback(_set_flag, tensor, tensor.requires_grad, tensor.grad)
-    _set_flag(tensor, requires_grad, tensor.grad if requires_grad else None)
-
-
-def _set_flag(tensor: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
-    if tensor.requires_grad != requires_grad:
-        tensor.requires_grad_(requires_grad)
-    tensor.grad = grad
+def _set_flags(states: Iterable[tuple[Tensor, bool, Tensor | None]]) -> None:
+    for tensor, requires_grad, grad in states:
+        if tensor.requires_grad != requires_grad:
+            tensor.requires_grad_(requires_grad)
+        tensor.grad = grad
 
 
 def set_data(undo: ExitStack, tensor: Tensor, value: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from .deltas.protocol import Delta, Shape
 from .errors import LoRAError
 from .install import parametrized_class, properties_of
 from .layers import UNLISTED, Layer, layer_of, listed_tensors
-from .undo import GONE, change, in_order, reorder, rewrite, set_class
+from .undo import in_order, keep_entries
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,14 @@ class Weight:
     @property
     def original(self) -> Tensor | None:
         """The tensor beneath any parametrization; `None` if it isn't one tensor."""
-        if (chain := chains_of(self.module).get(self.tensor)) is None:
-            found = self.module._parameters.get(self.tensor, self.module._buffers.get(self.tensor))
+        module, name = self.module, self.tensor
+        found: Tensor | None
+        if name in module._parameters:
+            found = module._parameters[name]
+        elif name in module._buffers:
+            found = module._buffers[name]
         else:
-            found = getattr(chain, "original", None)
+            found = getattr(chains_of(module).get(name), "original", None)
         return found if found is None or self.rows is None else found[self.rows]
 
     @property
@@ -86,101 +90,121 @@ class Weight:
     @property
     def like(self) -> Tensor:
         """A tensor of its shape, dtype and device; free where deltas are alone."""
-        if all(isinstance(entry, Delta) for entry in self.chain):
-            return cast("Tensor", self.original)
-        return self.value
+        for entry in self.chain:
+            if not isinstance(entry, Delta):
+                return self.value
+        return cast("Tensor", self.original)
 
     @property
     def view(self) -> Shape:
-        """The shape of its matrix view, `(*batch, fan_out, fan_in)`; of a vector its own."""
-        shape = tuple(self.like.shape)
-        return self.layer.view(shape) if len(shape) > 1 else shape
+        """The shape of its matrix view, `(*batch, fan_out, fan_in)`."""
+        return view_of(self.layer, self.like)
 
     def attach(self, delta: Delta, undo: ExitStack) -> None:
         """Append a delta to the tensor's chain; the original stays the same object."""
+        self._keep(undo)
         module, name, base = self.module, self.tensor, type_before(self.module)
         delta.rows = self.rows
         if "_lora" not in module.__dict__:
-            found = Record(type(module), tuple(module._parameters))
-            change(undo, module.__dict__, "_lora", found)
-        if (chain := chains_of(module).get(name)) is not None:
-            change(undo, chain._modules, str(len(chain)), delta.train(module.training))
-        else:
-            if "parametrizations" not in module._modules:
-                change(undo, module._modules, "parametrizations", nn.ModuleDict())
-            # Past ModuleDict's own check, which refuses a parameter called "keys" or "values".
-            chains = cast("nn.ModuleDict", module._modules["parametrizations"])._modules
-            original = module._parameters[name]
-            change(undo, chains, name, _new_chain(delta, original).train(module.training))
-            change(undo, module._parameters, name)
-        set_class(undo, module, parametrized_class(base, tuple(chains_of(module))))
+            module.__dict__["_lora"] = Record(type(module), tuple(module._parameters))
+        if "parametrizations" not in module._modules:
+            module._modules["parametrizations"] = nn.ModuleDict()
+        # Past ModuleDict's own check, which refuses a parameter called "keys" or "values".
+        chains: Any = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
+        if name not in chains:
+            chains[name] = _new_chain(module._parameters[name], module.training)
+        chains[name]._modules[str(len(chains[name]._modules))] = delta
+        if delta.training != module.training:
+            delta.train(module.training)
+        module._parameters.pop(name, None)
+        object.__setattr__(module, "__class__", parametrized_class(base, tuple(chains)))
 
     def detach(self, delta: Delta, undo: ExitStack) -> None:
         """Take a delta off the chain; without its last delta the module is as it was found."""
         chain = chains_of(self.module)[self.tensor]
-        remaining = [entry for entry in chain if entry is not delta]
-        if remaining:
-            entries = {str(index): entry for index, entry in enumerate(remaining)}
-            rewrite(undo, chain._modules, entries)
-            _restore_class(self.module, type_before(self.module), undo)
+        if remaining := [entry for entry in self.chain if entry is not delta]:
+            self._keep(undo)
+            chain._modules.clear()
+            chain._modules.update({str(index): entry for index, entry in enumerate(remaining)})
+            _settle(self.module, type_before(self.module))
         else:
-            is_parameter = isinstance(chain.original, nn.Parameter)
-            table = self.module._parameters if is_parameter else self.module._buffers
-            self.make_plain(chain.original, table, undo)
+            self.make_plain(chain.original, undo)
 
-    def make_plain(self, tensor: Tensor, table: dict[str, Any], undo: ExitStack) -> None:
-        """Put a tensor into its module's table in the place of the chain."""
+    def make_plain(self, tensor: Tensor, undo: ExitStack) -> None:
+        """Put a tensor into its module's tables in the place of the chain."""
+        self._keep(undo)
         module, base, order = self.module, type_before(self.module), record_of(self.module).order
-        change(undo, cast("dict[str, Any]", chains_of(module)), self.tensor)
-        _restore_class(module, base, undo)
-        change(undo, table, self.tensor, tensor)
+        table: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+        del chains_of(module)[self.tensor]
+        _settle(module, base)
+        table[self.tensor] = tensor
         if isinstance(module, nn.RNNBase):
-            for own in ("_flat_weights", "_flat_weight_refs"):
-                change(undo, module.__dict__, own, module.__dict__.get(own, GONE))
             module._init_flat_weights()  # its own list of its weights
-        reorder(undo, module._parameters, order)
+        for name in in_order(module._parameters, order):
+            module._parameters[name] = module._parameters.pop(name)
+
+    def _keep(self, undo: ExitStack) -> None:
+        """Push what brings the tensor's place in its module back: tables, record and class."""
+        module, holder = self.module, self.module._modules.get("parametrizations")
+        places: list[tuple[Any, list[str]]] = [
+            (module.__dict__, ["_lora", "_flat_weights", "_flat_weight_refs"]),
+            (module._parameters, [self.tensor]),
+            (module._buffers, [self.tensor]),
+            (module._modules, ["parametrizations"]),
+        ]
+        if holder is not None:
+            places.append((holder._modules, [self.tensor]))
+        if (chain := chains_of(module).get(self.tensor)) is not None:
+            places.append((chain._modules, [*chain._modules, str(len(chain._modules))]))
+        undo.callback(object.__setattr__, module, "__class__", type(module))
+        keep_entries(undo, *places)
 
 
-def _new_chain(delta: Delta, original: nn.Parameter | None) -> ParametrizationList:
-    # Built around a stand-in: torch's constructor calls set_() on the tensor that it is given,
-    # which would invalidate any graph that has saved the original.
-    stand_in = nn.Parameter(torch.empty(0), requires_grad=False)
-    chain = ParametrizationList([delta], stand_in, unsafe=True)
+def view_of(layer: Layer, tensor: Tensor) -> Shape:
+    """Return the shape of the matrix view of a layer's tensor; of a vector its own."""
+    shape = tuple(tensor.shape)
+    return layer.view(shape) if len(shape) > 1 else shape
+
+
+_TEMPLATE = ParametrizationList([nn.Identity()], nn.Parameter(torch.empty(0)), unsafe=True)
+
+
+def _new_chain(original: nn.Parameter | None, training: bool) -> ParametrizationList:
+    # Past torch's constructor, which calls set_() on the tensor that it is given and so would
+    # invalidate any graph that has saved the original.
+    chain = ParametrizationList.__new__(ParametrizationList)
+    nn.Module.__init__(chain)
+    chain.__dict__.update({**vars(_TEMPLATE), **vars(chain), "training": training})
     chain._parameters["original"] = original
     return chain
 
 
-def _restore_class(module: nn.Module, base: type[nn.Module], undo: ExitStack) -> None:
+def _settle(module: nn.Module, base: type[nn.Module]) -> None:
     """Give a module the class that suits the chains it has left."""
     chains, before = chains_of(module), record_of(module).type
     adapted = any(isinstance(entry, Delta) for each in chains.values() for entry in each)
+    cls = parametrized_class(base, tuple(chains)) if chains else base
+    if chains and not adapted and before and properties_of(before) == set(chains):
+        cls = before
     if not adapted:
-        change(undo, module.__dict__, "_lora")
+        module.__dict__.pop("_lora", None)
     if not chains:
-        change(undo, module._modules, "parametrizations")
-        set_class(undo, module, base)
-    elif not adapted and before and properties_of(before) == set(chains):
-        set_class(undo, module, before)
-    else:
-        set_class(undo, module, parametrized_class(base, tuple(chains)))
+        module._modules.pop("parametrizations", None)
+    object.__setattr__(module, "__class__", cls)
 
 
 @contextmanager
 def without_side_effects(chain: list[nn.Module]) -> Iterator[None]:
     """Evaluate a chain without a graph, without autocast, and without advancing its state."""
-    modules = [(each, each.training) for entry in chain for each in entry.modules()]
     devices = {tensor.device.type for entry in chain for tensor in entry.parameters()} - {"meta"}
     with ExitStack() as contexts:
         contexts.enter_context(torch.no_grad())
         for device in devices:
             contexts.enter_context(torch.autocast(device, enabled=False))
-        try:
-            for each, _ in modules:
-                each.training = False  # in training, spectral_norm advances its power iteration
-            yield
-        finally:
-            for each, training in modules:
-                each.training = training
+        for module in {inside: None for entry in chain for inside in entry.modules()}:
+            contexts.callback(module.__dict__.__setitem__, "training", module.training)
+            module.training = False  # in training, spectral_norm advances its power iteration
+        yield
 
 
 WRAPPERS = ("", "_orig_mod")
@@ -270,20 +294,58 @@ class Walk:
         return [
             (Weight(weight.path, weight.module, weight.tensor, delta.rows), delta)
             for weight in self.weights
-            for delta in (weight.deltas if chains_of(weight.module) else ())
+            for delta in (weight.deltas if "parametrizations" in weight.module._modules else ())
         ]
 
-    def tensors(self, *, buffers: bool = False) -> Iterator[Weight]:
-        """Yield the base's parameters, and its buffers, those of others' parametrizations too."""
-        for path, module in self.owners:
-            names = tensor_names(module) + ([*module._buffers] if buffers else [])
-            for name in names:
-                weight = Weight(path, module, name)
-                if isinstance(module, ParametrizationList) and name == "original":
-                    continue  # which goes by its owner's name
-                if buffers or isinstance(weight.original, nn.Parameter):
-                    if weight.original is not None:
-                        yield weight
+    @cached_property
+    def parameters(self) -> list[tuple[Weight, nn.Parameter]]:
+        """The base's parameters, those of others' parametrizations too."""
+        return [
+            (Weight(path, module, name), tensor)
+            for path, module in self.owners
+            for name, tensor in _own_tensors(module)
+            if isinstance(tensor, nn.Parameter)
+        ]
+
+    @cached_property
+    def shared(self) -> dict[int, list[Weight]]:
+        """The parameters that several modules hold, by where their memory begins."""
+        places: dict[int, list[Weight]] = {}
+        for weight, tensor in self.parameters:
+            places.setdefault(memory_of(tensor), []).append(weight)
+        return {memory: weights for memory, weights in places.items() if len(weights) > 1}
+
+    @property
+    def buffers(self) -> list[tuple[Weight, Tensor]]:
+        """The base's buffers, those of others' parametrizations too."""
+        return [
+            (Weight(path, module, name), tensor)
+            for path, module in self.owners
+            for name, tensor in [*_own_tensors(module), *_without_original(module, module._buffers)]
+            if tensor is not None and not isinstance(tensor, nn.Parameter)
+        ]
+
+
+def memory_of(tensor: Tensor | None) -> int:
+    """Identify a Parameter by where its bytes begin, if it has bytes of its own."""
+    if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
+        return tensor.data_ptr() or id(tensor)
+    return id(tensor)
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    """List a module's parameters, and what is at the start of its chains."""
+    if "parametrizations" not in module._modules:
+        return _without_original(module, module._parameters)
+    return [(name, Weight("", module, name).original) for name in tensor_names(module)]
+
+
+def _without_original(
+    module: nn.Module, table: Mapping[str, Tensor | None]
+) -> list[tuple[str, Tensor | None]]:
+    """List a table's tensors, but for a chain's one original, which goes by its owner's name."""
+    one = isinstance(module, ParametrizationList) and "original" in table
+    return [(name, tensor) for name, tensor in table.items() if not one or name != "original"]
 
 
 def join(*names: str) -> str:
@@ -304,7 +366,10 @@ def walk(model: object, call: str) -> Walk:
 
 def tensor_names(module: nn.Module) -> list[str]:
     """List the names of a module's own parameters, in the order they had before any delta."""
-    present = [name for name, value in module._parameters.items() if value is not None]
-    if not (chains := chains_of(module)):
-        return present
-    return list(in_order(dict.fromkeys([*present, *chains]), record_of(module).order))
+    present = []
+    for name, value in module._parameters.items():
+        if value is not None:
+            present.append(name)
+    if "parametrizations" in module._modules and (chains := chains_of(module)):
+        present = list(in_order(dict.fromkeys([*present, *chains]), record_of(module).order))
+    return present

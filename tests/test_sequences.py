@@ -27,7 +27,7 @@ from lora_param import (
     register_lora,
     remove_lora,
 )
-from lora_param.base import base_parameters
+from lora_param.weight import walk
 
 from .cases import shake
 
@@ -144,7 +144,7 @@ class Sequences(RuleBasedStateMachine):
     def load_a_plain_checkpoint(self) -> None:
         state = self.plain.state_dict()
         with torch.no_grad():
-            for _, _, _, tensor in base_parameters(self.model):
+            for _, tensor in walk(self.model, "the test").parameters:
                 tensor.zero_()
         self.model.load_state_dict(state, strict=True)
         assert list(base_state_dict(self.model)) == list(state)

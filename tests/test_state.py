@@ -23,12 +23,13 @@ from .cases import shake
 from .state_cases import net
 
 
-def names(adapter: str) -> list[str]:
-    return [f"{index}.weight.{adapter}.lora_{factor}" for index in (0, 1) for factor in "AB"]
+def names(adapter: str, *others: str) -> list[str]:
+    parts = ("lora_A", "lora_B", *others)
+    return [f"{index}.weight.{adapter}.{part}" for index in (0, 1) for part in parts]
 
 
 def test_names_are_weight_adapter_and_factor() -> None:
-    assert list(lora_state_dict(net())) == names("default")
+    assert list(lora_state_dict(net())) == names("default", "_extra_state")
 
 
 def test_names_do_not_depend_on_what_else_is_registered() -> None:
@@ -44,11 +45,10 @@ def test_an_optimizer_gets_exactly_what_trains() -> None:
 
 def test_the_state_dict_is_detached_and_shares_memory() -> None:
     model = net()
-    for tensor, parameter in zip(
-        lora_state_dict(model).values(), lora_parameters(model), strict=True
-    ):
-        assert not tensor.requires_grad
-        assert tensor.data_ptr() == parameter.data_ptr()
+    state = lora_state_dict(model)
+    for name, parameter in named_lora_parameters(model):
+        assert not state[name].requires_grad
+        assert state[name].data_ptr() == parameter.data_ptr()
 
 
 def test_loading_copies_every_factor() -> None:

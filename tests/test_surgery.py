@@ -117,11 +117,12 @@ def _raises_at(line: int, verb: Any, model: nn.Module) -> bool:
     def trace(frame: Any, event: str, argument: object) -> Any:
         nonlocal left
         code = frame.f_code
-        if "lora_param" not in code.co_filename or code.co_name in UNDOING:
+        if "lora_param" not in code.co_filename or code.co_name == "all_or_nothing":
             return None
         if event == "line":
             left -= 1
             if left < 0:
+                sys.settrace(None)
                 raise KeyboardInterrupt
         return trace
 
@@ -134,10 +135,6 @@ def _raises_at(line: int, verb: Any, model: nn.Module) -> bool:
         sys.settrace(None)
         torch.set_grad_enabled(True)  # a tracer can raise between a block's end and its context's
     return False
-
-
-UNDOING = ("snapshot", "bring_back", "all_or_nothing")
-"""Where a call takes note of the state or restores it, and has changed nothing or everything."""
 
 
 def _state(model: nn.Module) -> list[Any]:

@@ -103,13 +103,16 @@ class LoRAParametrization(Delta):
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
         check_dtype(dtype or torch.get_default_dtype())
-        self.lora_A = nn.Parameter(
-            torch.empty(*batch, self.rank, fan_in, device=device, dtype=dtype)
+        source = device if generator is None else generator.device
+        A = torch.empty(*batch, self.rank, fan_in, device=source, dtype=dtype)
+        # As torch's kaiming_uniform_ with a = sqrt(5) draws a matrix.
+        A = (
+            A.normal_(0, 1 / self.rank, generator=generator)
+            if init == "gaussian"
+            else A.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
         )
-        self.lora_B = nn.Parameter(
-            torch.zeros(*batch, fan_out, self.rank, device=device, dtype=dtype)
-        )
-        self._draw(init, generator)
+        B = torch.zeros(*batch, fan_out, self.rank, device=device, dtype=dtype)
+        self.lora_A, self.lora_B = nn.Parameter(A.to(B.device)), nn.Parameter(B)
 
     @classmethod
     def make(
@@ -200,17 +203,6 @@ class LoRAParametrization(Delta):
     def scale(self, scale: float) -> None:
         self.alpha = check_alpha(scale, 1, "scale") * self.rank
 
-    def _draw(self, init: Init, generator: torch.Generator | None) -> None:
-        device = self.lora_A.device if generator is None else generator.device
-        # torch reads fan_in off a matrix, so a stack is drawn as the tall matrix of its slices.
-        tall = torch.empty_like(self.lora_A, device=device).flatten(0, -2)
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(tall, a=math.sqrt(5), generator=generator)
-        else:
-            nn.init.normal_(tall, std=1 / self.rank, generator=generator)
-        with torch.no_grad():
-            self.lora_A.copy_(tall.view_as(self.lora_A))
-
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why the factors can't be those of a weight of this matrix view."""
         if len(view) < 2:
@@ -284,7 +276,9 @@ class LoRAParametrization(Delta):
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
-        A, B = (torch.linalg.qr(each.detach().double())[1] for each in (self.lora_A.mT, self.lora_B))
+        A, B = (
+            torch.linalg.qr(each.detach().double())[1] for each in (self.lora_A.mT, self.lora_B)
+        )
         return torch.linalg.svdvals(B @ A.mT) * abs(self.scale)
 
     def extra_repr(self) -> str:
@@ -297,15 +291,15 @@ class LoRAParametrization(Delta):
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
     """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
     limit = min(fan_out, fan_in)
-    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
-    if not whole or not 1 <= int(cast(Any, rank)) <= limit:
-        too_high = whole and int(cast(Any, rank)) > limit
+    whole = type(rank) is int or (isinstance(rank, Integral) and not isinstance(rank, bool))
+    if not whole or not 1 <= int(rank) <= limit:
+        too_high = whole and int(rank) > limit
         fix = "lower the rank" if too_high else "give an integer from 1 up"
         raise LoRAError(
             f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit}, got {rank!r}; "
             f"{fix}"
         )
-    return int(cast(Any, rank))
+    return int(rank)  # type: ignore[call-overload, no-any-return]
 
 
 def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
@@ -326,6 +320,7 @@ def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
 
 def check_dropout(dropout: object) -> float:
     """Return `dropout` as a float, or raise."""
-    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+    real = type(dropout) is float or (isinstance(dropout, Real) and not isinstance(dropout, bool))
+    if not real or not 0 <= float(dropout) < 1:
         raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
     return float(dropout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +58,13 @@ class Delta(nn.Module):
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
 
-    adapter: str
-    rows: slice | None
-    _enabled: bool
+    rows = cast("slice | None", None)  # not annotated, because torch.jit.script reads that
+    _enabled = True
 
     def __init__(self, adapter: str = "default") -> None:
         super().__init__()
         check_adapter(adapter)
-        self.adapter, self.rows, self._enabled = adapter, None, True
+        self.adapter = adapter
 
     @classmethod
     def make(cls: type[SomeDelta], weight: Tensor, view: Shape, **options: Any) -> SomeDelta:
