@@ -37,8 +37,9 @@ def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
 
     Torch's `is_parametrized` asks for an attribute, and wrappers answer that for what they wrap.
     """
-    children = module._modules  # of a scripted module no dictionary
-    chains = children["parametrizations"] if "parametrizations" in children else None
+    if "parametrizations" not in module._modules:
+        return {}
+    chains = module._modules["parametrizations"]
     if not isinstance(chains, nn.ModuleDict) or not all(
         isinstance(chain, ParametrizationList) for chain in chains._modules.values()
     ):

@@ -115,7 +115,7 @@ class LoRAParametrization(Delta):
         self.lora_A, self.lora_B = nn.Parameter(A.to(B.device)), nn.Parameter(B)
 
     @classmethod
-    def make(
+    def make(  # type: ignore[override]
         cls,
         weight: Tensor,
         view: Shape,
@@ -213,7 +213,7 @@ class LoRAParametrization(Delta):
         return None if got == wanted else f"its factors are {got}, should be {wanted}"
 
     def value(self, weight: Tensor) -> Tensor:
-        """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to the weight's.
+        """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to `W`'s.
 
         In bfloat16 that rounding loses what is smaller than about 1/256 of the weight's entry.
         """
@@ -227,7 +227,7 @@ class LoRAParametrization(Delta):
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
 
-    def act(self, y: Tensor, x: Tensor, run: Run, others: Sequence[LoRAParametrization]) -> Tensor:  # type: ignore[override]
+    def act(self, y: Tensor, x: Tensor, run: Run, others: Sequence[LoRAParametrization]) -> Tensor:
         """Add `((x A^T) B^T) * scale` to a layer's output, without ever forming `B @ A`.
 
         Args:
@@ -264,22 +264,23 @@ class LoRAParametrization(Delta):
         product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
         eye = torch.eye(rank, dtype=product.dtype, device=product.device)
         eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
-        A, B = (eye, product) if tall else (product, eye)
+        left, right = (product, eye) if tall else (eye, product)
+        tensors: dict[str, Tensor] = {"lora_A": right, "lora_B": left}
         numbers = {"rank": rank, "alpha": self.scale * rank, "dropout": self.dropout}
-        return self.restore({"lora_A": A, "lora_B": B}, numbers)
+        return self.restore(tensors, numbers)
 
     def block(self, start: int, stop: int) -> LoRAParametrization:
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""
-        A, B = self.lora_A, self.lora_B[start:stop]
-        A = A[start:stop] if A.ndim > 2 else A
-        return self.restore({"lora_A": A, "lora_B": B}, self.numbers)
+        A = self.lora_A[start:stop] if self.lora_A.ndim > 2 else self.lora_A
+        return self.restore({"lora_A": A, "lora_B": self.lora_B[start:stop]}, self.numbers)
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
         A, B = (
             torch.linalg.qr(each.detach().double())[1] for each in (self.lora_A.mT, self.lora_B)
         )
-        return torch.linalg.svdvals(B @ A.mT) * abs(self.scale)
+        values: Tensor = torch.linalg.svdvals(B @ A.mT)
+        return values * abs(self.scale)
 
     def extra_repr(self) -> str:
         """Name, rank, scale and state, for `print(model)`."""
@@ -291,15 +292,16 @@ class LoRAParametrization(Delta):
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
     """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
     limit = min(fan_out, fan_in)
+    number: Any = rank
     whole = type(rank) is int or (isinstance(rank, Integral) and not isinstance(rank, bool))
-    if not whole or not 1 <= int(rank) <= limit:
-        too_high = whole and int(rank) > limit
+    if not whole or not 1 <= int(number) <= limit:
+        too_high = whole and int(number) > limit
         fix = "lower the rank" if too_high else "give an integer from 1 up"
         raise LoRAError(
             f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit}, got {rank!r}; "
             f"{fix}"
         )
-    return int(rank)  # type: ignore[call-overload, no-any-return]
+    return int(number)
 
 
 def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
@@ -321,6 +323,6 @@ def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
 def check_dropout(dropout: object) -> float:
     """Return `dropout` as a float, or raise."""
     real = type(dropout) is float or (isinstance(dropout, Real) and not isinstance(dropout, bool))
-    if not real or not 0 <= float(dropout) < 1:
+    if not real or not 0 <= float(dropout) < 1:  # type: ignore[arg-type]
         raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
-    return float(dropout)
+    return float(dropout)  # type: ignore[arg-type]

@@ -95,6 +95,14 @@ class Delta(nn.Module):
         """Return the adapted weight, in the weight's shape and dtype."""
         raise NotImplementedError
 
+    def block(self: SomeDelta, start: int, stop: int) -> SomeDelta:
+        """Return the delta of some of the weight's rows; its tensors are views of these."""
+        raise NotImplementedError
+
+    def singular_values(self, shape: Shape) -> Tensor:
+        """Return those of what is added to a weight of this shape, `[*batch, count]`, in float64."""
+        raise NotImplementedError
+
     @property
     def enabled(self) -> bool:
         """Whether it acts."""
