@@ -37,7 +37,7 @@ def check_model(walk: Walk, call: str) -> None:
 
 def check_structure(walk: Walk, call: str) -> None:
     """Raise unless the structure of a model can be changed."""
-    for path, module in walk.owners:
+    for module, path in walk.owners.items():
         if module in merged_for_now:
             raise LoRAError(
                 f"{path or 'model'}: {call} can't be called in a lora_merged block, in which there "

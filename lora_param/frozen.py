@@ -37,12 +37,12 @@ def freeze(walk: Walk, undo: ExitStack) -> None:
 
 def is_frozen(walk: Walk) -> bool:
     """Say whether `freeze` has frozen anything that `thaw` would give back."""
-    return any(FROZEN in module.__dict__ for _, module in walk.owners)
+    return any(FROZEN in module.__dict__ for module in walk.owners)
 
 
 def thaw(walk: Walk, undo: ExitStack) -> None:
     """Give every parameter that `freeze` froze its flag back."""
-    for path, module in walk.owners:
+    for module, path in walk.owners.items():
         if FROZEN in module.__dict__:
             weights = [Weight(path, module, name) for name in module.__dict__[FROZEN]]
             keep_entries(undo, (module.__dict__, [FROZEN]))
@@ -155,8 +155,7 @@ def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
 
 def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
     found = walk(model, "a call about the base")
-    tensors: list[tuple[Weight, Any]] = [*found.parameters, *(found.buffers if buffers else ())]
-    return {weight.name: tensor for weight, tensor in tensors}
+    return {weight.name: each for weight, each in (found.tensors if buffers else found.parameters)}
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:

@@ -26,7 +26,7 @@ from .frozen import freeze as freeze_base
 from .frozen import is_frozen, thaw
 from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
-from .weight import Walk, Weight, view_of, walk
+from .weight import Walk, Weight, walk
 
 
 def register_lora(
@@ -100,7 +100,7 @@ def register_lora(
     check_model(found, "register_lora")
     check_adapter(adapter)
     options = {"dropout": dropout, "init": init, "generator": generator, "dtype": dtype}
-    cls, taken = _kind(kind, {"rank": rank, "alpha": alpha, **options})
+    cls = _kind(kind, {"rank": rank, "alpha": alpha, **options})
     weights = resolve(found, target, exclude, cls.least_dimensions)
     check_weights(weights, adapter)
     if target is None:
@@ -112,10 +112,9 @@ def register_lora(
     pairs = []
     for weight, r, a in zip(weights, ranks, alphas, strict=True):
         given = {"rank": r, "alpha": a, **options}
-        own = {name: given[name] for name in taken}
-        like = weight.like
+        own = {name: given[name] for name in cls.options}
         try:
-            delta = cls.make(like, view_of(weight.layer, like), adapter=adapter, **own)
+            delta = cls.make(weight.like, weight.view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error} or exclude this weight") from None
         pairs.append((weight, delta))
@@ -140,16 +139,15 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
         return [weight.name for weight, _ in pairs]
 
 
-def _kind(kind: object, options: Mapping[str, Any]) -> tuple[type[Delta], list[str]]:
-    """Return the kind of that name, and which options it takes; others must be as by default."""
+def _kind(kind: object, given: Mapping[str, Any]) -> type[Delta]:
+    """Return the kind of that name; options that it doesn't take must be as by default."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise LoRAError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
     defaults = inspect.signature(register_lora).parameters
-    known = inspect.signature(KINDS[kind].make).parameters
-    for name, value in options.items():
-        if name not in known and value != defaults[name].default:
-            raise LoRAError(f"a {kind} delta takes no {name}, got {value!r:.60}; leave it out")
-    return KINDS[kind], [name for name in options if name in known]
+    for name in given.keys() - set(KINDS[kind].options):
+        if given[name] != defaults[name].default:
+            raise LoRAError(f"a {kind} delta takes no {name}, got {given[name]!r:.60}; drop it")
+    return KINDS[kind]
 
 
 def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
