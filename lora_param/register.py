@@ -122,14 +122,7 @@ def register_lora(
 
 
 def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
-    """Attach deltas to weights that `check_weights` has passed: all of them or none.
-
-    Returns:
-        The weights' names.
-
-    Raises:
-        TargetError: A weight's Parameter is another module's too.
-    """
+    """Attach deltas to weights that `check_weights` has passed, all or none; return the names."""
     check_unshared(walk, [weight for weight, _ in pairs], "an adapter here would not act there")
     with all_or_nothing() as undo:
         if freeze:
@@ -151,11 +144,7 @@ def _kind(kind: object, given: Mapping[str, Any]) -> type[Delta]:
 
 
 def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Switch adapters on.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
+    """Switch adapters on: the one of that name, or all.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -167,15 +156,12 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> disable_lora(model)
         >>> enable_lora(model)
     """
-    _switch(model, adapter, "enable_lora", True)
+    with all_or_nothing() as undo:
+        _switch(deltas_called(walk(model, "enable_lora"), adapter), True, undo)
 
 
 def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
     """Switch adapters off: with none on, reading a weight returns the original tensor itself.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -188,19 +174,13 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> model.weight is model.parametrizations.weight.original
         True
     """
-    _switch(model, adapter, "disable_lora", False)
+    with all_or_nothing() as undo:
+        _switch(deltas_called(walk(model, "disable_lora"), adapter), False, undo)
 
 
 @contextmanager
 def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
     """Switch adapters off for a block, then give each the state back that it had before.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
-
-    Yields:
-        Nothing.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -213,20 +193,14 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         ...     base_output = model(torch.ones(1, 3))
     """
     with ExitStack() as undo:
-        for _, delta in deltas_called(walk(model, "lora_disabled"), adapter):
-            _set_enabled(delta, False, undo)
+        _switch(deltas_called(walk(model, "lora_disabled"), adapter), False, undo)
         yield
 
 
-def _switch(model: nn.Module, adapter: str | None, call: str, enabled: bool) -> None:
-    with all_or_nothing() as undo:
-        for _, delta in deltas_called(walk(model, call), adapter):
-            _set_enabled(delta, enabled, undo)
-
-
-def _set_enabled(delta: Delta, enabled: bool, undo: ExitStack) -> None:
-    undo.callback(setattr, delta, "enabled", delta.enabled)
-    delta.enabled = enabled
+def _switch(pairs: Sequence[tuple[Weight, Delta]], enabled: bool, undo: ExitStack) -> None:
+    for _, delta in pairs:
+        undo.callback(setattr, delta, "enabled", delta.enabled)
+        delta.enabled = enabled
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -234,10 +208,6 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
 
     Class, parameter objects and their order, `requires_grad`, state-dict keys and bits are what
     they were. Parametrizations of others stay.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
 
     Raises:
         AdapterError: There is no such adapter.

@@ -44,6 +44,17 @@ class Weight:
         return name if self.rows is None else f"{name}[{self.rows.start}:{self.rows.stop}]"
 
     @property
+    def whole(self) -> Weight:
+        """The tensor of which it is a block."""
+        return self if self.rows is None else Weight(self.path, self.module, self.tensor)
+
+    def overlaps(self, rows: slice | None) -> bool:
+        """Say whether it has one of these rows of the tensor, of which `None` means all."""
+        if self.rows is None or rows is None:
+            return True
+        return bool(self.rows.start < rows.stop and rows.start < self.rows.stop)
+
+    @property
     def layer(self) -> Layer:
         """Its module's row of the table."""
         return layer_of(type(self.module))
