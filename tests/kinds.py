@@ -52,5 +52,8 @@ class Kind:
 
 KINDS = {
     kind.name: kind
-    for kind in (Kind("lora", {"rank": 2, "alpha": 3.0}),)
+    for kind in (
+        Kind("lora", {"rank": 2, "alpha": 3.0}),
+        Kind("dense", {}, lambda W, t, n: W + t["D"], lambda W, t, n: W + t["D"], ("D",)),
+    )
 }  # fmt: skip
