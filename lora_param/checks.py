@@ -124,21 +124,19 @@ def _names(weights: Sequence[Weight]) -> str:
 def _reasons(weight: Weight) -> Iterator[str]:
     """Yield why a weight can't be adapted; a later rule relies on what an earlier one refuses."""
     module, tensor, chain = weight.module, weight.original, weight.chain
-    if "parametrizations" in (module._modules | module._parameters | module._buffers) and not (
-        chains_of(module)
-    ):
-        yield 'its module has something of its own called "parametrizations", where torch keeps these'
+    own = module._modules | module._parameters | module._buffers
+    if "parametrizations" in own and not chains_of(module):
+        name = '"parametrizations", where torch keeps these'
+        yield f"its module has something of its own called {name}"
     yield from _norms(module, weight.tensor)
     if not chain and tensor is None:
-        there = weight.tensor in module._parameters
-        yield (
-            "it is None; give the module a Parameter"
-            if there
-            else "it is no Parameter of its module; make it one"
-        )
-    for unfit, reason in TENSOR_RULES if tensor is not None else ():
-        if unfit(tensor):
-            yield reason.format(tensor, type(tensor).__name__, show_dtypes(tensor.dtype))
+        none = weight.tensor in module._parameters
+        fix = "give the module a Parameter" if none else "make it one"
+        what = "None" if none else "no Parameter of its module"
+        yield f"it is {what}; {fix}"
+    for unfit, rule in TENSOR_RULES if tensor is not None else ():
+        if tensor is not None and unfit(tensor):
+            yield rule.format(tensor, type(tensor).__name__, show_dtypes(tensor.dtype))
     try:
         _ = chain and weight.like
     except Exception as error:

@@ -130,29 +130,26 @@ def load_deltas(
     expected = {key for prefix, each in deltas.items() for key in each.state_dict(prefix=prefix)}
     complaints = [f"missing: {name}" for name in sorted(expected) if name not in state_dict]
     complaints += [f"unexpected: {name}" for name in state_dict if name not in expected]
-    tensors: list[tuple[nn.Parameter, Tensor]] = []
-    numbers: list[tuple[Delta, dict[str, Any]]] = []
+    copies: list[tuple[nn.Parameter, Tensor]] = []
     for prefix, delta in deltas.items():
         for name, parameter in delta.named_parameters(prefix[:-1]):
             value = state_dict.get(name, parameter)
             if fault := _fault(value, parameter):
                 complaints.append(fault.format(name))
             else:  # a copy, for the case that it is a view of another delta's tensor
-                tensors.append((parameter, value.detach().clone()))
+                copies.append((parameter, value.detach().clone()))
+    for prefix, delta in deltas.items():
+        undo.callback(setattr, delta, "numbers", delta.numbers)
         try:
-            own = delta.get_extra_state()
-            numbers.append((delta, delta.checked_numbers(state_dict.get(prefix + NUMBERS, own))))
+            delta.set_extra_state(state_dict.get(prefix + NUMBERS, delta.get_extra_state()))
         except LoRAError as error:
             complaints.append(f"{prefix}{NUMBERS}: {error}")
     if complaints:
         raise StateDictError(
             f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
         )
-    for parameter, value in tensors:
+    for parameter, value in copies:
         copy_into(undo, parameter, value)
-    for delta, new in numbers:
-        undo.callback(setattr, delta, "numbers", delta.numbers)
-        delta.numbers = new
 
 
 def _fault(value: object, parameter: nn.Parameter) -> str | None:

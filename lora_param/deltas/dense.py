@@ -65,7 +65,7 @@ class DenseDelta(Delta):
     def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> DenseDelta:
         """Build the delta whose `D` this tensor is; it has no numbers."""
         delta = cls((0,))
-        delta.check_numbers(numbers)
+        delta.numbers = dict(numbers)
         delta.D = as_parameter(tensors["D"])
         return delta
 

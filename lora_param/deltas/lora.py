@@ -96,7 +96,7 @@ class LoRAParametrization(Delta):
         super().__init__(adapter)
         self.rank = check_rank(rank, fan_out, fan_in)
         self._alpha = check_alpha(alpha, self.rank)
-        self.dropout = check_dropout(dropout)
+        self._dropout = check_dropout(dropout)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise LoRAError(
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}"
@@ -139,20 +139,15 @@ class LoRAParametrization(Delta):
         return delta
 
     @property
-    def numbers(self) -> dict[str, Any]:  # noqa: D102 as Delta's, like what follows
-        return {"rank": self.rank, "alpha": self._alpha, "dropout": self.dropout}
+    def numbers(self) -> dict[str, Any]:
+        """Rank, alpha and dropout."""
+        return {"rank": self.rank, "alpha": self._alpha, "dropout": self._dropout}
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
-        self.check_numbers(numbers)
-        self.dropout, self.alpha = check_dropout(numbers["dropout"]), numbers["alpha"]
-
-    def check_numbers(self, numbers: Mapping[str, Any]) -> None:  # noqa: D102
-        super().check_numbers(numbers)
-        if type(numbers["rank"]) is not int or numbers["rank"] != self.rank:
-            raise StateDictError(f"its rank must be {self.rank}, got {numbers['rank']!r:.40}")
-        check_dropout(numbers["dropout"])
-        check_alpha(numbers["alpha"], self.rank)
+        if (rank := numbers.get("rank", self.rank)) != self.rank or type(rank) is not int:
+            raise StateDictError(f"its rank must be {self.rank}, got {rank!r:.40}")
+        Delta.numbers.__set__(self, numbers)  # type: ignore[attr-defined]
 
     @property
     def alpha(self) -> float:
@@ -173,6 +168,15 @@ class LoRAParametrization(Delta):
     def scale(self, scale: float) -> None:
         self.alpha = check_alpha(scale, 1, "scale") * self.rank
 
+    @property
+    def dropout(self) -> float:
+        """The probability with which an entry of the input is dropped."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        self._dropout = check_dropout(dropout)
+
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why the factors can't be those of a weight of this matrix view."""
         if len(view) < 2:
@@ -187,7 +191,7 @@ class LoRAParametrization(Delta):
 
         In bfloat16 that rounding loses what is smaller than about 1/256 of the weight's entry.
         """
-        if self.dropout and self.training and torch.is_grad_enabled():
+        if self._dropout and self.training and torch.is_grad_enabled():
             warnings.warn(
                 f"adapter {self.adapter!r} has dropout, which needs its layer's input; what reads "
                 "the weight without calling the layer gets the update without dropout",
@@ -203,11 +207,11 @@ class LoRAParametrization(Delta):
         Those of `others` that meet the same input, and so drop nothing of it, are one product.
         """
         if not others:
-            x = F.dropout(x, self.dropout) if self.dropout and self.training else x
+            x = F.dropout(x, self._dropout) if self._dropout and self.training else x
             A, B = run.factors(self.lora_A, self.lora_B)
             return run.up(y, run.down(x, A), B, self.scale)
         pairs = [self, *others]
-        dropping = [pair for pair in pairs if pair.dropout and pair.training]
+        dropping = [pair for pair in pairs if pair._dropout and pair.training]
         for pair in dropping:
             y = pair.act(y, x, run, ())
         same = [pair for pair in pairs if pair not in dropping]

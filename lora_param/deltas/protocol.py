@@ -83,7 +83,11 @@ class Delta(nn.Module):
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
-        pass
+        if numbers.keys() != self.numbers.keys():
+            own, got = list(self.numbers), list(numbers)
+            raise StateDictError(f"a {self.kind} delta has {own}, got {got}"[:300])
+        for name, value in numbers.items():
+            setattr(self, name, value)
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why it can't be a weight's of this shape and matrix view; `None` if it can."""
@@ -135,38 +139,18 @@ class Delta(nn.Module):
 
     def set_extra_state(self, state: object) -> None:
         """Take over the numbers of a delta of the same kind, or raise a `StateDictError`."""
-        self.numbers = self.checked_numbers(state)
-
-    def checked_numbers(self, state: object) -> dict[str, Any]:
-        """Return the numbers in what `get_extra_state` gave, or raise a `StateDictError`."""
-        said = spec_of(state)
+        try:
+            said = json.loads(bytes(state.cpu().tolist()))  # type: ignore[attr-defined]
+        except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            got = type(state).__name__
+            raise StateDictError(f"must hold a delta's kind and numbers, got {got}")
         rows = None if self.rows is None else [self.rows.start, self.rows.stop]
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
-        self.check_numbers(said)
-        return said
-
-    def check_numbers(self, numbers: Mapping[str, Any]) -> None:
-        """Raise unless these could be its numbers."""
-        if numbers.keys() != self.numbers.keys():
-            own, got = list(self.numbers), list(numbers)
-            raise StateDictError(f"a {self.kind} delta has {own}, got {got}"[:300])
-
-
-def spec_of(state: object) -> dict[str, Any]:
-    """Return the kind and numbers that a tensor of `get_extra_state` holds.
-
-    Raises:
-        StateDictError: It holds none.
-    """
-    try:
-        said = json.loads(bytes(state.cpu().tolist()))  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError):
-        said = None
-    if not isinstance(said, dict) or not isinstance(said.get("kind"), str):
-        raise StateDictError(f"must hold a delta's kind and numbers, got {type(state).__name__}")
-    return said
+        self.numbers = said
 
 
 def as_parameter(tensor: Tensor) -> nn.Parameter:
