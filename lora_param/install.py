@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .activation import in_activation_space
-from .chains import chains_of, type_before
+from .chains import chains_of
 from .deltas.protocol import Delta
 from .errors import LoRAError
 from .layers import computes_as_its_row, layer_of
+
+Method = Callable[..., Any]
 
 
 def properties_of(cls: type) -> set[str]:
@@ -46,36 +48,29 @@ class _SharedClass(type):
             super().__delattr__(name)
 
 
-_classes: WeakValueDictionary[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = (
-    WeakValueDictionary()
-)
+_classes: WeakValueDictionary[Any, type[nn.Module]] = WeakValueDictionary()
 
 
 def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """Return the class of a module of type `base` whose tensors `names` are parametrized."""
     key = (base, tuple(sorted(names)))
-    cls = _classes.get(key)
-    if cls is None:
+    if (cls := _classes.get(key)) is None:
         meta: type = _SharedClass
         if not issubclass(meta, type(base)):
             meta = type(meta.__name__, (meta, type(base)), {})
         layer = layer_of(base)
-        body: dict[str, Any] = {name: _weight_property(name) for name in names}
+        makers = {
+            **METHODS,
+            **layer.overrides,
+            **({"forward": _reading_once} if layer.rereads else {}),
+        }
         # The module's name too, by which torch.fx decides what is a leaf.
-        body |= {"__reduce_ex__": _reduction(base), "__module__": base.__module__}
-        body |= {name: override(base) for name, override in layer.overrides.items()}
-        if layer.rereads:
-            body["forward"] = _reading_once(base)
+        body: dict[str, Any] = {"__module__": base.__module__}
+        body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
         if layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
-        for reset in ("reset_parameters", "_reset_parameters"):
-            if hasattr(base, reset):
-                body[reset] = _refuse_reset
-        # Behind the base: what the base does to a checkpoint's keys comes first.
-        bases = (base, _Parametrized) if base is not nn.Module else (base,)
-        body |= _INNERMOST if base is nn.Module else {}
-        cls = meta(f"Parametrized{base.__name__}", bases, body)
-        _classes[key] = cls
+        body |= {name: _weight_property(name) for name in names}
+        cls = _classes[key] = meta(f"Parametrized{base.__name__}", (base,), body)
     return cls
 
 
@@ -87,8 +82,7 @@ def _weight_property(name: str) -> property:
                 if name in table:
                     return table[name]
             raise AttributeError(name)
-        store = _store(self)
-        if store is None:
+        if (store := _store(self)) is None:
             return chain()
         # What was read without a graph, or of other tensors, must not stand in for this one.
         tensors = tuple(map(id, [*chain.parameters(), *chain.buffers()]))
@@ -98,12 +92,11 @@ def _weight_property(name: str) -> property:
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
-        chains = chains_of(self)
-        if name not in chains:
+        if name not in chains_of(self):
             self.__dict__[name] = value
         else:
             _check_assignable(self, name)
-            chains[name].right_inverse(value)
+            chains_of(self)[name].right_inverse(value)
 
     return property(read, write)
 
@@ -112,7 +105,7 @@ class _Reading(threading.local):
     """Which module's forward runs in this thread, and what it has read so far."""
 
     module: nn.Module | None = None
-    values: dict[Any, Any] = {}  # noqa: RUF012 replaced, never filled
+    values: Any = None
 
 
 _reading = _Reading()
@@ -123,12 +116,11 @@ def _store(module: nn.Module) -> dict[Any, Any] | None:
     if parametrize._cache_enabled:
         return cast("dict[Any, Any]", parametrize._cache)
     # A compiler merges equal expressions itself.
-    if torch.compiler.is_compiling() or _reading.module is not module:
-        return None
-    return _reading.values
+    own = _reading.module is module and not torch.compiler.is_compiling()
+    return _reading.values if own else None
 
 
-def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
+def _reading_once(base: Any) -> Method:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -143,43 +135,42 @@ def _reading_once(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _refuse_reset(self: nn.Module) -> None:
-    raise LoRAError(
-        f"a {type_before(self).__name__} with an adapter can't be reset: the draws would go into "
-        "a temporary sum and be lost; call remove_lora first"
-    )
+def _refusing_reset(base: Any) -> Method:
+    def reset_parameters(self: nn.Module) -> None:
+        raise LoRAError(
+            f"a {base.__name__} with an adapter can't be reset: the draws would go into a "
+            "temporary sum and be lost; call remove_lora first"
+        )
+
+    return reset_parameters
+
+
+def _registering(base: Any) -> Method:
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        _check_assignable(self, name)
+        base.register_parameter(self, name, param)
+
+    return register_parameter
 
 
 def _check_assignable(module: nn.Module, name: str) -> None:
-    chain = chains_of(module).get(name, ())
-    if any(isinstance(entry, Delta) for entry in chain):
+    if any(isinstance(entry, Delta) for entry in chains_of(module).get(name, ())):
         raise LoRAError(
             f"{name}: can't assign to an adapted weight, which is original + update; assign to "
             f"parametrizations.{name}.original under no_grad, or call remove_lora first"
         )
 
 
-class _Parametrized(nn.Module):
-    """What every module with adapted tensors does differently, where its own class ends."""
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        _check_assignable(self, name)
-        nn.Module.register_parameter(self, name, param)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+def _loading(base: Any) -> Method:
+    def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
         # As the last of the hooks, because others may give keys their names.
-        register: Any = self.register_load_state_dict_pre_hook
-        handle = register(_accept_base_keys)
+        handle = self.register_load_state_dict_pre_hook(_accept_base_keys)
         try:
-            nn.Module._load_from_state_dict(self, *args, **kwargs)
+            base._load_from_state_dict(self, *args, **kwargs)
         finally:
             handle.remove()
 
-
-_INNERMOST = {
-    name: vars(_Parametrized)[name] for name in ("register_parameter", "_load_from_state_dict")
-}
-"""For a bare `nn.Module`, which can't have another base behind it."""
+    return _load_from_state_dict
 
 
 def _accept_base_keys(
@@ -187,45 +178,48 @@ def _accept_base_keys(
 ) -> None:
     """Translate a base's keys to the adapted model's; its deltas then keep their state."""
     for name, chain in chains_of(module).items():
-        _accept_keys_of_chain(chain, name, state_dict, prefix)
+        stem = f"{prefix}parametrizations.{name}."
+        deltas = {index: entry for index, entry in enumerate(chain) if isinstance(entry, Delta)}
+        others = [index for index in range(len(chain)) if index not in deltas]
+        states: dict[str, Any] = {}
+        for index, delta in deltas.items():
+            states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
+        if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
+            state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
+        elif not others or not states.keys().isdisjoint(state_dict):
+            continue
+        for plain, index in reversed(list(enumerate(others))):
+            for key in [key for key in state_dict if key.startswith(f"{stem}{plain}.")]:
+                inside = key.removeprefix(f"{stem}{plain}.")
+                state_dict[f"{stem}{index}.{inside}"] = state_dict.pop(key)
+        state_dict.update({key: value for key, value in states.items() if key not in state_dict})
 
 
-def _accept_keys_of_chain(chain: Any, name: str, state_dict: dict[str, Any], prefix: str) -> None:
-    stem = f"{prefix}parametrizations.{name}."
-    deltas = {index: entry for index, entry in enumerate(chain) if isinstance(entry, Delta)}
-    others = [index for index in range(len(chain)) if index not in deltas]
-    states = {
-        f"{stem}{index}.{key}": value
-        for index, delta in deltas.items()
-        for key, value in delta.state_dict(keep_vars=True).items()
-    }
-    if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
-        state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
-    elif not others or not states.keys().isdisjoint(state_dict):
-        return
-    for plain, index in reversed(list(enumerate(others))):
-        for key in [key for key in state_dict if key.startswith(f"{stem}{plain}.")]:
-            state_dict[f"{stem}{index}.{key.removeprefix(f'{stem}{plain}.')}"] = state_dict.pop(key)
-    for key, value in states.items():
-        state_dict.setdefault(key, value)
-
-
-def _reduction(base: type[nn.Module]) -> Callable[..., tuple[Any, ...]]:
-    def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+def _reduction(base: Any) -> Method:
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         # Recurrent layers read their weights into their state, and a graph can't be copied.
         with torch.no_grad():
-            reduced: Any = base.__reduce_ex__(self, max(protocol, 2))
+            reduced = base.__reduce_ex__(self, max(protocol, 2))
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise pickle.PicklingError(
                 f"{base.__name__} pickles itself in a way of its own, which can't be followed "
                 "while it is adapted; save its state dict, or call remove_lora first"
             )
-        state, *rest = reduced[2:]
-        return _rebuild, (base, tuple(chains_of(self)), reduced[1][1:]), state, *rest
+        return _rebuild, (base, tuple(chains_of(self)), reduced[1][1:]), *reduced[2:]
 
-    return reduce_ex
+    return __reduce_ex__
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...]) -> nn.Module:
     cls = parametrized_class(base, names)
     return cls.__new__(cls, *args)
+
+
+METHODS: dict[str, Callable[[Any], Method]] = {
+    "__reduce_ex__": _reduction,
+    "_load_from_state_dict": _loading,
+    "register_parameter": _registering,
+    "reset_parameters": _refusing_reset,
+    "_reset_parameters": _refusing_reset,
+}
+"""What every module with parametrized tensors does in its own class's place, made from that."""
