@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from experiments import benchmark
-from experiments.benchmark_cells import WAYS, Cell, cells, linears
-from experiments.benchmark_report import draw, show, summary
-from experiments.benchmark_verbs import llama_70b
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark.cells import WAYS, Cell, cells, linears
+from experiments.benchmark.measuring import kept, measure, trainer
+from experiments.benchmark.report import draw, show, summary
+from experiments.benchmark.verbs import llama_70b
 
 TINY = Cell("tiny", lambda: linears(8), (4, 8), 2, ("0", "2", "4", "6"))
 
@@ -35,13 +37,13 @@ def test_every_way_starts_from_the_floors_output_and_trains(cell: Cell, way: str
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
     before = [each.detach().clone() for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
-    benchmark.trainer(model, x, optimizer)()
+    trainer(model, x, optimizer)()
     after = [each for each in model.parameters() if each.requires_grad]
     assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_a_report_tells_of_every_cell_and_way(tmp_path) -> None:
-    result = benchmark.measure(TINY, "float32", torch.device("cpu"), 0.0)
+    result = measure(TINY, "float32", torch.device("cpu"), 0.0)
     assert result["training"].keys() == WAYS.keys()
     assert result["inference"].keys() == (WAYS.keys() - {"full"}) | {"merged"}
     environment = {"device_name": "", "device": "cpu", "threads": 1, "torch": "x"}
@@ -70,8 +72,8 @@ def test_an_adapter_keeps_nothing_of_a_weights_size() -> None:
     torch.manual_seed(0)
     plain, x = linears(64), torch.randn(4, 64, requires_grad=True)
     small = Cell("small", lambda: plain, (4, 64), 2, ("0", "2", "4", "6"))
-    kept = {way: benchmark.kept(WAYS[way](copy.deepcopy(plain), small), x) for way in WAYS}
-    assert kept["lora_param"] - kept["floor"] < 4 * 64 * 64 / 2**20 < kept["parametrize"]
+    sizes = {way: kept(WAYS[way](copy.deepcopy(plain), small), x) for way in WAYS}
+    assert sizes["lora_param"] - sizes["floor"] < 4 * 64 * 64 / 2**20 < sizes["parametrize"]
 
 
 def test_the_largest_model_has_70_billion_parameters() -> None:
@@ -80,10 +82,34 @@ def test_the_largest_model_has_70_billion_parameters() -> None:
     assert isinstance(model["head"], nn.Linear)
 
 
-def test_bad_arguments_end_in_one_line(capsys) -> None:
-    with pytest.raises(SystemExit):
-        benchmark.main(["--threads", "0"])
-    assert "--threads must be at least 1, got 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--threads", "0", "threads must be an integer from 1 to"),
+        ("--device", "nonsense", "device 'nonsense' can't be used"),
+    ],
+)
+def test_bad_option_ends_in_one_line(option, value, message, tmp_path, capsys) -> None:
+    arguments = [option, value, "--output", str(tmp_path)]
+    try:
+        status = benchmark.main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    error = capsys.readouterr().err
+    assert status not in (0, None)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_command_writes_its_figures_and_a_picture(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(benchmark, "cells", lambda: [replace(TINY, quick=True)])
+    monkeypatch.setattr(benchmark, "verbs", lambda: {"register_lora": 0.5})
+    arguments = ["--quick", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
+    assert benchmark.main(arguments) == 0
+    written = json.loads((tmp_path / "001" / "benchmark.json").read_text())
+    assert [each["cell"] for each in written["cells"]] == ["tiny"]
+    assert (tmp_path / "001" / "benchmark.png").stat().st_size > 1000
+    assert f"written to {tmp_path / '001'}" in capsys.readouterr().out
 
 
 def test_peers_are_compared_where_they_are_installed() -> None:

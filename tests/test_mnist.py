@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import mnist
-from experiments.mnist import PACKED, UNPACKED, DataError
+from experiments.shared import mnist
+from experiments.shared.mnist import PACKED, UNPACKED, DataError
 
 CPU = torch.device("cpu")
 
@@ -51,10 +51,10 @@ def truncate(path: Path) -> None:
 
 def test_load_gives_normalised_pixels_and_labels() -> None:
     train, test = mnist.load(mnist.FOLDER, CPU)
-    assert train.images.shape == (60_000, 784)
-    assert test.images.shape == (10_000, 784)
-    assert train.images.mean().item() == pytest.approx(0, abs=1e-3)
-    assert train.images.std().item() == pytest.approx(1, abs=1e-3)
+    assert train.inputs.shape == (60_000, 784)
+    assert test.inputs.shape == (10_000, 784)
+    assert train.inputs.mean().item() == pytest.approx(0, abs=1e-3)
+    assert train.inputs.std().item() == pytest.approx(1, abs=1e-3)
     assert test.labels.bincount().sum() == 10_000
     assert test.labels.dtype == torch.int64
 

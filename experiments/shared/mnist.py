@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torchvision.datasets import MNIST  # type: ignore[import-untyped]
 
-FOLDER = Path(__file__).parent / "data"
+from .batches import Split
+
+FOLDER = Path(__file__).parent.parent / "data"
 """What torchvision calls the root: the files are in `MNIST/raw` below it."""
 
 MEAN, STD = 0.1307, 0.3081
@@ -51,18 +51,6 @@ class DataError(ValueError):
     """A file of the data set is missing or damaged."""
 
 
-class Split(NamedTuple):
-    """Images and their labels.
-
-    Attributes:
-        images: Normalised pixels, `[count, 784]`, float32.
-        labels: Digits, `[count]`, int64.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-
 def load(root: Path, device: torch.device) -> tuple[Split, Split]:
     """Load the training and the test set, checked, onto a device.
 
@@ -71,7 +59,7 @@ def load(root: Path, device: torch.device) -> tuple[Split, Split]:
         device: Where the tensors go.
 
     Returns:
-        The training and the test split.
+        The training and the test split: normalised pixels `[count, 784]`, float32, and digits.
 
     Raises:
         DataError: A file is missing or damaged; says which and how to get it again.

@@ -1,11 +1,9 @@
-"""Where an experiment runs, how long it takes, and where its results go."""
+"""Where an experiment runs: the device, and what else figures and times depend on."""
 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,6 +39,18 @@ def _accelerator() -> str | None:
     return str(torch.accelerator.current_accelerator())
 
 
+def flushes_denormals() -> bool:
+    """Find out whether the CPU takes denormal numbers, those below 1.2e-38, for zero.
+
+    `torch.set_flush_denormal` sets it, for this thread and those that it starts later; torch can't
+    say whether it is set, but one product can.
+
+    Returns:
+        Whether it does.
+    """
+    return torch.full((1,), 2.0**-120).mul(2.0**-10).item() == 0
+
+
 def environment(device: torch.device, *packages: str) -> dict[str, str | int]:
     """Describe what figures depend on beside the settings.
 
@@ -49,12 +59,13 @@ def environment(device: torch.device, *packages: str) -> dict[str, str | int]:
         *packages: Further packages that took part; those that aren't installed are left out.
 
     Returns:
-        Device, threads and versions.
+        Device, threads, whether denormal numbers are flushed, and versions.
     """
     found: dict[str, str | int] = {
         "device": str(device),
         "device_name": _name(device),
         "threads": torch.get_num_threads(),
+        "flush_denormal": flushes_denormals(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -72,40 +83,3 @@ def _name(device: torch.device) -> str:
     lines = about.read_text().splitlines() if about.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
-
-
-def next_folder(parent: Path) -> Path:
-    """Make the next free numbered folder: `001`, `002`, ...
-
-    Args:
-        parent: Where; made too if it isn't there.
-
-    Returns:
-        The new, empty folder.
-    """
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = parent / f"{number:03}"
-        try:
-            folder.mkdir()  # also where two runs start at once, only one gets the number
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the time that a block takes to a phase.
-
-    Args:
-        seconds: Time by phase.
-        phase: The phase's name.
-
-    Yields:
-        Nothing.
-    """
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

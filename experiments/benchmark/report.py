@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from ..shared.plots import new_figure, save
+from ..shared.tables import aligned
 
 MARKERS = {"lora_param": "o", "peft": "s", "loralib": "^", "parametrize": "x", "full": "+"}
 
@@ -27,16 +28,13 @@ def show(report: dict[str, Any]) -> str:
     ]
     for measure in ("training", "training and AdamW", "inference"):
         lines += ["", f"{measure}, multiples of the frozen model: median (quartiles)"]
-        lines += _table(results, measure)
+        lines.append(_table(results, measure))
     lines += ["", "MiB kept for backward and as gradients, beyond the parameters"]
     ways = list(results[0]["mebibytes"])
-    lines += _columns(
-        [["", *ways]]
-        + [
-            [_name(each), *(_number(each["mebibytes"].get(way)) for way in ways)]
-            for each in results
-        ]
-    )
+    kept = [
+        [_name(each), *(_number(each["mebibytes"].get(way)) for way in ways)] for each in results
+    ]
+    lines.append(aligned([["", *ways], *kept]))
     lines += ["", *summary(results), ""]
     lines += [f"{name}: {seconds * 1e3:,.1f} ms" for name, seconds in report["verbs"].items()]
     return "\n".join(lines)
@@ -74,8 +72,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         results: One entry per cell and mode.
         path: Where the PNG goes.
     """
-    figure = Figure(figsize=(9, 1.5 + 0.2 * len(results)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(1.5 + 0.2 * len(results))
     for way, marker in MARKERS.items():
         points = [
             (each["training"][way]["ratio"][1], row)
@@ -94,29 +91,17 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", lw=0.3)
     axes.set_xlabel("a training step, as a multiple of the frozen model's")
-    figure.legend(loc="outside upper center", ncols=len(MARKERS), frameon=False)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
-def _table(results: Sequence[dict[str, Any]], measure: str) -> list[str]:
+def _table(results: Sequence[dict[str, Any]], measure: str) -> str:
     ways = [way for way in results[0][measure] if way != "floor"]
     rows = [["", "floor, ms", *ways, "/ peft"]]
     for each in results:
         floor = each[measure]["floor"]["seconds"][1] * 1e3
         cells = [_quartiles(each[measure].get(way)) for way in ways]
         rows.append([_name(each), f"{floor:.2f}", *cells, _number(_against(each[measure], "peft"))])
-    return _columns(rows)
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return aligned(rows)
 
 
 def _against(figures: dict[str, Any], peer: str) -> float | None:

@@ -1,0 +1,1 @@
+"""What an adapter costs: `python -m experiments.benchmark`."""

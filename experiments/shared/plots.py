@@ -1,0 +1,85 @@
+"""Pictures in black, white and grey: legible in print, and to everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
+
+from .scoring import Spread
+
+FILLS: tuple[dict[str, Any], ...] = (
+    {"color": "white"},
+    {"color": "0.25"},
+    {"color": "white", "hatch": "/////"},
+)
+"""How the bars of one group differ; as many bars as there can be."""
+
+OUTLINE: dict[str, Any] = {"ec": "black", "lw": 0.8}
+WHISKERS: dict[str, Any] = {"fmt": "none", "ecolor": "0.5", "capsize": 2}
+
+
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """Start a picture as wide as a page.
+
+    Args:
+        height: In inches; the width is nine.
+
+    Returns:
+        The figure and its axes.
+    """
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def grouped_bars(
+    axes: Axes, bars: Mapping[str, Sequence[Spread]], width: float = 0.28
+) -> dict[str, list[float]]:
+    """Draw a group of bars at each of 0, 1, ...; a whisker is a standard deviation.
+
+    Args:
+        axes: Where.
+        bars: What the legend calls them, and a figure for each group.
+        width: Of a bar, where the next group is 1 away.
+
+    Returns:
+        Where each one's bars are.
+    """
+    places = {}
+    for index, (label, figures) in enumerate(bars.items()):
+        shift = (index - (len(bars) - 1) / 2) * width
+        places[label] = [group + shift for group in range(len(figures))]
+        means = [each.mean for each in figures]
+        axes.bar(places[label], means, width, label=label, **OUTLINE, **FILLS[index])
+        spreads = [each.std for each in figures if each.std is not None]
+        if spreads:
+            axes.errorbar(places[label], means, spreads, **WHISKERS)
+    return places
+
+
+def root_scale(axes: Axes, ticks: Sequence[float]) -> None:
+    """Scale upwards by the square root: small and large counts are legible, and zero is still zero.
+
+    Args:
+        axes: The axes, whose figures are none below zero.
+        ticks: Where to say the figure.
+    """
+    axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.set_ylim(0, None)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, with a legend above it.
+
+    Args:
+        figure: The picture.
+        path: Where the PNG goes.
+    """
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,69 @@
+"""A run's folder, what is written there, and how long each phase took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def next_folder(parent: Path) -> Path:
+    """Make the next free numbered folder: `001`, `002`, ...
+
+    Args:
+        parent: Where; made too if it isn't there.
+
+    Returns:
+        The new, empty folder.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / f"{number:03}"
+        try:
+            folder.mkdir()  # also where two runs start at once, only one gets the number
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write figures as JSON that people can read too.
+
+    Args:
+        path: The file.
+        content: What `json.dumps` takes.
+    """
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time that a block takes to a phase.
+
+    Args:
+        seconds: Time by phase.
+        phase: The phase's name.
+
+    Yields:
+        Nothing.
+    """
+    start = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def timings(seconds: dict[str, float]) -> str:
+    """Say where the time went.
+
+    Args:
+        seconds: Time by phase.
+
+    Returns:
+        One line.
+    """
+    phases = ", ".join(f"{phase} {time:.1f}" for phase, time in seconds.items())
+    return f"seconds: {phases}; together {sum(seconds.values()):.1f}"
