@@ -1,0 +1,277 @@
+"""The formats of adapter files: a row each in one table, and the file that is read by a row."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...checks import check_weights
+from ...deltas import Delta, LoRAParametrization
+from ...deltas.protocol import FLOATS, show_dtypes
+from ...errors import FileError, LoRAError, TargetError
+from ..content import About, Config, Content, OpenFile, open_file, shortened, write_content
+from ..outline import UNKNOWN, Outline, WeightOutline, outline_of_tensors
+from ..progress import progress
+from . import diffusers, kohya, loralib, native, peft
+
+Deltas = dict[str, Delta]
+"""An adapter: its deltas by their weights' names."""
+
+
+def _strings(file: OpenFile, config: Config) -> About:
+    """Return the strings that somebody has put into a safetensors file."""
+    own = ("format", diffusers.CONFIG)
+    return About(metadata={k: v for k, v in file.header.metadata.items() if k not in own})
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        name: What `save_lora(..., format=name)` takes.
+        recognises: `(file) -> bool`, from names, suffixes and header keys; unpickles nothing.
+        parse: `(tensors, config, weights, *, options)` to pairs of a weight's name and its delta.
+            Raises a `FileError` that lists all that is wrong, without the file's name.
+        render: `(deltas, weights, about, *, options) -> Content`; `None` where it isn't written.
+        config: `(file) -> Config`, what `parse` needs beside the tensors.
+        about: `(file, config) -> About`.
+        kinds: The kinds of deltas that it has a place for; `None` for all.
+        silent: The numbers of a delta that its files don't say.
+    """
+
+    name: str
+    recognises: Callable[[OpenFile], bool]
+    parse: Callable[..., list[tuple[str, Any]]]
+    render: Callable[..., Content] | None = None
+    config: Callable[[OpenFile], Config] = lambda file: {}
+    about: Callable[[OpenFile, Config], About] = _strings
+    kinds: tuple[str, ...] | None = (LoRAParametrization.kind,)
+    silent: tuple[str, ...] = ("dropout",)
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        *("native", native.recognises, native.parse, native.render),
+        *(native.read_config, native.describe, None, ()),
+    ),
+    Format(
+        *("peft", peft.recognises, peft.parse, peft.render, peft.read_config, peft.describe),
+        silent=(),
+    ),
+    Format("kohya", kohya.recognises, kohya.parse, kohya.render),
+    Format("diffusers", diffusers.recognises, diffusers.parse, None, diffusers.read_config),
+    Format("loralib", loralib.recognises, loralib.parse),
+)
+"""A file is recognised by one row."""
+
+WRITTEN = sorted(row.name for row in FORMATS if row.render)
+"""The names of the formats that are written."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's file that is open, and the row by which it is read.
+
+    Attributes:
+        path: What it was called: the file, or for PEFT the folder.
+        format: The row.
+        file: The file.
+        config: What its deltas depend on beside its tensors.
+        about: What it says besides.
+    """
+
+    path: Path
+    format: Format
+    file: OpenFile
+    config: Config
+    about: About
+
+    @cached_property
+    def outline(self) -> Outline:
+        """What the file itself says of the model."""
+        about = self.about
+        return outline_of_tensors(about.shapes, about.layers) if about.shapes else UNKNOWN
+
+    def parse(self, weights: Outline, /, **options: Any) -> Deltas:
+        """Read the deltas; each is whole in itself, whether it fits the model isn't known.
+
+        Raises:
+            FileError: The file is damaged, or isn't for this model.
+            LoRAError: The format doesn't know an option.
+        """
+        _check_options(self.format, self.format.parse, options)
+        tensors = self.file.tensors
+        try:
+            pairs = self.format.parse(tensors, self.config, weights, **options)
+            deltas = dict(pairs)
+            times = Counter(name for name, _ in pairs)
+            faults = [f"{n}: there are {k} updates of it" for n, k in times.items() if k > 1]
+            faults += [*faults_of(deltas), *self._contradictions(deltas)]
+        except FileError as error:
+            raise FileError(f"{self.path}: {error}") from None
+        except LoRAError:
+            raise
+        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise FileError(
+                f"{self.path}: can't be read as {self.format.name}'s: {reason:.200}"
+            ) from error
+        if faults:
+            raise FileError(f"{self.path}: {shortened(faults)}")
+        return deltas
+
+    def _contradictions(self, deltas: Deltas) -> Iterator[str]:
+        """Yield deltas that aren't of the shapes that the file itself says."""
+        for name, delta in {} if self.outline.unknown else deltas.items():
+            weight = self.outline.weight(name)
+            fault = "it isn't said" if weight is None else _misfit(delta, weight)
+            if fault:
+                yield f"{name}: its tensors aren't of the shape said: {fault}"
+
+    def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
+        """Read the deltas and hold them against a model's weights, in model order.
+
+        None of those returned has a higher rank than its weight's smaller side.
+
+        Args:
+            weights: Those of the model.
+            adapter: The name of the adapter that they are going to be; empty for none.
+            **options: What the format takes.
+
+        Raises:
+            FileError: The model lacks weights, or their shapes are others.
+            TargetError: A weight can't be adapted.
+        """
+        deltas = self.parse(weights, **options)
+        homes = {name: weights.weight(name) for name in deltas}
+        if missing := [name for name, weight in homes.items() if weight is None]:
+            called = f" of {self.about.base_name}" if self.about.base_name else ""
+            raise FileError(
+                f"{self.path}: an adapter's file holds only changes to its base, the weights"
+                f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
+                f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
+            )
+        order = {name: place for place, name in enumerate(weights.weights)}
+        found = {name: weight for name, weight in homes.items() if weight is not None}
+        _check_adaptable([*found.values()], adapter)
+        names = sorted(found, key=lambda name: order.get(found[name].name, 0))
+        fitting, faults, lowered = {}, list[str](), []
+        for name in names:
+            delta, weight = deltas[name], found[name]
+            if fault := _misfit(delta, weight):
+                faults.append(f"{name}: {fault}")
+                continue
+            fitting[name] = _within_rank(delta, weight)
+            if fitting[name] is not delta:
+                lowered.append(name)
+                faults += faults_of({name: fitting[name]})
+        if faults:
+            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
+        if lowered:
+            warnings.warn(
+                f"{self.path}: rank lowered to the weight's smaller side, the same update within "
+                f"rounding: {shortened(lowered)}",
+                stacklevel=3,
+            )
+        return fitting
+
+
+@contextmanager
+def open_adapter(path: Path) -> Iterator[AdapterFile]:
+    """Open an adapter's file for a block, and find out its format.
+
+    Raises:
+        FileError: It can't be read, is damaged, or is of no known format, or of several.
+    """
+    with open_file(path) as file:
+        rows = [row for row in FORMATS if row.recognises(file)]
+        if len(rows) != 1:
+            if file.path.suffix == ".safetensors":
+                file.check_whole()
+            known = ", ".join(row.name for row in rows or FORMATS)
+            what = "could be any of" if rows else "is of no known format:"
+            raise FileError(f"{path}: {what} {known}")
+        config = rows[0].config(file)
+        yield AdapterFile(path, rows[0], file, config, rows[0].about(file, config))
+
+
+def write_adapter(
+    format: str, path: Path, deltas: Deltas, weights: Outline, about: About, /, **options: Any
+) -> None:
+    """Write deltas in the format of that name, and what else it has a place for.
+
+    Raises:
+        FileError: The format has no place for something, or the file can't be written.
+        LoRAError: There is no such format, or it doesn't know an option or keeps a string's key.
+    """
+    row = next((row for row in FORMATS if row.render and row.name == format), None)
+    if row is None or row.render is None:
+        raise LoRAError(f"format must be one of {WRITTEN}, got {format!r}")
+    _check_options(row, row.render, options)
+    taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
+    if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
+        raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
+    for name, delta in deltas.items():
+        if row.kinds is not None and (delta.kind not in row.kinds or delta.rows is not None):
+            what = f"a delta of kind {delta.kind!r}" if delta.rows is None else "a block of rows"
+            raise FileError(f"{path}: {name}: {format} has no place for {what}; use native")
+    try:
+        content = row.render(deltas, weights, about, **options)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
+    write_content(path, content)
+
+
+def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(call).parameters.values()
+    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    if unknown := sorted(options.keys() - known):
+        raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")
+    if not isinstance(options.get("prefix", ""), str):
+        raise LoRAError(f"prefix must be a string, got {options['prefix']!r}")
+
+
+def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
+    """Yield what is wrong with deltas in themselves."""
+    if not deltas:
+        yield "there is no adapter in it"
+    for name, delta in progress(list(deltas.items()), "checking the factors"):
+        tensors = list(native.tensors_of(delta).values())
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+            allowed, got = show_dtypes(*FLOATS), show_dtypes(*(each.dtype for each in tensors))
+            yield f"{name}: its tensors must share one of {allowed}, got {got}"
+        elif any(tensor.is_meta or not tensor.numel() for tensor in tensors):
+            yield f"{name}: its tensors have no values"
+        elif not all(tensor.isfinite().all() for tensor in tensors):
+            yield f"{name}: its tensors must be finite"
+
+
+def _check_adaptable(weights: list[WeightOutline], adapter: str) -> None:
+    """Raise for the first weight that can't be adapted."""
+    check_weights([each.weight for each in weights if each.weight is not None], adapter)
+    for weight in weights:
+        if isinstance(weight.source, Tensor) and weight.source.dtype not in FLOATS:
+            allowed, got = show_dtypes(*FLOATS), show_dtypes(weight.source.dtype)
+            raise TargetError(f"{weight.name}: its dtype must be one of {allowed}, got {got}")
+
+
+def _misfit(delta: Delta, weight: WeightOutline) -> str | None:
+    return delta.misfit(weight.shape or (), weight.view)
+
+
+def _within_rank(delta: Delta, weight: WeightOutline) -> Delta:
+    """Return a delta, or one of the same update whose rank is the weight's smaller side."""
+    if not isinstance(delta, LoRAParametrization) or delta.rank <= min(weight.view[-2:]):
+        return delta
+    return delta.lowered(min(weight.view[-2:]))
