@@ -1,4 +1,4 @@
-"""What is in a file: tensors, strings and a config, each read once; and how it is written."""
+"""Files as they lie on a disk: opened and read once, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ..errors import FileError, LoRAError
 from .tensors import LONGEST_NAME, Header, map_tensors, read_header, replace_file, save_tensors
 
 Config = Mapping[str, Any]
+Content = tuple[Mapping[str, Tensor], Mapping[str, str], Config | None]
+"""What a file is going to hold: tensors, strings, and for a folder of PEFT's a config."""
 
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """What the files in a folder of PEFT's are called."""
@@ -32,7 +34,7 @@ class About:
         cls: The base's class.
         base: SHA-256 digests of the base's parameters, as `fingerprint` gives them.
         shapes: Shapes of the base's parameters.
-        layers: Facts of the weights' modules by the weights' names, as `Outline` takes them.
+        layers: Facts of the adapted modules by their paths, as `outline_of_tensors` takes them.
         metadata: Strings of whoever saved it.
     """
 
@@ -50,24 +52,9 @@ class About:
         return self.model or self.cls
 
 
-class Content(NamedTuple):
-    """What a file is going to hold; one with a config is a folder of PEFT's."""
-
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-    config: Config | None = None
-
-
 @dataclass
 class OpenFile:
-    """A file that is open: its header has been read, and its tensors are, once, when asked for.
-
-    Attributes:
-        path: Where its tensors are.
-        folder: The folder of PEFT's that was named instead of the file.
-        file: The file.
-        header: Its header, with a fault where it is no safetensors file.
-    """
+    """An open file, whose header has been read; `folder` is PEFT's, where that was named."""
 
     path: Path
     folder: Path | None
@@ -80,7 +67,7 @@ class OpenFile:
         if self.path.suffix == ".safetensors":
             self.check_whole()
         if self.header.fault:
-            return unpickle_tensors(self.path, self.file)
+            return _unpickled(self.path, self.file)
         return map_tensors(self.file, self.header)
 
     def check_whole(self) -> None:
@@ -98,12 +85,10 @@ def open_file(path: Path) -> Iterator[OpenFile]:
     """
     with ExitStack() as stack:
         try:
-            folder = path if path.is_dir() else None
-            if folder:
-                named = [folder / name for name in (SAFE, PICKLED) if (folder / name).exists()]
-                if not named:
-                    raise FileError(f"{path}: is of no known format: it has no {SAFE}")
-                path = named[0]
+            if folder := path if path.is_dir() else None:
+                path = next((p for n in (SAFE, PICKLED) if (p := folder / n).exists()), folder)
+            if path == folder:
+                raise FileError(f"{path}: is of no known format: it has no {SAFE}")
             check_regular(path)
             file = stack.enter_context(open(path, "rb"))
             header = read_header(file)
@@ -121,12 +106,8 @@ def check_regular(path: Path) -> None:
         raise FileError(f"{path}: can't be read: no regular file")
 
 
-def unpickle_tensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
-    """Load a state dict with `weights_only=True`: tensors and plain containers, no code.
-
-    Raises:
-        FileError: It is damaged, or more than a state dict.
-    """
+def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
+    """Load a state dict with `weights_only=True`: tensors and plain containers, no code."""
     file.seek(0)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -147,13 +128,10 @@ def unpickle_tensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
 
 
 def write_content(path: Path, content: Content) -> None:
-    """Write a file, or with a config a folder, which is made if it isn't there.
-
-    Raises:
-        FileError: It can't be written; what was there before still is.
-    """
-    if content.config is None:
-        save_tensors(path, content.tensors, content.metadata)
+    """Write a file, or with a config a folder, which is made if it isn't there."""
+    tensors, metadata, config = content
+    if config is None:
+        save_tensors(path, tensors, metadata)
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -161,9 +139,9 @@ def write_content(path: Path, content: Content) -> None:
         reason = getattr(error, "strerror", None) or error
         raise FileError(f"{path}: no folder can be made: {reason}") from None
     with replace_file(path / CONFIG) as file:  # takes its place after the tensors have taken theirs
-        file.write(json.dumps(content.config, indent=2).encode())
+        file.write(json.dumps(config, indent=2).encode())
         file.flush()
-        save_tensors(path / SAFE, content.tensors, content.metadata)
+        save_tensors(path / SAFE, tensors, metadata)
 
 
 def check_apart(out: Path, *inputs: Path | None) -> None:
@@ -178,8 +156,7 @@ def check_apart(out: Path, *inputs: Path | None) -> None:
 
 def check_strings(name: str, given: Any) -> Mapping[str, str]:
     """Return what maps strings to strings, all of them fit for a file, or raise."""
-    items = given.items() if isinstance(given, Mapping) else [(None, given)]
-    texts = [text for item in items for text in item]
+    texts = [t for item in given.items() for t in item] if isinstance(given, Mapping) else [None]
     # A lone half of a surrogate pair has no bytes.
     if any(type(t) is not str or t.encode("utf-8", "ignore").decode() != t for t in texts):
         raise LoRAError(f"{name} must map strings to strings, got {given!r:.80}")

@@ -21,12 +21,11 @@ from ..weight import Walk, Weight, join, tensor_names
 
 Shape = tuple[int, ...]
 Facts = Mapping[str, Any]
-"""What a file says of a module, as `ModuleOutline.facts` gives it; of a guess, nothing."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-BLOCK = re.compile(r"(.+)\[(\d+):(\d+)\]")
-"""The name of a block of a weight's rows."""
+GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""What a module's `weight` of so many dimensions is taken for."""
 
 
 def kind_name(layer: Layer) -> str:
@@ -40,7 +39,7 @@ ROWS = {kind_name(layer): layer for layer in TABLE}
 
 @dataclass(frozen=True)
 class ModuleOutline:
-    """What is known of one module.
+    """What is known of one module: by default, nothing.
 
     Attributes:
         path: Its path.
@@ -48,9 +47,7 @@ class ModuleOutline:
         tensors: The names of its own tensors, in their order.
         known: Whether that is so, and no guess from names and shapes.
         class_name: What its class is called.
-        groups: A convolution's.
-        dilation: A convolution's.
-        padding_mode: A convolution's.
+        groups, dilation, padding_mode: A convolution's.
         is_transposed: Whether it says that its stacks are stored `(in, out)`, as some of
             transformers' experts do; `None` where that isn't known.
         own_forward: Whether it is a linear layer that computes otherwise than `nn.Linear` does.
@@ -85,7 +82,7 @@ class ModuleOutline:
         return self.layer is not None and self.layer.transposed
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """What another outline needs to know of it, for JSON; of a guess, nothing."""
         if not self.known or self.layer is None:
             return {}
@@ -96,13 +93,9 @@ class ModuleOutline:
 
 @dataclass(frozen=True)
 class WeightOutline:
-    """What is known of one tensor of a module, or of a block of its rows.
+    """What is known of one tensor of a module, or of a block of its `rows`.
 
-    Attributes:
-        module: The module.
-        tensor: What the module calls it.
-        source: The model's weight, a checkpoint's tensor or a shape; `None` where none is known.
-        rows: The block of its first dimension; `None` for the whole tensor.
+    Its `source` is the model's weight, a checkpoint's tensor, a shape, or `None` for nothing.
     """
 
     module: ModuleOutline
@@ -130,41 +123,35 @@ class WeightOutline:
         shape = tuple(source.shape) if isinstance(source, Tensor) else source
         if shape is None or self.rows is None:
             return shape
-        return (len(range(shape[0])[self.rows]), *shape[1:])
+        return (len(range(*self.rows.indices(shape[0]))), *shape[1:])
 
     @property
     def view(self) -> Shape:
         """The shape of its matrix view, of a vector its own."""
-        shape = self.shape or ()
-        return self.module.layer.view(shape) if self.module.layer and len(shape) > 1 else shape
+        shape, layer = self.shape or (), self.module.layer
+        return layer.view(shape) if layer and len(shape) > 1 else shape
 
     @property
     def drops(self) -> bool:
         """Whether dropout can act on its layer's input."""
-        layer, source = self.module.layer, self.source
-        if isinstance(source, Weight):
-            return source.layer.drops and acts(source.module, source.tensor)
-        return layer is not None and layer.run is not None and layer.drops
+        layer = self.module.layer
+        if layer is None or not layer.drops or layer.run is None:
+            return False
+        return self.weight is None or acts(self.weight.module, self.tensor)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a model; without anything, every name may be one of its own.
+    """What is known of a model's modules and weights, by path and name in model order.
 
-    Attributes:
-        modules: Its modules by path.
-        weights: Its weights by name, in model order.
-        parameters: The base's parameters, as far as their values are there.
-        buffers: The base's buffers, likewise.
-        shapes: Shapes of the base's parameters.
-        unknown: Whether nothing is known but what a file's own names and shapes say.
+    The base's parameters and buffers are there as far as they have values. Of an `unknown` model
+    every name may be one of its own: nothing is known but what a file's names and shapes say.
     """
 
     modules: Mapping[str, ModuleOutline] = field(default_factory=dict)
     weights: Mapping[str, WeightOutline] = field(default_factory=dict)
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
     unknown: bool = False
 
     def module(self, path: str) -> ModuleOutline | None:
@@ -173,15 +160,16 @@ class Outline:
 
     def weight(self, name: str) -> WeightOutline | None:
         """Return what is known of a weight or a block of its rows; `None` if there is none."""
-        if name in self.weights:
-            return self.weights[name]
-        if self.unknown:
+        block = None if name in self.weights else re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
+        if block is None and self.unknown:
             path, _, tensor = name.rpartition(".")
             return WeightOutline(ModuleOutline(path), tensor)
-        block = BLOCK.fullmatch(name)
-        if block is None or block[1] not in self.weights:
-            return None
-        return replace(self.weights[block[1]], rows=slice(int(block[2]), int(block[3])))
+        weight = self.weights.get(block[1] if block else name)
+        return (
+            replace(weight, rows=slice(*map(int, block.groups()[1:])))
+            if weight and block
+            else weight
+        )
 
     def has_weight(self, path: str) -> bool:
         """Say whether there may be a module at a path that has a tensor called `weight`."""
@@ -202,92 +190,73 @@ UNKNOWN = Outline(unknown=True)
 def outline_of_model(walk: Walk) -> Outline:
     """Take the outline of a model."""
     slots = Counter(id(child) for _, owner in walk.owners for child in owner._modules.values())
-    modules = {
-        path: ModuleOutline(
-            path,
-            layer_of(type(module)),
-            tuple(tensor_names(module)),
-            known=True,
-            class_name=type_before(module).__name__,
+    modules = {}
+    for path, module in walk.modules:
+        cls = type_before(module)
+        modules[path] = ModuleOutline(
+            *(path, layer_of(cls), tuple(tensor_names(module)), True, cls.__name__),
+            *_convolution(vars(module) if isinstance(module, CONVOLUTIONS) else {}),
             is_transposed=bool(getattr(module, "is_transposed", False)),
-            own_forward=isinstance(module, nn.Linear)
-            and type_before(module).forward is not nn.Linear.forward,
+            own_forward=issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward,
             shared=slots[id(module)] > 1,
-            **_convolution(vars(module) if isinstance(module, CONVOLUTIONS) else {}),
         )
-        for path, module in walk.modules
-    }
-    parameters = {weight.name: tensor for weight, tensor in walk.parameters}
     return Outline(
         modules,
         {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights},
-        parameters,
+        {weight.name: tensor for weight, tensor in walk.parameters},
         {weight.name: tensor for weight, tensor in walk.buffers},
-        {
-            name: tuple(tensor.shape)
-            for name, tensor in parameters.items()
-            if not is_lazy(tensor) and "parametrizations" not in name.split(".")
-        },
     )
 
 
 def outline_of_tensors(
-    tensors: Mapping[str, Tensor | Shape], facts: Mapping[str, Facts]
+    tensors: Mapping[str, Tensor] | Mapping[str, Shape], facts: Mapping[str, Facts]
 ) -> Outline:
     """Make the outline of the model whose tensors, or whose tensors' shapes, these are.
 
-    Modules are what `facts` says of them, by the name of a weight; the others are guessed.
+    Modules are what `facts` says of them, by their paths; the others are guessed.
     """
-    shapes = {n: tuple(t.shape) if isinstance(t, Tensor) else t for n, t in tensors.items()}
     own: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
-    for name, shape in shapes.items():
+    for name, source in tensors.items():
         path, _, tensor = name.rpartition(".")
-        own[path][tensor] = shape
-    said = {name.rpartition(".")[0]: each for name, each in facts.items() if name in tensors}
-    for path in own:  # another's attention has a plain layer behind it
-        behind = said.get(join(path, "out_proj"), {}).get("type", kind_name(TABLE[0]))
-        if "in_proj_weight" in own[path] and behind != kind_name(TABLE[0]):
-            said.setdefault(path, {"type": kind_name(UNLISTED)})
+        own[path][tensor] = tuple(source.shape) if isinstance(source, Tensor) else source
     parents = [each for path in own for each in accumulate(path.split("."), "{}.{}".format)]
     modules = {
-        path: _module_outline(path, own.get(path, {}), said.get(path, {}))
-        for path in dict.fromkeys(["", *parents])
+        path: _known(path, own.get(path, {}), facts) for path in dict.fromkeys(["", *parents])
     }
-    weights = {
-        name: WeightOutline(modules[name.rpartition(".")[0]], name.rpartition(".")[2], tensor)
-        for name, tensor in tensors.items()
-    }
+    weights = {}
+    for name, source in tensors.items():
+        path, _, tensor = name.rpartition(".")
+        weights[name] = WeightOutline(modules[path], tensor, source)
     values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
-    return Outline(modules, weights, values, {}, shapes)
+    return Outline(modules, weights, values)
 
 
-def _module_outline(path: str, own: Mapping[str, Shape], facts: Facts) -> ModuleOutline:
-    layer = ROWS.get(str(facts["type"]), UNLISTED) if "type" in facts else _guess(own)
-    transposed = facts.get("is_transposed")
+def _known(path: str, own: Mapping[str, Shape], facts: Mapping[str, Facts]) -> ModuleOutline:
+    """Return what is said of a module, or what its tensors' shapes look like."""
+    said, weight, bias = facts.get(path, {}), own.get("weight", ()), own.get("bias", ())
+    # Another's attention has a plain layer behind it.
+    behind = facts.get(join(path, "out_proj"), {}).get("type", kind_name(TABLE[0]))
+    if "type" in said:
+        layer = ROWS.get(str(said["type"]), UNLISTED)
+    elif "in_proj_weight" in own:
+        layer = layer_of(nn.MultiheadAttention) if behind == kind_name(TABLE[0]) else UNLISTED
+    elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
+        layer = ROWS[CONV1D]
+    else:
+        layer = layer_of(GUESSES.get(len(weight), nn.Module))
+    transposed = said.get("is_transposed")
     return ModuleOutline(
-        path,
-        layer,
-        tuple(own),
-        known="type" in facts,
-        class_name=kind_name(layer).rpartition(".")[2],
+        *(path, layer, tuple(own), "type" in said, kind_name(layer).rpartition(".")[2]),
+        *_convolution(said if layer.kind in CONVOLUTIONS else {}),
         is_transposed=transposed if isinstance(transposed, bool) else None,
-        **_convolution(facts if layer.kind in CONVOLUTIONS else {}),
     )
 
 
-def _convolution(facts: Facts) -> dict[str, Any]:
-    """Keep of a convolution's facts those that are of their type."""
-    kinds = {"groups": int, "padding_mode": str, "dilation": (list, tuple)}
-    kept = {name: facts[name] for name in kinds if isinstance(facts.get(name), kinds[name])}
-    return kept | {"dilation": tuple(kept["dilation"])} if "dilation" in kept else kept
-
-
-def _guess(own: Mapping[str, Shape]) -> Layer:
-    """Guess a module's row from the shapes of its tensors."""
-    if "in_proj_weight" in own:
-        return layer_of(nn.MultiheadAttention)
-    weight, bias = own.get("weight", ()), own.get("bias", ())
-    if len(weight) == 2 and bias == weight[1:] != weight[:1]:
-        return ROWS[CONV1D]
-    guesses = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-    return layer_of(guesses.get(len(weight), nn.Module))
+def _convolution(facts: Facts) -> tuple[int, tuple[int, ...], str]:
+    """Return a convolution's groups, dilation and padding mode, as far as they are any."""
+    groups, dilation, mode = map(facts.get, ("groups", "dilation", "padding_mode"))
+    return (
+        groups if isinstance(groups, int) else 1,
+        tuple(dilation) if isinstance(dilation, (list, tuple)) else (),
+        mode if isinstance(mode, str) else "zeros",
+    )

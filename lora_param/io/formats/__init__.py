@@ -27,10 +27,9 @@ Deltas = dict[str, Delta]
 """An adapter: its deltas by their weights' names."""
 
 
-def _strings(file: OpenFile, config: Config) -> About:
-    """Return the strings that somebody has put into a safetensors file."""
-    own = ("format", diffusers.CONFIG)
-    return About(metadata={k: v for k, v in file.header.metadata.items() if k not in own})
+def _describe(file: OpenFile) -> tuple[Config, About]:
+    strings = {key: text for key, text in file.header.metadata.items() if key != "format"}
+    return {}, About(metadata=strings)
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ class Format:
         parse: `(tensors, config, weights, *, options)` to pairs of a weight's name and its delta.
             Raises a `FileError` that lists all that is wrong, without the file's name.
         render: `(deltas, weights, about, *, options) -> Content`; `None` where it isn't written.
-        config: `(file) -> Config`, what `parse` needs beside the tensors.
-        about: `(file, config) -> About`.
-        kinds: The kinds of deltas that it has a place for; `None` for all.
+        describe: `(file) -> (config, about)`, what `parse` needs beside tensors, and all else.
+        any_kind: Whether it has a place for every kind of delta, and for blocks of rows.
         silent: The numbers of a delta that its files don't say.
     """
 
@@ -53,42 +51,29 @@ class Format:
     recognises: Callable[[OpenFile], bool]
     parse: Callable[..., list[tuple[str, Any]]]
     render: Callable[..., Content] | None = None
-    config: Callable[[OpenFile], Config] = lambda file: {}
-    about: Callable[[OpenFile, Config], About] = _strings
-    kinds: tuple[str, ...] | None = (LoRAParametrization.kind,)
-    silent: tuple[str, ...] = ("dropout",)
+    describe: Callable[[OpenFile], tuple[Config, About]] = _describe
+    any_kind: bool = False
+    silent: tuple[str, ...] = ()
 
 
 FORMATS: tuple[Format, ...] = (
+    Format("native", native.recognises, native.parse, native.render, native.describe, True),
+    Format("peft", peft.recognises, peft.parse, peft.render, peft.describe),
+    Format("kohya", kohya.recognises, kohya.parse, kohya.render, silent=("dropout",)),
     Format(
-        *("native", native.recognises, native.parse, native.render),
-        *(native.read_config, native.describe, None, ()),
+        *("diffusers", diffusers.recognises, diffusers.parse, None, diffusers.describe),
+        silent=("dropout",),
     ),
-    Format(
-        *("peft", peft.recognises, peft.parse, peft.render, peft.read_config, peft.describe),
-        silent=(),
-    ),
-    Format("kohya", kohya.recognises, kohya.parse, kohya.render),
-    Format("diffusers", diffusers.recognises, diffusers.parse, None, diffusers.read_config),
-    Format("loralib", loralib.recognises, loralib.parse),
+    Format("loralib", loralib.recognises, loralib.parse, silent=("dropout",)),
 )
 """A file is recognised by one row."""
 
 WRITTEN = sorted(row.name for row in FORMATS if row.render)
-"""The names of the formats that are written."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter's file that is open, and the row by which it is read.
-
-    Attributes:
-        path: What it was called: the file, or for PEFT the folder.
-        format: The row.
-        file: The file.
-        config: What its deltas depend on beside its tensors.
-        about: What it says besides.
-    """
+    """An adapter's open file, the row by which it is read, and what it says beside its deltas."""
 
     path: Path
     format: Format
@@ -113,74 +98,63 @@ class AdapterFile:
         tensors = self.file.tensors
         try:
             pairs = self.format.parse(tensors, self.config, weights, **options)
-            deltas = dict(pairs)
             times = Counter(name for name, _ in pairs)
             faults = [f"{n}: there are {k} updates of it" for n, k in times.items() if k > 1]
-            faults += [*faults_of(deltas), *self._contradictions(deltas)]
+            faults += [*faults_of(dict(pairs)), *self._contradictions(dict(pairs))]
         except FileError as error:
             raise FileError(f"{self.path}: {error}") from None
         except LoRAError:
             raise
         except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise FileError(
-                f"{self.path}: can't be read as {self.format.name}'s: {reason:.200}"
-            ) from error
+            reason = f"{error}".split("\n")[0]
+            format = self.format.name
+            raise FileError(f"{self.path}: can't be read as {format}'s: {reason:.200}") from error
         if faults:
             raise FileError(f"{self.path}: {shortened(faults)}")
-        return deltas
+        return dict(pairs)
 
     def _contradictions(self, deltas: Deltas) -> Iterator[str]:
         """Yield deltas that aren't of the shapes that the file itself says."""
         for name, delta in {} if self.outline.unknown else deltas.items():
             weight = self.outline.weight(name)
-            fault = "it isn't said" if weight is None else _misfit(delta, weight)
-            if fault:
+            if fault := "it isn't said" if weight is None else _misfit(delta, weight):
                 yield f"{name}: its tensors aren't of the shape said: {fault}"
 
     def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
         """Read the deltas and hold them against a model's weights, in model order.
 
-        None of those returned has a higher rank than its weight's smaller side.
-
-        Args:
-            weights: Those of the model.
-            adapter: The name of the adapter that they are going to be; empty for none.
-            **options: What the format takes.
+        None of those returned has a higher rank than its weight's smaller side. `adapter` is the
+        name of the adapter that they are going to be.
 
         Raises:
             FileError: The model lacks weights, or their shapes are others.
             TargetError: A weight can't be adapted.
         """
         deltas = self.parse(weights, **options)
-        homes = {name: weights.weight(name) for name in deltas}
-        if missing := [name for name, weight in homes.items() if weight is None]:
+        found = {name: w for name in deltas if (w := weights.weight(name)) is not None}
+        if missing := [name for name in deltas if name not in found]:
             called = f" of {self.about.base_name}" if self.about.base_name else ""
             raise FileError(
                 f"{self.path}: an adapter's file holds only changes to its base, the weights"
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
             )
-        order = {name: place for place, name in enumerate(weights.weights)}
-        found = {name: weight for name, weight in homes.items() if weight is not None}
         _check_adaptable([*found.values()], adapter)
-        names = sorted(found, key=lambda name: order.get(found[name].name, 0))
-        fitting, faults, lowered = {}, list[str](), []
-        for name in names:
-            delta, weight = deltas[name], found[name]
-            if fault := _misfit(delta, weight):
+        order = {name: place for place, name in enumerate(weights.weights)}
+        fitting, faults = {}, []
+        for name in sorted(found, key=lambda name: order[found[name].name]):
+            if fault := _misfit(deltas[name], found[name]):
                 faults.append(f"{name}: {fault}")
-                continue
-            fitting[name] = _within_rank(delta, weight)
-            if fitting[name] is not delta:
-                lowered.append(name)
-                faults += faults_of({name: fitting[name]})
+            else:
+                fitting[name] = _within_rank(deltas[name], found[name])
+        lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
+        faults += [*faults_of(lowered)] if lowered else []
         if faults:
             raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
         if lowered:
             warnings.warn(
                 f"{self.path}: rank lowered to the weight's smaller side, the same update within "
-                f"rounding: {shortened(lowered)}",
+                f"rounding: {shortened([*lowered])}",
                 stacklevel=3,
             )
         return fitting
@@ -201,8 +175,7 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
             known = ", ".join(row.name for row in rows or FORMATS)
             what = "could be any of" if rows else "is of no known format:"
             raise FileError(f"{path}: {what} {known}")
-        config = rows[0].config(file)
-        yield AdapterFile(path, rows[0], file, config, rows[0].about(file, config))
+        yield AdapterFile(path, rows[0], file, *rows[0].describe(file))
 
 
 def write_adapter(
@@ -221,10 +194,10 @@ def write_adapter(
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
-    for name, delta in deltas.items():
-        if row.kinds is not None and (delta.kind not in row.kinds or delta.rows is not None):
-            what = f"a delta of kind {delta.kind!r}" if delta.rows is None else "a block of rows"
-            raise FileError(f"{path}: {name}: {format} has no place for {what}; use native")
+    for name, delta in {} if row.any_kind else deltas.items():
+        if not isinstance(delta, LoRAParametrization) or delta.rows is not None:
+            what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
+            raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
     try:
         content = row.render(deltas, weights, about, **options)
     except FileError as error:
@@ -272,6 +245,6 @@ def _misfit(delta: Delta, weight: WeightOutline) -> str | None:
 
 def _within_rank(delta: Delta, weight: WeightOutline) -> Delta:
     """Return a delta, or one of the same update whose rank is the weight's smaller side."""
-    if not isinstance(delta, LoRAParametrization) or delta.rank <= min(weight.view[-2:]):
-        return delta
-    return delta.lowered(min(weight.view[-2:]))
+    limit = min(weight.view[-2:], default=0)
+    exceeds = isinstance(delta, LoRAParametrization) and delta.rank > limit
+    return delta.lowered(limit) if exceeds else delta  # type: ignore[attr-defined]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ...deltas import LoRAParametrization
 from ...errors import FileError
-from ..content import Config, OpenFile
+from ..content import About, Config, OpenFile
 from ..outline import Outline
 from ..tensors import strict_json
 from . import factors as shared
@@ -43,7 +43,7 @@ def recognises(file: OpenFile) -> bool:
     return shared.matches_any(KEYS[:3], names) and not shared.matches_any(peft.KEYS, names)
 
 
-def read_config(file: OpenFile) -> Config:
+def describe(file: OpenFile) -> tuple[Config, About]:
     """Return PEFT's config of each part, if the file carries one; older ones don't.
 
     Raises:
@@ -60,23 +60,17 @@ def read_config(file: OpenFile) -> Config:
         configs[_part(field)][field.removeprefix(f"{_part(field)}.")] = value
     if complaints := [each for config in configs.values() for each in unsupported_fields(config)]:
         raise FileError(f"{file.path}: not supported: {', '.join(complaints)}")
-    return configs
+    own = ("format", CONFIG)
+    return configs, About(metadata={k: t for k, t in file.header.metadata.items() if k not in own})
 
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
 ) -> list[tuple[str, LoRAParametrization]]:
-    """Read a LoRA.
+    """Read a LoRA, with PEFT's configs by the parts of a pipeline.
 
-    Args:
-        tensors: The file's.
-        config: PEFT's configs by the parts of a pipeline.
-        weights: Those of a UNet, transformer or text encoder, or of a module with children called
-            so, as in a pipeline.
-        prefix: Read only the keys that begin so: `"unet."`, where the model is only a UNet.
-
-    Returns:
-        An update per weight.
+    The model is a UNet, transformer or text encoder, or one with children called so, as in a
+    pipeline. Only keys that begin with `prefix` are read: `"unet."`, where it is only a UNet.
 
     Raises:
         FileError: Lists the keys that are no plain LoRA's or find no module, misshapen factors,
@@ -88,23 +82,14 @@ def parse(
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
     paths = {name: next(filter(weights.has_weight, _paths(name)), None) for name in factors}
     deltas = shared.deltas_of_layers(factors, paths, weights)
-    numbers = _ranks_and_alphas(config, factors)
     complaints = []
     for name, (_, delta) in zip(factors, deltas, strict=True):
-        rank, delta.alpha = numbers.get(name, (delta.rank, delta.alpha))
-        if rank != delta.rank:
-            complaints.append(f"{name} has rank {delta.rank}, by its config {rank}")
+        if (part := _part(name)) in config:
+            rank, delta.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
+            if rank != delta.rank:
+                complaints.append(f"{name} has rank {delta.rank}, by its config {rank}")
     shared.refuse(complaints)
     return deltas
-
-
-def _ranks_and_alphas(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
-    """Return the rank and the alpha of each name whose part has a config."""
-    return {
-        name: rank_and_alpha(config[_part(name)], name.removeprefix(f"{_part(name)}."))
-        for name in names
-        if _part(name) in config
-    }
 
 
 def _part(name: str) -> str:

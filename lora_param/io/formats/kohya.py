@@ -52,15 +52,8 @@ def parse(
 ) -> list[tuple[str, LoRAParametrization]]:
     """Read a LoRA; its names are resolved forward from the model's own modules.
 
-    Args:
-        tensors: The file's.
-        config: Nothing.
-        weights: Those of a UNet, a text encoder, any other model, or a module with children called
-            `unet`, `text_encoder` and `text_encoder_2`.
-        prefix: Read only the keys that begin so: `"lora_unet_"`, where the model is only a UNet.
-
-    Returns:
-        An update per weight.
+    The model is a UNet, a text encoder, any other, or one with children called `unet`,
+    `text_encoder` and `text_encoder_2`. Only keys that begin with `prefix` are read.
 
     Raises:
         FileError: Lists the keys that are no plain LoRA's, find no module or could be several, and
@@ -83,16 +76,9 @@ def render(
 ) -> Content:
     """Lay a LoRA out.
 
-    Args:
-        deltas: The updates by their weights' names.
-        weights: Those of the model.
-        about: Has the metadata, and the class's name.
-        prefix: What the keys begin with; by default what a child of the model is called, or the
-            model's class, decides: `lora_unet_` for `unet` or a UNet, `lora_te_` for `text_encoder`
-            or a CLIP; and `lycoris_`, the prefix for any model, for all else.
-
-    Returns:
-        The file's tensors and metadata.
+    Its keys begin with `prefix`; by default what a child of the model is called, or the model's
+    class, decides: `lora_unet_` for `unet` or a UNet, `lora_te_` for `text_encoder` or a CLIP; and
+    `lycoris_`, the prefix for any model, for all else.
 
     Raises:
         FileError: Lists the weights that the format has no place for, or the prefix has a dot.
@@ -120,7 +106,7 @@ def render(
     shared.refuse(complaints, "written")
     if dropped := [name for name, delta in deltas.items() if delta.dropout]:
         warnings.warn(f"Kohya's files hold no dropout: {', '.join(dropped)}", stacklevel=5)
-    return Content(tensors, {"format": "pt", **about.metadata})
+    return tensors, {"format": "pt", **about.metadata}, None
 
 
 def _children(weights: Outline) -> set[str]:

@@ -35,18 +35,12 @@ def parse(
 ) -> list[tuple[str, LoRAParametrization]]:
     """Read what `torch.save(loralib.lora_state_dict(model), path)` wrote.
 
-    Biases and other tensors of the base that are in it have to be the model's own, to the bit.
-
-    Args:
-        tensors: The state dict.
-        config: Nothing.
-        weights: Those of the model with plain layers in the place of loralib's.
-        alpha: The `lora_alpha` that it was trained with, which the file doesn't hold.
-        enable_lora: Which slices of each `MergedLinear` are adapted; not needed if all are.
-
-    Returns:
-        An update per weight. That of a `MergedLinear` has `r` times the enabled slices for a rank,
-        and that of a `ConvLoRA`, whose own view is `(out * k, in * k)`, has `r * k * k`.
+    The model has plain layers in the place of loralib's. Biases and other tensors of the base that
+    are in the file have to be the model's own, to the bit. `alpha` is the `lora_alpha` that it was
+    trained with, which the file doesn't hold; `enable_lora` says which slices of each
+    `MergedLinear` are adapted, and isn't needed if all are. The update of a `MergedLinear` has `r`
+    times the enabled slices for a rank, and that of a `ConvLoRA`, whose own view is
+    `(out * k, in * k)`, has `r * k * k`.
 
     Raises:
         FileError: There is no alpha; or lists what is misshapen, finds no module, isn't the model's

@@ -21,10 +21,9 @@ from ..tensors import LONGEST_NAME, strict_json
 
 KEY, VERSION = "lora_param", 1
 FIELDS = dict.fromkeys(("library", "adapter", "model", "class", "sha256"), str) | dict.fromkeys(
-    ("weights", "shapes", "base"), dict
+    ("weights", "layers", "shapes", "base"), dict
 )
-SPEC = {"kind": str, "numbers": dict, "layer": dict}
-"""What our metadata hold, and what they hold of each weight; `rows` too, of a block of its rows."""
+"""What our metadata hold: of each weight its kind, its numbers, and if it is a block its rows."""
 STRINGS = "metadata"
 """Under what a record that was read has the strings of whoever saved it."""
 
@@ -34,8 +33,8 @@ def recognises(file: OpenFile) -> bool:
     return KEY in file.header.metadata
 
 
-def read_config(file: OpenFile) -> Config:
-    """Return the record in our metadata, checked, and beside it the other strings.
+def describe(file: OpenFile) -> tuple[Config, About]:
+    """Return the record in our metadata, checked, with the other strings; and what it says.
 
     Raises:
         FileError: It is damaged, or of a version that this release doesn't know.
@@ -56,44 +55,27 @@ def read_config(file: OpenFile) -> Config:
         faults = [f"{type(error).__name__} {error!s:.200}"]
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
-    return {**record, STRINGS: strings}
+    shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
+    said = (record[key] for key in ("adapter", "model", "class", "base"))
+    return record | {STRINGS: strings}, About(*said, shapes, record["layers"], strings)
 
 
 def _record_faults(record: Mapping[str, Any]) -> list[str]:
     faults = [] if record["version"] == VERSION else ["version"]
     faults += [key for key, kind in FIELDS.items() if type(record[key]) is not kind]
-    names = [*record["weights"], *record["shapes"]]
+    names = [name for key in ("weights", "layers", "shapes") for name in record[key]]
     faults += [f"the name {name:.80}" for name in names if len(name) > LONGEST_NAME]
     for name, spec in record["weights"].items():
-        faults += [
-            f"{key} of {name:.80}" for key, kind in SPEC.items() if type(spec[key]) is not kind
-        ]
-        if "rows" in spec and not (_are_sizes(spec["rows"]) and len(spec["rows"]) == 2):
-            faults.append(f"rows of {name:.80}")
-    for name, shape in record["shapes"].items():
-        faults += [] if _are_sizes(shape) else [f"shape of {name:.80}"]
-    return faults + [name for name, text in record["base"].items() if type(text) is not str]
+        fine = type(spec["kind"]) is str and type(spec["numbers"]) is dict
+        rows = spec.get("rows", [0, 0])
+        faults += [] if fine and _are_sizes(rows) and len(rows) == 2 else [f"spec of {name:.80}"]
+    faults += [f"shape of {name:.80}" for name, s in record["shapes"].items() if not _are_sizes(s)]
+    faults += [name for name, facts in record["layers"].items() if type(facts) is not dict]
+    return faults + [name for name, digest in record["base"].items() if type(digest) is not str]
 
 
 def _are_sizes(value: Any) -> bool:
     return type(value) is list and len(value) <= 64 and not {*map(type, value)} - {int}
-
-
-def describe(file: OpenFile, config: Config) -> About:
-    """Return what our own file says besides its deltas."""
-    return About(
-        config["adapter"],
-        config["model"],
-        config["class"],
-        config["base"],
-        {name: tuple(shape) for name, shape in config["shapes"].items()},
-        {_whole_name(name, spec): spec["layer"] for name, spec in config["weights"].items()},
-        config[STRINGS],
-    )
-
-
-def _whole_name(name: str, spec: Mapping[str, Any]) -> str:
-    return name.removesuffix("[{}:{}]".format(*spec["rows"])) if "rows" in spec else name
 
 
 def parse(
@@ -105,35 +87,35 @@ def parse(
         FileError: The file is damaged, or has a delta of a kind that this release doesn't know.
     """
     specs: dict[str, dict[str, Any]] = config["weights"]
-    if unknown := {name: s["kind"] for name, s in specs.items() if s["kind"] not in KINDS}:
-        name, kind = next(iter(unknown.items()))
-        raise FileError(f"{name}: this release of lora_param knows no kind {kind!r:.40}; update it")
+    if unknown := [name for name, spec in specs.items() if spec["kind"] not in KINDS]:
+        kind = specs[unknown[0]]["kind"]
+        raise FileError(f"{unknown[0]}: this release knows no kind {kind!r:.40}; update it")
     own: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        weight, _, part = name.rpartition(".")
-        own[weight][part] = tensor
-    complaints = [f"unexpected: {name}" for name in tensors if name.rpartition(".")[0] not in specs]
-    if not complaints and config["sha256"] != _seal(config, tensors):
-        complaints.append("its bytes aren't those that were saved")
+        owner, _, part = name.rpartition(".")
+        own[owner][part] = tensor
+    faults = [f"unexpected: {name}" for name in tensors if name.rpartition(".")[0] not in specs]
+    if not faults and config["sha256"] != _seal(config, tensors):
+        faults.append("its bytes aren't those that were saved")
     deltas = []
-    for name, spec in {} if complaints else specs.items():
+    for name, spec in {} if faults else specs.items():
         try:
-            deltas.append((name, _restore(own[name], spec)))
+            deltas.append((name, _restored(own[name], spec)))
         except KeyError as error:
-            complaints.append(f"missing: {name}.{error.args[0]}")
+            faults.append(f"missing: {name}.{error.args[0]}")
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            complaints.append(f"{name}: {error}")
-    if complaints:
-        raise FileError(f"a damaged adapter file: {'; '.join(complaints[:10])}")
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise FileError(f"a damaged adapter file: {'; '.join(faults[:10])}")
     return deltas
 
 
-def _restore(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
+def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     """Build one weight's delta; what its kind doesn't know must not go unheard."""
     delta = KINDS[spec["kind"]].restore(tensors, spec["numbers"])
-    for own, said in ((tensors_of(delta), tensors), (delta.numbers, spec["numbers"])):
-        if unknown := sorted(said.keys() - own.keys()):
-            raise FileError(f"unexpected: {unknown[0]:.80}")
+    unknown = tensors.keys() - tensors_of(delta).keys()
+    if unknown := sorted(unknown | spec["numbers"].keys() - delta.numbers.keys()):
+        raise FileError(f"unexpected: {unknown[0]:.80}")
     delta.rows = slice(*spec["rows"]) if "rows" in spec else None
     return delta
 
@@ -152,14 +134,7 @@ def render(
 ) -> Content:
     """Lay out our own file.
 
-    Args:
-        deltas: Deltas of any kind by their weights' names.
-        weights: Those of the model.
-        about: Has what the record says besides.
-        base: What `fingerprint(model)` returned; `None` for what is known, or else to take it now.
-
-    Returns:
-        The tensors, and the metadata with the record.
+    `base` is what `fingerprint(model)` returned; `None` for what is known, or else to take it now.
 
     Raises:
         LoRAError: The base isn't strings, or has no values to digest.
@@ -168,15 +143,14 @@ def render(
 
     if base is None:
         base = about.base or {name: digest_of(name, t) for name, t in weights.parameters.items()}
-    specs, shapes = {}, {name: list(shape) for name, shape in weights.shapes.items()}
+    specs, tensors, layers = {}, {}, {}
     for name, delta in deltas.items():
-        spec: dict[str, Any] = {"kind": delta.kind, "numbers": delta.numbers}
+        specs[name] = {"kind": delta.kind, "numbers": delta.numbers}
         if delta.rows is not None:
-            spec["rows"] = [delta.rows.start, delta.rows.stop]
-        # What others parametrize in front has no original of that name.
-        weight = weights.weights[_whole_name(name, spec)]
-        shapes[weight.name] = list(weight.shape or ())
-        specs[name] = spec | {"layer": weight.module.facts}
+            specs[name]["rows"] = [delta.rows.start, delta.rows.stop]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
+        if (weight := weights.weight(name)) and weight.module.facts:
+            layers[weight.module.path] = weight.module.facts
     record: dict[str, Any] = {
         "version": VERSION,
         "library": __version__,
@@ -184,23 +158,19 @@ def render(
         "model": about.model,
         "class": about.cls,
         "weights": specs,
-        "shapes": shapes,
+        "layers": layers,
+        "shapes": {
+            n: weight.shape for n, weight in weights.weights.items() if weight.shape is not None
+        },
         "base": check_strings("base", base),
     }
-    tensors = {
-        f"{name}.{part}": tensor
-        for name, delta in deltas.items()
-        for part, tensor in tensors_of(delta).items()
-    }
     record["sha256"] = _seal({**record, STRINGS: about.metadata}, tensors)
-    return Content(tensors, {**about.metadata, KEY: json.dumps(record)})
+    return tensors, {**about.metadata, KEY: json.dumps(record)}, None
 
 
 def _seal(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Digest all that a file says, so that no bit of it changes unnoticed."""
-    digests = {
-        name: digest_of(name, tensors[name]) for name in progress(sorted(tensors), "digesting")
-    }
+    names = progress(sorted(tensors), "digesting")
+    digests = {name: digest_of(name, tensors[name]) for name in names}
     said = {key: value for key, value in record.items() if key != "sha256"}
-    content = json.dumps([said, digests], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([said, digests], sort_keys=True).encode()).hexdigest()

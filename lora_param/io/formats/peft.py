@@ -37,19 +37,14 @@ def recognises(file: OpenFile) -> bool:
     return shared.matches_any(KEYS, file.header.tensors)
 
 
-def read_config(file: OpenFile) -> Config:
-    """Return the config that lies beside the tensors, checked."""
-    return load_config((file.folder or file.path.parent) / CONFIG)
-
-
-def describe(file: OpenFile, config: Config) -> About:
-    """Return what PEFT calls the base, and says of its layers' types."""
+def describe(file: OpenFile) -> tuple[Config, About]:
+    """Return the config that lies beside the tensors, and what it and they say of the base."""
+    config = load_config((file.folder or file.path.parent) / CONFIG)
     matches = filter(None, (re.fullmatch(KEYS[1], key) for key in file.tensors))
-    facts = {"type": kind_name(layer_of(nn.Embedding))}
-    layers = {f"{match['name']}.weight": facts for match in matches}
+    layers = {match["name"]: {"type": kind_name(layer_of(nn.Embedding))} for match in matches}
     strings = {name: text for name, text in file.header.metadata.items() if name != "format"}
     model = str(config.get("base_model_name_or_path") or "")
-    return About(model=model, layers=layers, metadata=strings)
+    return config, About(model=model, layers=layers, metadata=strings)
 
 
 def parse(
@@ -59,17 +54,10 @@ def parse(
     *,
     mha_out_proj: Literal["twice", "once"] | None = None,
 ) -> list[tuple[str, LoRAParametrization]]:
-    """Read an adapter of PEFT's.
+    """Read an adapter of PEFT's, with its config.
 
-    Args:
-        tensors: The file's.
-        config: PEFT's.
-        weights: Those of the model that PEFT was given.
-        mha_out_proj: PEFT applies the update of a MultiheadAttention's `out_proj` twice: do as it
-            does, `"twice"`, or as the formula says, `"once"`; `None` is `"twice"` with a warning.
-
-    Returns:
-        An update per weight.
+    PEFT applies the update of a MultiheadAttention's `out_proj` twice: `mha_out_proj` says to do as
+    it does, `"twice"`, or as the formula says, `"once"`; `None` is `"twice"` with a warning.
 
     Raises:
         FileError: Lists what is wrong with the tensors.
@@ -110,14 +98,6 @@ def parse(
 def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`.
 
-    Args:
-        deltas: The updates by their weights' names.
-        weights: Those of the model.
-        about: Has the base's name and the metadata.
-
-    Returns:
-        The tensors, the metadata and the config.
-
     Raises:
         FileError: Lists the weights that PEFT has no place for.
     """
@@ -134,7 +114,7 @@ def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
     config = {"base_model_name_or_path": about.model or None, **_config(placed, weights)}
-    return Content(tensors, {"format": "pt", **about.metadata}, config)
+    return tensors, {"format": "pt", **about.metadata}, config
 
 
 def _place(name: str, weights: Outline, adapted: Collection[str]) -> Place:
