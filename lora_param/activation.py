@@ -113,7 +113,7 @@ def _found_out(entries: tuple[nn.Module, ...], chain: Any, layer: Layer) -> Plan
 def _parted(
     entries: tuple[Any, ...], chain: Any, layer: Layer
 ) -> tuple[tuple[nn.Module, ...], tuple[Delta, ...]] | None:
-    """Part a chain in others' entries and deltas behind them; `None` if not all of these can act."""
+    """Part a chain in others' entries and deltas behind them; `None` if one of these can't act."""
     first = next((i for i, each in enumerate(entries) if isinstance(each, Delta)), len(entries))
     for each in entries[first:]:
         # By its own `act`: a subclass, or a kind with parametrized tensors, may compute otherwise.

@@ -10,12 +10,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Record:
-    """What a module remembers while it has adapters, under the name `_lora`.
+    """What a module remembers, as `_lora`, while it has deltas.
 
-    Attributes:
-        type: The class that it had before its first adapter, for torch's own parametrizations.
-        order: The names of its parameters then.
-        plan: How its weight is computed, as last found out.
+    Its class and the order of its parameters before, and the last plan of how its weight is
+    computed. A copy has neither class nor plan: torch makes a class for one module alone.
     """
 
     def __init__(self, type: type[nn.Module] | None = None, order: tuple[str, ...] = ()) -> None:
@@ -23,7 +21,6 @@ class Record:
         self.plan: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A class that torch made for one module can't be named in a pickle and suits no copy.
         return Record, (None, self.order)
 
 
@@ -37,8 +34,9 @@ def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
 
     Torch's `is_parametrized` asks for an attribute, and wrappers answer that for what they wrap.
     """
-    children = module._modules  # of a scripted module no dictionary
-    chains = children["parametrizations"] if "parametrizations" in children else None
+    if "parametrizations" not in module._modules:
+        return {}
+    chains = module._modules["parametrizations"]
     if not isinstance(chains, nn.ModuleDict) or not all(
         isinstance(chain, ParametrizationList) for chain in chains._modules.values()
     ):
@@ -55,12 +53,10 @@ def originals_of(chain: Any) -> list[Tensor]:
 
 def run_through(entries: Sequence[nn.Module], originals: Sequence[Tensor]) -> Tensor:
     """Apply a chain's entries in their order; without any, return the one original."""
-    if not entries:
-        return originals[0]
-    value: Tensor = entries[0](*originals)
-    for entry in entries[1:]:
-        value = entry(value)
-    return value
+    value: Any = originals[0] if len(originals) == 1 else originals
+    for index, entry in enumerate(entries):
+        value = entry(*originals) if index == 0 else entry(value)
+    return cast("Tensor", value)
 
 
 def type_before(module: nn.Module) -> type[nn.Module]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,10 +24,10 @@ def freeze(walk: Walk, undo: ExitStack) -> None:
 
     The gradient is cleared because an optimizer built earlier would still apply it.
     """
-    flagged: defaultdict[nn.Module, list[str]] = defaultdict(list)
+    flagged: dict[nn.Module, list[str]] = {}
     for weight, tensor in walk.parameters:
         if tensor.requires_grad:
-            flagged[weight.module].append(weight.tensor)
+            flagged.setdefault(weight.module, []).append(weight.tensor)
     for module, names in flagged.items():
         keep_entries(undo, (module.__dict__, [FROZEN]))
         module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *names)
@@ -37,17 +36,16 @@ def freeze(walk: Walk, undo: ExitStack) -> None:
 
 def is_frozen(walk: Walk) -> bool:
     """Say whether `freeze` has frozen anything that `thaw` would give back."""
-    return any(FROZEN in module.__dict__ for _, module in walk.owners)
+    return any(FROZEN in module.__dict__ for module in walk.owners)
 
 
 def thaw(walk: Walk, undo: ExitStack) -> None:
     """Give every parameter that `freeze` froze its flag back."""
-    for path, module in walk.owners:
+    for module, path in walk.owners.items():
         if FROZEN in module.__dict__:
-            weights = [Weight(path, module, name) for name in module.__dict__[FROZEN]]
+            originals = [Weight(path, module, name).original for name in module.__dict__[FROZEN]]
             keep_entries(undo, (module.__dict__, [FROZEN]))
             del module.__dict__[FROZEN]
-            originals = [weight.original for weight in weights]
             set_flags(undo, [tensor for tensor in originals if tensor is not None], True)
 
 
@@ -76,16 +74,11 @@ def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
     Source:
         FIPS 180-4 for SHA-256.
     """
-    originals = _originals(model, buffers)
-    return {name: digest_of(name, tensor) for name, tensor in originals.items()}
+    return {name: digest_of(name, each) for name, each in _originals(model, buffers).items()}
 
 
 def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
     """Raise unless every original in a fingerprint still has the same bytes, dtype and shape.
-
-    Args:
-        model: The model, adapted or plain.
-        fingerprint: What `fingerprint(model)` returned earlier.
 
     Raises:
         FrozenError: Names every original that changed and every one that is gone.
@@ -106,33 +99,26 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         raise LoRAError(
             "assert_frozen takes what fingerprint(model) returned, got nothing to compare"
         )
-    now = _originals(model, buffers=True)
-    gone = [name for name in fingerprint if name not in now]
-    changed = [
-        name
-        for name, digest in fingerprint.items()
-        if name in now and digest_of(name, now[name]) != digest
+    now, changed, gone = _originals(model, buffers=True), [], []
+    for name, digest in fingerprint.items():
+        if name not in now:
+            gone.append(name)
+        elif digest_of(name, now[name]) != digest:
+            changed.append(name)
+    complaints = [
+        f"{len(names)} of {len(fingerprint)} originals {what}: {', '.join(names)}"
+        for names, what in ((changed, "changed"), (gone, "are gone"))
+        if names
     ]
-    complaints = []
-    if changed:
-        complaints.append(
-            f"{len(changed)} of {len(fingerprint)} originals changed: {', '.join(changed)}"
-        )
-    if gone:
-        complaints.append(
-            f"{len(gone)} of {len(fingerprint)} originals are gone: {', '.join(gone)}"
-        )
     if complaints:
         raise FrozenError("; ".join(complaints))
 
 
 @contextmanager
 def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
-    """Check that a block leaves every original as it was, to the bit.
+    """Check that a block leaves every original as it was, to the bit, with `buffers` those too.
 
-    Args:
-        model: The model, adapted or plain; it may gain or lose adapters in the block.
-        buffers: Check buffers too.
+    The model may gain or lose adapters in the block.
 
     Raises:
         FrozenError: Names every original that changed. An exception of the block's own passes
@@ -155,8 +141,7 @@ def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
 
 def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
     found = walk(model, "a call about the base")
-    tensors: list[tuple[Weight, Any]] = [*found.parameters, *(found.buffers if buffers else ())]
-    return {weight.name: tensor for weight, tensor in tensors}
+    return {weight.name: each for weight, each in (found.tensors if buffers else found.parameters)}
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:

@@ -1,6 +1,4 @@
-"""The layer table: which tensors of a layer multiply activations, how they read as matrices, and
-how the layer runs on them.
-"""
+"""The layer table: which tensors of a layer multiply activations, as which matrices, and how."""
 
 from __future__ import annotations
 
@@ -144,13 +142,13 @@ UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
 """Any other module: each of its tensors of two or more dimensions, where the caller names it."""
 
 
-@functools.lru_cache(maxsize=1024)
 def layer_of(cls: Any) -> Layer:
     """Return the table's row for a type of module; a subclass has its base's row."""
     return _row_and_type(cls)[0]
 
 
-def _row_and_type(cls: type) -> tuple[Layer, type]:
+@functools.lru_cache(maxsize=1024)
+def _row_and_type(cls: Any) -> tuple[Layer, type]:
     for base in cls.__mro__:
         for layer in TABLE:
             if layer.kind is base or layer.kind == f"{base.__module__}.{base.__qualname__}":
@@ -163,15 +161,13 @@ def methods_of(cls: Any) -> tuple[Any, Any]:
     return getattr(cls, "forward", None), getattr(cls, "_conv_forward", None)
 
 
-def computes_as_its_row(cls: type[nn.Module]) -> bool:
+def computes_as_its_row(cls: Any) -> bool:
     """Say whether a type computes as its row's own type does, and nobody has patched that one."""
     _, kind = _row_and_type(cls)
-    home: Any = kind.__init__
-    return methods_of(cls) == methods_of(kind) and all(
-        getattr(each, "__code__", home.__code__).co_filename == home.__code__.co_filename
-        for each in methods_of(kind)
-        if each is not None
-    )
+    home = vars(kind)["__init__"].__code__.co_filename
+    codes = [getattr(each, "__code__", None) for each in methods_of(kind) if each is not None]
+    stock = all(code is not None and code.co_filename == home for code in codes)
+    return stock and methods_of(cls) == methods_of(kind)
 
 
 def listed_tensors(layer: Layer, present: list[str]) -> list[str]:

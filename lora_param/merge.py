@@ -25,10 +25,6 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     what it was; within rounding, where only some of a weight's adapters are merged. All new weights
     are computed before the first is set.
 
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
-
     Raises:
         AdapterError: There is no such adapter, or it is disabled on some weight.
         LoRAError: A merged weight would not be finite; another's parametrization in front of the
@@ -56,11 +52,10 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
                 f"{weight.name}: adapter {delta.adapter!r} is disabled, so merging would change "
                 "the output; enable it, or remove it"
             )
-    weights = {(weight.module, weight.tensor): weight for weight, _ in pairs}.values()
-    whole = [Weight(weight.path, weight.module, weight.tensor) for weight in weights]
-    check_unshared(found, whole, "merging would change it there too")
+    weights = {weight.whole.name: weight.whole for weight, _ in pairs}.values()
+    check_unshared(found, list(weights), "merging would change it there too")
     merging = {delta for _, delta in pairs}
-    merged = [values for weight in whole for values in _merged(weight, merging)]
+    merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing() as undo:
         for original, value in merged:
             set_data(undo, original, value)
@@ -74,13 +69,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     Nothing is added and subtracted: after the block, also one that raises, every module has its
     originals and adapters back, the same objects with the same bits. For inference: in the block
     other verbs raise a `LoRAError`, and what is done to the merged weights is lost. They take as
-    much memory again as the adapted weights.
-
-    Args:
-        model: An adapted model. Disabled adapters stay out.
-
-    Yields:
-        Nothing.
+    much memory again as the adapted weights. Disabled adapters stay out.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -100,12 +89,15 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     """
     found = walk(model, "lora_merged")
     check_structure(found, "lora_merged")
-    deltas_called(found, None)
-    adapted = [weight for weight in found.weights if weight.deltas]
-    values = [_own_value(weight) for weight in adapted]
+    weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
+    values = [_own_value(weight) for weight in weights]
     with ExitStack() as undo:
-        for weight, value in zip(adapted, values, strict=True):
-            _put_merged(weight, value, undo)
+        for weight, value in zip(weights, values, strict=True):
+            module, chains = weight.module, weight.module._modules["parametrizations"]
+            undo.callback(_follow, chains, module, module.training)
+            undo.callback(merged_for_now.discard, module)
+            merged_for_now.add(module)
+            weight.make_plain(nn.Parameter(value, requires_grad=False), undo)
         yield
 
 
@@ -116,36 +108,32 @@ def _own_value(weight: Weight) -> Tensor:
     return value.clone() if shared else value
 
 
-def _put_merged(weight: Weight, value: Tensor, undo: ExitStack) -> None:
-    module, holder = weight.module, weight.module._modules["parametrizations"]
-    training = module.training
-
-    def follow() -> None:  # what the module did in the block
-        if module.training != training and holder is not None:
-            holder.train(module.training)
-
-    undo.callback(follow)
-    undo.callback(merged_for_now.discard, module)
-    merged_for_now.add(module)
-    weight.make_plain(nn.Parameter(value, requires_grad=False), undo)
+def _follow(chains: Any, module: nn.Module, training: bool) -> None:
+    """Let chains that were away follow what has been done to their module's mode."""
+    if module.training != training:
+        chains.train(module.training)
 
 
 def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
     """Pair a weight's originals with the values that make up for the deltas in `merging`."""
-    chain = weight.chain
+    chain, originals = weight.chain, weight.originals
     last = max(index for index, entry in enumerate(chain) if entry in merging)
     applied = [e for e in chain[: last + 1] if e in merging or not isinstance(e, Delta)]
     others = [entry for entry in applied if entry not in merging]
-    kept = {each for each in weight.deltas if each not in merging}
+    kept = {delta for delta in weight.deltas if delta not in merging}
     if others and not kept.isdisjoint(chain[: chain.index(others[-1])]):
         raise LoRAError(
             f"{weight.name}: {type(others[-1]).__name__} stands between the adapters, so one can't "
             "be merged without the other; merge all"
         )
-    originals = weight.originals
     with without_side_effects(chain):
         value = run_through(applied, originals)
-        _check_finite(weight, originals, value)
+        finite = value.is_meta or value.isfinite().all()
+        if not finite and all(original.isfinite().all() for original in originals):
+            raise LoRAError(
+                f"{weight.name}: the merged weight would not be finite in {value.dtype}; "
+                "the adapter has diverged or overflows this dtype"
+            )
         new = _inverted(weight, others, value) if others else [value]
     return list(zip(originals, new, strict=True))
 
@@ -169,13 +157,3 @@ def _inverted(weight: Weight, others: list[nn.Module], value: Tensor) -> list[Te
     if not torch.allclose(again, value, rtol=tolerance, atol=tolerance * float(value.abs().max())):
         raise LoRAError(refusal)
     return originals
-
-
-def _check_finite(weight: Weight, originals: list[Tensor], value: Tensor) -> None:
-    if value.is_meta or value.isfinite().all():
-        return
-    if all(original.isfinite().all() for original in originals):
-        raise LoRAError(
-            f"{weight.name}: the merged weight would not be finite in {value.dtype}; "
-            "the adapter has diverged or overflows this dtype"
-        )

@@ -26,7 +26,7 @@ from .frozen import freeze as freeze_base
 from .frozen import is_frozen, thaw
 from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
-from .weight import Walk, Weight, view_of, walk
+from .weight import Walk, Weight, walk
 
 
 def register_lora(
@@ -100,7 +100,7 @@ def register_lora(
     check_model(found, "register_lora")
     check_adapter(adapter)
     options = {"dropout": dropout, "init": init, "generator": generator, "dtype": dtype}
-    cls, taken = _kind(kind, {"rank": rank, "alpha": alpha, **options})
+    cls = _kind(kind, {"rank": rank, "alpha": alpha, **options})
     weights = resolve(found, target, exclude, cls.least_dimensions)
     check_weights(weights, adapter)
     if target is None:
@@ -112,10 +112,9 @@ def register_lora(
     pairs = []
     for weight, r, a in zip(weights, ranks, alphas, strict=True):
         given = {"rank": r, "alpha": a, **options}
-        own = {name: given[name] for name in taken}
-        like = weight.like
+        own = {name: given[name] for name in cls.options}
         try:
-            delta = cls.make(like, view_of(weight.layer, like), adapter=adapter, **own)
+            delta = cls.make(weight.like, weight.view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error} or exclude this weight") from None
         pairs.append((weight, delta))
@@ -123,14 +122,7 @@ def register_lora(
 
 
 def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
-    """Attach deltas to weights that `check_weights` has passed: all of them or none.
-
-    Returns:
-        The weights' names.
-
-    Raises:
-        TargetError: A weight's Parameter is another module's too.
-    """
+    """Attach deltas to weights that `check_weights` has passed, all or none; return the names."""
     check_unshared(walk, [weight for weight, _ in pairs], "an adapter here would not act there")
     with all_or_nothing() as undo:
         if freeze:
@@ -140,24 +132,19 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
         return [weight.name for weight, _ in pairs]
 
 
-def _kind(kind: object, options: Mapping[str, Any]) -> tuple[type[Delta], list[str]]:
-    """Return the kind of that name, and which options it takes; others must be as by default."""
+def _kind(kind: object, given: Mapping[str, Any]) -> type[Delta]:
+    """Return the kind of that name; options that it doesn't take must be as by default."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise LoRAError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
     defaults = inspect.signature(register_lora).parameters
-    known = inspect.signature(KINDS[kind].make).parameters
-    for name, value in options.items():
-        if name not in known and value != defaults[name].default:
-            raise LoRAError(f"a {kind} delta takes no {name}, got {value!r:.60}; leave it out")
-    return KINDS[kind], [name for name in options if name in known]
+    for name in given.keys() - set(KINDS[kind].options):
+        if given[name] != defaults[name].default:
+            raise LoRAError(f"a {kind} delta takes no {name}, got {given[name]!r:.60}; drop it")
+    return KINDS[kind]
 
 
 def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Switch adapters on.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
+    """Switch adapters on: the one of that name, or all.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -169,15 +156,12 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> disable_lora(model)
         >>> enable_lora(model)
     """
-    _switch(model, adapter, "enable_lora", True)
+    with all_or_nothing() as undo:
+        _switch(deltas_called(walk(model, "enable_lora"), adapter), True, undo)
 
 
 def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
     """Switch adapters off: with none on, reading a weight returns the original tensor itself.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -190,19 +174,13 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> model.weight is model.parametrizations.weight.original
         True
     """
-    _switch(model, adapter, "disable_lora", False)
+    with all_or_nothing() as undo:
+        _switch(deltas_called(walk(model, "disable_lora"), adapter), False, undo)
 
 
 @contextmanager
 def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
     """Switch adapters off for a block, then give each the state back that it had before.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
-
-    Yields:
-        Nothing.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -215,20 +193,14 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         ...     base_output = model(torch.ones(1, 3))
     """
     with ExitStack() as undo:
-        for _, delta in deltas_called(walk(model, "lora_disabled"), adapter):
-            _set_enabled(delta, False, undo)
+        _switch(deltas_called(walk(model, "lora_disabled"), adapter), False, undo)
         yield
 
 
-def _switch(model: nn.Module, adapter: str | None, call: str, enabled: bool) -> None:
-    with all_or_nothing() as undo:
-        for _, delta in deltas_called(walk(model, call), adapter):
-            _set_enabled(delta, enabled, undo)
-
-
-def _set_enabled(delta: Delta, enabled: bool, undo: ExitStack) -> None:
-    undo.callback(setattr, delta, "enabled", delta.enabled)
-    delta.enabled = enabled
+def _switch(pairs: Sequence[tuple[Weight, Delta]], enabled: bool, undo: ExitStack) -> None:
+    for _, delta in pairs:
+        undo.callback(setattr, delta, "enabled", delta.enabled)
+        delta.enabled = enabled
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -236,10 +208,6 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
 
     Class, parameter objects and their order, `requires_grad`, state-dict keys and bits are what
     they were. Parametrizations of others stay.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
 
     Raises:
         AdapterError: There is no such adapter.

@@ -13,7 +13,7 @@ from .chains import chains_of
 from .checks import check_structure, deltas_called
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
-from .undo import all_or_nothing, copy_into
+from .undo import all_or_nothing, copy_into, in_order
 from .weight import tensor_names, walk
 
 NUMBERS = "_extra_state"
@@ -24,10 +24,6 @@ def named_lora_parameters(
     model: nn.Module, adapter: str | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the adapters' parameters with names that don't depend on what else is registered.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
 
     Yields:
         `("<weight>.<adapter>.lora_A", A)` and `("<weight>.<adapter>.lora_B", B)` in model order,
@@ -50,14 +46,7 @@ def named_lora_parameters(
 
 
 def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
-    """Yield the adapters' parameters: what an optimizer takes.
-
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
-
-    Yields:
-        `lora_A` and `lora_B` of each weight, in model order.
+    """Yield the adapters' parameters, in model order: what an optimizer takes.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -76,10 +65,6 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
 def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """Return the adapters' state: tensors, detached and not copied, and numbers.
 
-    Args:
-        model: An adapted model.
-        adapter: The adapter's name; `None` means all.
-
     Returns:
         Tensors by the names of `named_lora_parameters`, and for each weight `_extra_state`, which
         says its kind, rank, alpha and dropout, as JSON in a tensor of bytes.
@@ -95,11 +80,10 @@ def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, T
         >>> list(lora_state_dict(model))
         ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
-    return {
-        f"{weight.name}.{delta.adapter}.{name}": value
-        for weight, delta in deltas_called(walk(model, "lora_state_dict"), adapter)
-        for name, value in delta.state_dict().items()
-    }
+    state: dict[str, Tensor] = {}
+    for weight, delta in deltas_called(walk(model, "lora_state_dict"), adapter):
+        state |= delta.state_dict(prefix=f"{weight.name}.{delta.adapter}.")
+    return state
 
 
 def load_lora_state_dict(
@@ -112,7 +96,7 @@ def load_lora_state_dict(
     Args:
         model: An adapted model.
         state_dict: What `lora_state_dict` returned, for the same weights, ranks and names. Values
-            are converted to the adapters' dtype and device, and numbers are their own.
+            are converted to the adapters' dtype and device.
         adapter: The adapter to load; `None` means all, and the state dict has to hold all.
 
     Raises:
@@ -130,12 +114,9 @@ def load_lora_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
-    deltas = {
-        f"{weight.name}.{delta.adapter}.": delta
-        for weight, delta in deltas_called(walk(model, "load_lora_state_dict"), adapter)
-    }
+    pairs = deltas_called(walk(model, "load_lora_state_dict"), adapter)
     with all_or_nothing() as undo:
-        load_deltas(deltas, state_dict, undo)
+        load_deltas({f"{w.name}.{d.adapter}.": d for w, d in pairs}, state_dict, undo)
 
 
 def load_deltas(
@@ -146,32 +127,30 @@ def load_deltas(
     Raises:
         StateDictError: Lists all that doesn't fit; nothing was loaded.
     """
-    parameters: dict[str, nn.Parameter] = {}
-    numbers: dict[Delta, dict[str, Any]] = {}
-    complaints: list[str] = []
-    known = {f"{prefix}{NUMBERS}": delta for prefix, delta in deltas.items()}
+    expected = {key for prefix, each in deltas.items() for key in each.state_dict(prefix=prefix)}
+    complaints = [f"missing: {name}" for name in sorted(expected) if name not in state_dict]
+    complaints += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    tensors: list[tuple[nn.Parameter, Tensor]] = []
+    numbers: list[tuple[Delta, dict[str, Any]]] = []
     for prefix, delta in deltas.items():
-        parameters |= {prefix + name: each for name, each in delta.named_parameters()}
-    expected = [key for prefix, each in deltas.items() for key in each.state_dict(prefix=prefix)]
-    complaints += [f"missing: {name}" for name in expected if name not in state_dict]
-    complaints += [f"unexpected: {name}" for name in state_dict if name not in set(expected)]
-    for name, parameter in parameters.items():
-        if name in state_dict and (fault := _fault(state_dict[name], parameter)):
-            complaints.append(fault.format(name))
-    for name, delta in known.items():
+        for name, parameter in delta.named_parameters(prefix[:-1]):
+            value = state_dict.get(name, parameter)
+            if fault := _fault(value, parameter):
+                complaints.append(fault.format(name))
+            else:  # a copy, for the case that it is a view of another delta's tensor
+                tensors.append((parameter, value.detach().clone()))
         try:
-            numbers[delta] = delta.checked_numbers(state_dict.get(name, delta.get_extra_state()))
+            own = delta.get_extra_state()
+            numbers.append((delta, delta.checked_numbers(state_dict.get(prefix + NUMBERS, own))))
         except LoRAError as error:
-            complaints.append(f"{name}: {error}")
+            complaints.append(f"{prefix}{NUMBERS}: {error}")
     if complaints:
         raise StateDictError(
             f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
         )
-    # Copies, for the case that a value is a view of another delta's tensor.
-    copies = {name: state_dict[name].detach().clone() for name in parameters}
-    for name, parameter in parameters.items():
-        copy_into(undo, parameter, copies[name])
-    for delta, new in numbers.items():
+    for parameter, value in tensors:
+        copy_into(undo, parameter, value)
+    for delta, new in numbers:
         undo.callback(setattr, delta, "numbers", delta.numbers)
         delta.numbers = new
 
@@ -193,11 +172,9 @@ def _fault(value: object, parameter: nn.Parameter) -> str | None:
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict that the model would have without adapters: keys, order and bits.
 
-    Args:
-        model: A plain or an adapted model. Its adapters are lifted off for the moment of the call.
-
     Returns:
         What `model.state_dict()` gives after `remove_lora(model)`: tensors detached and not copied.
+        The model, plain or adapted, is left as it is.
 
     Raises:
         LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.
@@ -210,8 +187,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
-    found = walk(model, "base_state_dict")
-    check_structure(found, "base_state_dict")
+    check_structure(walk(model, "base_state_dict"), "base_state_dict")
     state = model.state_dict()
     for path, module in model.named_modules(remove_duplicate=False):
         if any(isinstance(entry, Delta) for chain in chains_of(module).values() for entry in chain):
@@ -228,17 +204,13 @@ def _without_deltas(state: dict[str, Any], prefix: str, module: nn.Module) -> di
         if not others:
             names[f"{stem}original"] = f"{prefix}{tensor}"
         for index, entry in enumerate(chain):
-            plain = f"{stem}{others.index(entry)}." if entry in others else None
             for key in [key for key in state if key.startswith(f"{stem}{index}.")]:
-                names[key] = plain and plain + key.removeprefix(f"{stem}{index}.")
-    renamed = {plain: each for key, each in state.items() if (plain := names.get(key, key))}
-    own = [f"{prefix}{name}" for name in tensor_names(module) if f"{prefix}{name}" in renamed]
-    entries = iter(own)
-    first = True
-    result: dict[str, Any] = {}
-    for key, value in renamed.items():
-        if first and key.startswith(prefix):
-            result |= {name: renamed[name] for name in entries}
-            first = False
-        result.setdefault(key, value)
-    return result
+                inside = key.removeprefix(f"{stem}{index}.")
+                plain = entry in others
+                names[key] = f"{stem}{others.index(entry)}.{inside}" if plain else None
+    renamed = {name: each for key, each in state.items() if (name := names.get(key, key))}
+    # The module's own tensors stand where its first entry stood, in their old order.
+    keys = list(renamed)
+    first = next(index for index, key in enumerate(keys) if key.startswith(prefix))
+    own = [f"{prefix}{name}" for name in tensor_names(module)]
+    return in_order(renamed, [*keys[:first], *own, *keys[first:]])

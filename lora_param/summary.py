@@ -8,7 +8,7 @@ from torch import nn
 
 from .activation import acts
 from .checks import deltas_called
-from .weight import Weight, walk
+from .weight import walk
 
 NUMERIC = ("rank", "alpha", "parameters")
 """Columns that are aligned to the right."""
@@ -16,16 +16,7 @@ NUMERIC = ("rank", "alpha", "parameters")
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter on one weight.
-
-    Attributes:
-        name: The adapter's name.
-        rank: Its rank; `None` for a kind that has none.
-        alpha: Its alpha, of which the update's scale is `alpha / rank`; `None` like the rank.
-        parameters: Number of elements of its tensors.
-        enabled: Whether it acts.
-        kind: What it is, such as `"lora"`.
-    """
+    """One adapter on one weight; rank and alpha are `None` for a kind that has none."""
 
     name: str
     rank: int | None
@@ -42,7 +33,7 @@ class WeightSummary:
     Attributes:
         name: The weight's name in the plain model.
         shape: Its shape.
-        space: `"activation"` where its layer never forms `B @ A`, or `"weight"`.
+        space: `"activation"` where its layer never forms the adapted weight, or `"weight"`.
         adapters: Its adapters, in the order in which they were registered.
     """
 
@@ -50,6 +41,21 @@ class WeightSummary:
     shape: tuple[int, ...]
     space: str
     adapters: tuple[AdapterSummary, ...]
+
+    def _row(self) -> tuple[str, ...]:
+        cells = [
+            (
+                each.name,
+                each.kind,
+                "-" if each.rank is None else str(each.rank),
+                "-" if each.alpha is None else f"{each.alpha:g}",
+                "on" if each.enabled else "off",
+            )
+            for each in self.adapters
+        ]
+        columns = map(", ".join, zip(*cells, strict=True))
+        size = sum(each.parameters for each in self.adapters)
+        return self.name, "x".join(map(str, self.shape)), self.space, *columns, f"{size:,}"
 
 
 @dataclass(frozen=True)
@@ -81,34 +87,26 @@ class LoRASummary:
     def __str__(self) -> str:
         """Return the table: a header, a line per weight, the totals."""
         header = ("weight", "shape", "space", "adapter", "kind", *NUMERIC[:2], "state", NUMERIC[2])
-        rows = [header, *(_row(weight) for weight in self.weights)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        numeric = [title in NUMERIC for title in header]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        lines.append(lines[1])
-        lines.append(
+        rows = [header, *(weight._row() for weight in self.weights)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = zip(header, row, widths, strict=True)
+            padded = [
+                text.rjust(w) if title in NUMERIC else text.ljust(w) for title, text, w in cells
+            ]
+            lines.append("  ".join(padded).rstrip())
+        rule = "-" * max(map(len, lines))
+        totals = (
             f"base {self.base_parameters:,} + LoRA {self.lora_parameters:,} = "
             f"{self.total_parameters:,} parameters; LoRA is {self.percentage:.3f} % of the base; "
             f"{self.trainable_parameters:,} trainable"
         )
-        return "\n".join(lines)
+        return "\n".join([lines[0], rule, *lines[1:], rule, totals])
 
 
 def lora_summary(model: nn.Module) -> LoRASummary:
     """List the adapted weights of a model, and count its parameters.
-
-    Args:
-        model: An adapted model.
-
-    Returns:
-        The numbers; its `str` is a table with one line per weight.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -129,17 +127,17 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         88
     """
     found = walk(model, "lora_summary")
+    pairs = deltas_called(found, None)
     adapters: dict[str, list[AdapterSummary]] = {}
-    weights: dict[str, Weight] = {}
-    for weight, delta in deltas_called(found, None):
+    for weight, delta in pairs:
         size = sum(parameter.numel() for parameter in delta.parameters())
         rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
         summary = AdapterSummary(delta.adapter, rank, alpha, size, delta.enabled, delta.kind)
-        weights.setdefault(weight.name, weight)
         adapters.setdefault(weight.name, []).append(summary)
+    weights = {weight.name: weight for weight, _ in pairs}
     base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
     return LoRASummary(
-        weights=tuple(
+        tuple(
             WeightSummary(
                 name,
                 tuple(weight.like.shape),
@@ -148,27 +146,7 @@ def lora_summary(model: nn.Module) -> LoRASummary:
             )
             for name, weight in weights.items()
         ),
-        base_parameters=sum(base.values()),
-        lora_parameters=sum(each.parameters for listed in adapters.values() for each in listed),
-        trainable_parameters=sum(each.numel() for each in model.parameters() if each.requires_grad),
-    )
-
-
-def _row(weight: WeightSummary) -> tuple[str, ...]:
-    cells = [
-        (
-            each.name,
-            each.kind,
-            "-" if each.rank is None else str(each.rank),
-            "-" if each.alpha is None else f"{each.alpha:g}",
-            "on" if each.enabled else "off",
-        )
-        for each in weight.adapters
-    ]
-    return (
-        weight.name,
-        "x".join(map(str, weight.shape)),
-        weight.space,
-        *map(", ".join, zip(*cells, strict=True)),
-        f"{sum(each.parameters for each in weight.adapters):,}",
+        sum(base.values()),
+        sum(each.parameters for several in adapters.values() for each in several),
+        sum(each.numel() for each in model.parameters() if each.requires_grad),
     )

@@ -6,10 +6,9 @@ import difflib
 import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import TargetError
@@ -29,36 +28,28 @@ def resolve(
 
     What names a module names the tensors of its row, or of an unlisted module every tensor of at
     least `least` dimensions. A glob that also covers biases and norms takes the weights among them.
-    Whether a weight can be adapted is not checked here.
-
-    Raises:
-        TargetError: One of the selectors matches nothing, or nothing of so many dimensions.
+    Raises a `TargetError` where a selector matches nothing, or nothing of so many dimensions.
     """
     weights = {weight.name: weight for weight in walk.weights}
-    places = [] if target is None and exclude is None else _places(walk, least)
     if target is None:
-        chosen = {
-            join(path, tensor)
-            for path, module in walk.modules
-            if layer_of(type(module)).default
-            for tensor in _row_tensors(path, module, least)
-        }
+        defaults = [(path, m) for path, m in walk.modules if layer_of(type(m)).default]
+        chosen = {join(path, name) for path, m in defaults for name in _row_tensors(m, least)}
         if not chosen:
             raise TargetError(
                 "target=None finds no linear, convolution, attention or recurrent layer; name the "
                 f"weights, for example {nearest('', weights)}"
             )
-    else:
+    places = [] if target is None and exclude is None else _places(walk, least)
+    if target is not None:
         chosen = set()
         for selector in _selectors("target", target):
             hits = _hits("target", selector, places)
-            broad = {name for name in hits if not is_flat(weights[name], least)}
+            broad = {name for name in hits if not is_flat(weights[name].original, least)}
             if not broad:
                 raise TargetError(_unmatched("target", selector, hits, weights, places))
             chosen |= broad
     for selector in _selectors("exclude", exclude) if exclude is not None else ():
-        hits = _hits("exclude", selector, places)
-        if not hits:
+        if not (hits := _hits("exclude", selector, places)):
             raise TargetError(_unmatched("exclude", selector, hits, weights, places))
         chosen -= hits
     if not chosen:
@@ -71,8 +62,7 @@ def number_for_each(
 ) -> list[Number]:
     """Give each weight its number: the one for all, or that of the first pattern to match it.
 
-    Raises:
-        TargetError: A pattern decides for no weight, or a weight has no pattern.
+    Raises a `TargetError` where a pattern decides for no weight, or a weight has no pattern.
     """
     if not isinstance(value, Mapping):
         return [value] * len(weights)
@@ -96,81 +86,71 @@ def number_for_each(
     return [value[pattern] for pattern in deciders if pattern is not None]
 
 
-def _row_tensors(path: str, module: nn.Module, least: int) -> list[str]:
+def _row_tensors(module: nn.Module, least: int) -> list[str]:
     """List the tensors that naming a module names, a child's by its path."""
     layer, present = layer_of(type(module)), tensor_names(module)
     if layer is not UNLISTED:
         return listed_tensors(layer, present)
-    return [name for name in present if not is_flat(Weight(path, module, name), least)]
+    return [name for name in present if not is_flat(Weight("", module, name).original, least)]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A path at which a module is found; one that is shared has several.
-
-    Attributes:
-        path: The path.
-        module: The module.
-        own: The names of its own weights, by what they are called at this path.
-        named: The names of the weights that naming the module names.
-    """
+class _Place(NamedTuple):
+    """A path at which a module is found; one that is shared has several."""
 
     path: str
     module: nn.Module
-    own: Mapping[str, str]
-    named: frozenset[str]
+    own: dict[str, str]  # the names of its own weights, by what they are called at this path
+    named: set[str]  # the names of the weights that naming the module names
 
 
 def _places(walk: Walk, least: int) -> list[_Place]:
     names: defaultdict[nn.Module, dict[str, str]] = defaultdict(dict)
     for weight in walk.weights:
         names[weight.module][weight.tensor] = weight.name
-    own_names = [
-        {join(path, tensor): name for tensor, name in names[module].items()}
+    places = [
+        _Place(path, module, {join(path, t): name for t, name in names[module].items()}, set())
         for path, module in walk.places
     ]
-    spelled = {alias: name for own in own_names for alias, name in own.items()}
-    rows = [
-        {join(path, tensor) for tensor in _row_tensors(path, module, least)}
-        for path, module in walk.places
-    ]
-    return [
-        _Place(path, module, own, frozenset(spelled[name] for name in row if name in spelled))
-        for (path, module), own, row in zip(walk.places, own_names, rows, strict=True)
-    ]
+    called = {alias: name for place in places for alias, name in place.own.items()}
+    for path, module, _, named in places:
+        row = [join(path, name) for name in _row_tensors(module, least)]
+        named |= {called[name] for name in row if name in called}
+    return places
 
 
 def _hits(option: str, selector: Selector, places: Sequence[_Place]) -> set[str]:
-    hits: set[str] = set()
-    if isinstance(selector, str) and "[" in selector:
+    """Return the names of the weights that a selector names."""
+    if isinstance(selector, str) and "[" in selector:  # also a name that looks like a glob
         literal = {place.own[selector] for place in places if selector in place.own}
         literal |= {name for place in places if selector == place.path for name in place.named}
         if literal:
             return literal
+    hits: set[str] = set()
     for place in places:
         if isinstance(selector, str):
-            hit = _glob(selector, place.path)
             hits |= {name for alias, name in place.own.items() if _glob(selector, alias)}
-        elif isinstance(selector, type):
-            hit = isinstance(place.module, selector)
-        else:
-            hit = _asked(option, selector, place)
-        if hit:
+        if _selects(option, selector, place):
             hits |= place.named
     return hits
 
 
-def _asked(option: str, predicate: Predicate, place: _Place) -> bool:
+def _selects(option: str, selector: Selector, place: _Place) -> bool:
+    """Say whether a selector names a module as a whole."""
+    if isinstance(selector, str):
+        return _glob(selector, place.path)
+    if isinstance(selector, type):
+        return isinstance(place.module, selector)
     try:
-        return bool(predicate(place.path, place.module))
+        return bool(selector(place.path, place.module))
     except Exception as error:
         raise TargetError(
-            f'{option}: the predicate {_show(predicate)} failed at "{place.path}" with {error!r}; '
+            f'{option}: the predicate {_show(selector)} failed at "{place.path}" with {error!r}; '
             "it takes (path, module) and returns a bool"
         ) from error
 
 
 def _selectors(option: str, target: Target) -> list[Selector]:
+    """List what was given as one selector or as several, all of them of a right type."""
     if isinstance(target, (str, type)) or (callable(target) and not isinstance(target, Iterable)):
         target = [target]
     if not isinstance(target, Iterable) or isinstance(target, (nn.Module, Mapping)):
@@ -199,6 +179,7 @@ def _matches(pattern: str, weight: Weight) -> bool:
 
 
 def _glob(pattern: str, name: str) -> bool:
+    """Say whether a pattern, or one that is a dotted suffix, matches a name."""
     if name == pattern or name.endswith(f".{pattern}"):
         return True
     if not any(sign in pattern for sign in "*?["):
@@ -206,9 +187,8 @@ def _glob(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
-def is_flat(weight: Weight, least: int = 2) -> bool:
-    """Say whether a weight has fewer dimensions than a kind of delta needs."""
-    tensor = weight.original
+def is_flat(tensor: Tensor | None, least: int = 2) -> bool:
+    """Say whether a tensor has fewer dimensions than a kind of delta needs."""
     return tensor is not None and not is_lazy(tensor) and tensor.ndim < least
 
 
@@ -219,24 +199,20 @@ def _unmatched(
     weights: Mapping[str, Weight],
     places: Sequence[_Place],
 ) -> str:
+    """Say why a selector comes to nothing, and what is near."""
+    said = f"{option} {_show(selector)}"
     if hits:
-        return (
-            f"{option} {_show(selector)} matches only {', '.join(sorted(hits))}: an adapter "
-            "needs a tensor of two or more dimensions"
-        )
+        names = ", ".join(sorted(hits))
+        return f"{said} matches only {names}: an adapter needs a tensor of two or more dimensions"
     if not isinstance(selector, str):
-        return f"{option} {_show(selector)} matches no weight; there are {nearest('', weights)}"
-    if any(_glob(selector, path) for weight in weights.values() for path in _parents(weight.path)):
-        hint = f'for all below it, write "{selector}.*"'
-        return f'{option} "{selector}" has no weight of its own; {hint}'
+        return f"{said} matches no weight; there are {nearest('', weights)}"
+    parts = [weight.path.split(".") for weight in weights.values()]
+    parents = [".".join(each[:end]) for each in parts for end in range(1, len(each))]
+    if any(_glob(selector, parent) for parent in parents):
+        return f'{said} has no weight of its own; for all below it, write "{selector}.*"'
     if known := {type(place.module).__name__ for place in places if _glob(selector, place.path)}:
-        return f'{option} "{selector}" is a {", ".join(sorted(known))} with nothing to adapt'
-    return f'{option} "{selector}" matches no weight; the nearest are {nearest(selector, weights)}'
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
+        return f"{said} is a {', '.join(sorted(known))} with nothing to adapt"
+    return f"{said} matches no weight; the nearest are {nearest(selector, weights)}"
 
 
 def nearest(pattern: str, weights: Mapping[str, Weight]) -> str:
@@ -245,11 +221,10 @@ def nearest(pattern: str, weights: Mapping[str, Weight]) -> str:
 
     def likeness(weight: Weight) -> float:
         ends = [".".join(name.split(".")[-length:]) for name in (weight.name, weight.path)]
-        return max(
-            difflib.SequenceMatcher(None, pattern, end).ratio() for end in [*ends, weight.name]
-        )
+        names = (*ends, weight.name)
+        return max(difflib.SequenceMatcher(None, pattern, name).ratio() for name in names)
 
-    candidates = [weight for weight in weights.values() if not is_flat(weight)]
+    candidates = [weight for weight in weights.values() if not is_flat(weight.original)]
     likest = sorted(candidates, key=likeness, reverse=True)[:3]
     return ", ".join(f'"{weight.name}"' for weight in likest) or "none: the model has no weights"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,8 +40,19 @@ class Weight:
     @cached_property
     def name(self) -> str:
         """The full name, as `model.named_parameters()` gives it for the plain model."""
-        name = f"{self.path}.{self.tensor}" if self.path else self.tensor
+        name = join(self.path, self.tensor)
         return name if self.rows is None else f"{name}[{self.rows.start}:{self.rows.stop}]"
+
+    @property
+    def whole(self) -> Weight:
+        """The tensor of which it is a block."""
+        return self if self.rows is None else Weight(self.path, self.module, self.tensor)
+
+    def overlaps(self, rows: slice | None) -> bool:
+        """Say whether it has one of these rows of the tensor, of which `None` means all."""
+        if self.rows is None or rows is None:
+            return True
+        return bool(self.rows.start < rows.stop and rows.start < self.rows.stop)
 
     @property
     def layer(self) -> Layer:
@@ -57,21 +68,21 @@ class Weight:
     @property
     def deltas(self) -> list[Delta]:
         """The deltas among them, of a block those on the block."""
-        found = [entry for entry in self.chain if isinstance(entry, Delta)]
-        return [each for each in found if self.rows in (None, each.rows)]
+        deltas = [entry for entry in self.chain if isinstance(entry, Delta)]
+        return [delta for delta in deltas if self.rows in (None, delta.rows)]
 
     @property
     def original(self) -> Tensor | None:
         """The tensor beneath any parametrization; `None` if it isn't one tensor."""
         module, name = self.module, self.tensor
-        found: Tensor | None
+        tensor: Tensor | None
         if name in module._parameters:
-            found = module._parameters[name]
+            tensor = module._parameters[name]
         elif name in module._buffers:
-            found = module._buffers[name]
+            tensor = module._buffers[name]
         else:
-            found = getattr(chains_of(module).get(name), "original", None)
-        return found if found is None or self.rows is None else found[self.rows]
+            tensor = getattr(chains_of(module).get(name), "original", None)
+        return tensor if tensor is None or self.rows is None else tensor[self.rows]
 
     @property
     def originals(self) -> list[Tensor]:
@@ -97,8 +108,9 @@ class Weight:
 
     @property
     def view(self) -> Shape:
-        """The shape of its matrix view, `(*batch, fan_out, fan_in)`."""
-        return view_of(self.layer, self.like)
+        """The shape of its matrix view, `(*batch, fan_out, fan_in)`; of a vector its own."""
+        shape = tuple(self.like.shape)
+        return self.layer.view(shape) if len(shape) > 1 else shape
 
     def attach(self, delta: Delta, undo: ExitStack) -> None:
         """Append a delta to the tensor's chain; the original stays the same object."""
@@ -160,12 +172,6 @@ class Weight:
         keep_entries(undo, *places)
 
 
-def view_of(layer: Layer, tensor: Tensor) -> Shape:
-    """Return the shape of the matrix view of a layer's tensor; of a vector its own."""
-    shape = tuple(tensor.shape)
-    return layer.view(shape) if len(shape) > 1 else shape
-
-
 _TEMPLATE = ParametrizationList([nn.Identity()], nn.Parameter(torch.empty(0)), unsafe=True)
 
 
@@ -182,7 +188,7 @@ def _new_chain(original: nn.Parameter | None, training: bool) -> Parametrization
 def _settle(module: nn.Module, base: type[nn.Module]) -> None:
     """Give a module the class that suits the chains it has left."""
     chains, before = chains_of(module), record_of(module).type
-    adapted = any(isinstance(entry, Delta) for each in chains.values() for entry in each)
+    adapted = any(isinstance(entry, Delta) for chain in chains.values() for entry in chain)
     cls = parametrized_class(base, tuple(chains)) if chains else base
     if chains and not adapted and before and properties_of(before) == set(chains):
         cls = before
@@ -210,12 +216,6 @@ def without_side_effects(chain: list[nn.Module]) -> Iterator[None]:
 WRAPPERS = ("", "_orig_mod")
 """What stands in a path for a wrapper around a module: `torch.compile`'s."""
 
-
-def without_wrappers(path: str) -> str:
-    """Drop from a path what wraps a module without being a part of the plain model."""
-    return ".".join(name for name in path.split(".") if name not in WRAPPERS)
-
-
 merged_for_now: WeakSet[nn.Module] = WeakSet()
 """Modules whose chains `lora_merged` has put away."""
 
@@ -224,44 +224,37 @@ class Walk:
     """One walk over a model: what every verb takes and passes on.
 
     Attributes:
-        model: The model.
         places: Paths and modules of the base, a shared one at each of its places.
         owners: Every module once, with the path that it has without deltas: those of the base, and
             the parametrizations of others.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.places: list[tuple[str, nn.Module]] = []
-        self.owners: list[tuple[str, nn.Module]] = []
-        self._seen: set[int] = set()
+        self.owners: dict[nn.Module, str] = {}
         self._visit("", model, [])
 
     def _visit(self, path: str, module: nn.Module, above: list[nn.Module]) -> None:
         if isinstance(module, Delta) or module in above:
             return
-        new = id(module) not in self._seen
-        self._seen.add(id(module))
+        new = module not in self.owners
         self.places.append((path, module))
-        if new:
-            self.owners.append((path, module))
+        self.owners.setdefault(module, path)
         chains = chains_of(module)
         for name, child in module._modules.items():
+            inner = path if name in WRAPPERS else join(path, name)
             if chains and name == "parametrizations":
                 for tensor, chain in chains.items() if new else ():
-                    self._visit_chain(join(path, name, tensor), chain)
+                    self._visit_chain(join(inner, tensor), chain)
             elif child is not None:
-                inner = path if name in WRAPPERS else join(path, name)
                 self._visit(inner, child, [*above, module])
 
     def _visit_chain(self, path: str, chain: nn.Module) -> None:
-        self.owners.append((path, chain))
-        others = [entry for entry in chain._modules.values() if not isinstance(entry, Delta)]
+        self.owners[chain] = path
+        others = [entry for entry in chain.children() if not isinstance(entry, Delta)]
         for index, entry in enumerate(others):  # its number in the chain without deltas
-            for inside, module in cast("nn.Module", entry).named_modules(prefix=f"{path}.{index}"):
-                if id(module) not in self._seen:
-                    self._seen.add(id(module))
-                    self.owners.append((inside, module))
+            for inside, module in entry.named_modules(prefix=f"{path}.{index}"):
+                self.owners.setdefault(module, inside)
 
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
@@ -274,19 +267,14 @@ class Walk:
     @cached_property
     def weights(self) -> list[Weight]:
         """Every parameter of the base, and every tensor that its row expects, there or not."""
-        return [
-            Weight(path, module, tensor)
-            for path, module in self.modules
-            for tensor in self._catalogued(module)
-        ]
-
-    @staticmethod
-    def _catalogued(module: nn.Module) -> list[str]:
-        present, layer = tensor_names(module), layer_of(type(module))
-        if layer is UNLISTED:
-            return [name for name in present if "." not in name]
-        names = dict.fromkeys([*listed_tensors(layer, present), *present])
-        return [name for name in names if "." not in name]
+        weights = []
+        for path, module in self.modules:
+            present, layer = tensor_names(module), layer_of(type(module))
+            expected = listed_tensors(layer, present) if layer is not UNLISTED else ()
+            for name in dict.fromkeys([*expected, *present]):
+                if "." not in name:
+                    weights.append(Weight(path, module, name))
+        return weights
 
     @cached_property
     def deltas(self) -> list[tuple[Weight, Delta]]:
@@ -298,14 +286,21 @@ class Walk:
         ]
 
     @cached_property
+    def tensors(self) -> list[tuple[Weight, Tensor]]:
+        """The base's parameters and buffers, those of others' parametrizations too."""
+        tensors = []
+        for module, path in self.owners.items():
+            for name in (*tensor_names(module), *module._buffers):
+                # A chain's one original goes by its owner's name.
+                if name != "original" or not isinstance(module, ParametrizationList):
+                    weight = Weight(path, module, name)
+                    tensors.append((weight, weight.original))
+        return [(weight, tensor) for weight, tensor in tensors if tensor is not None]
+
+    @cached_property
     def parameters(self) -> list[tuple[Weight, nn.Parameter]]:
-        """The base's parameters, those of others' parametrizations too."""
-        return [
-            (Weight(path, module, name), tensor)
-            for path, module in self.owners
-            for name, tensor in _own_tensors(module)
-            if isinstance(tensor, nn.Parameter)
-        ]
+        """The parameters among them."""
+        return [pair for pair in self.tensors if isinstance(pair[1], nn.Parameter)]  # type: ignore[misc]
 
     @cached_property
     def shared(self) -> dict[int, list[Weight]]:
@@ -315,15 +310,17 @@ class Walk:
             places.setdefault(memory_of(tensor), []).append(weight)
         return {memory: weights for memory, weights in places.items() if len(weights) > 1}
 
-    @property
-    def buffers(self) -> list[tuple[Weight, Tensor]]:
-        """The base's buffers, those of others' parametrizations too."""
-        return [
-            (Weight(path, module, name), tensor)
-            for path, module in self.owners
-            for name, tensor in [*_own_tensors(module), *_without_original(module, module._buffers)]
-            if tensor is not None and not isinstance(tensor, nn.Parameter)
-        ]
+
+def walk(model: object, call: str) -> Walk:
+    """Walk a model once, or raise if it is no module."""
+    if not isinstance(model, nn.Module):
+        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; pass a model")
+    return Walk(model)
+
+
+def join(*names: str) -> str:
+    """Join the parts of a name, of which the model's own is empty."""
+    return ".".join(filter(None, names))
 
 
 def memory_of(tensor: Tensor | None) -> int:
@@ -333,43 +330,12 @@ def memory_of(tensor: Tensor | None) -> int:
     return id(tensor)
 
 
-def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """List a module's parameters, and what is at the start of its chains."""
-    if "parametrizations" not in module._modules:
-        return _without_original(module, module._parameters)
-    return [(name, Weight("", module, name).original) for name in tensor_names(module)]
-
-
-def _without_original(
-    module: nn.Module, table: Mapping[str, Tensor | None]
-) -> list[tuple[str, Tensor | None]]:
-    """List a table's tensors, but for a chain's one original, which goes by its owner's name."""
-    one = isinstance(module, ParametrizationList) and "original" in table
-    return [(name, tensor) for name, tensor in table.items() if not one or name != "original"]
-
-
-def join(*names: str) -> str:
-    """Join the parts of a name, of which the model's own is empty."""
-    return ".".join(filter(None, names))
-
-
-def walk(model: object, call: str) -> Walk:
-    """Walk a model once.
-
-    Raises:
-        LoRAError: It is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; pass a model")
-    return Walk(model)
-
-
 def tensor_names(module: nn.Module) -> list[str]:
     """List the names of a module's own parameters, in the order they had before any delta."""
-    present = []
+    present = dict.fromkeys(module._parameters)
     for name, value in module._parameters.items():
-        if value is not None:
-            present.append(name)
+        if value is None:
+            del present[name]
     if "parametrizations" in module._modules and (chains := chains_of(module)):
-        present = list(in_order(dict.fromkeys([*present, *chains]), record_of(module).order))
-    return present
+        present = in_order({**present, **dict.fromkeys(chains)}, record_of(module).order)
+    return list(present)

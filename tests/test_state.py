@@ -135,7 +135,7 @@ def test_a_value_that_cannot_be_taken_over_is_refused_before_any_is(value, messa
     before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
     state = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     state["1.weight.default.lora_A"] = value
-    with pytest.raises(StateDictError, match=f"nothing was loaded: {message}"):
+    with pytest.raises(StateDictError, match=f"nothing was loaded: .*{message}"):
         load_lora_state_dict(model, state)
     assert all(torch.equal(t, before[name]) for name, t in lora_state_dict(model).items())
 

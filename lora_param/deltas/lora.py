@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from ..errors import LoRAError, StateDictError
-from .protocol import Delta, Run, Shape, check_dtype
+from .protocol import Delta, Run, Shape, as_parameter, check_dtype
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -75,6 +75,7 @@ class LoRAParametrization(Delta):
     """
 
     kind = "lora"
+    options = ("rank", "alpha", "dropout", "init", "generator", "dtype")
     least_dimensions = 2
 
     def __init__(
@@ -105,57 +106,25 @@ class LoRAParametrization(Delta):
         check_dtype(dtype or torch.get_default_dtype())
         source = device if generator is None else generator.device
         A = torch.empty(*batch, self.rank, fan_in, device=source, dtype=dtype)
-        # As torch's kaiming_uniform_ with a = sqrt(5) draws a matrix.
-        A = (
+        if init == "kaiming":  # with a = sqrt(5), as torch draws a Linear's weight
+            A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+        else:
             A.normal_(0, 1 / self.rank, generator=generator)
-            if init == "gaussian"
-            else A.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
-        )
         B = torch.zeros(*batch, fan_out, self.rank, device=device, dtype=dtype)
         self.lora_A, self.lora_B = nn.Parameter(A.to(B.device)), nn.Parameter(B)
 
     @classmethod
-    def make(
-        cls,
-        weight: Tensor,
-        view: Shape,
-        *,
-        rank: int = 8,
-        alpha: float | None = None,
-        adapter: str = "default",
-        dropout: float = 0.0,
-        init: Init = "kaiming",
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> LoRAParametrization:
-        """Build a fresh pair for a weight, on its device and, unless told otherwise, of its dtype.
-
-        Raises:
-            LoRAError: An option is out of range.
-        """
+    def make(cls, weight: Tensor, view: Shape, **options: Any) -> LoRAParametrization:
+        """Build a fresh pair for a weight, on its device and, unless told otherwise, of its dtype."""
         *batch, fan_out, fan_in = view
-        return cls(
-            fan_out,
-            fan_in,
-            rank,
-            alpha,
-            batch=tuple(batch),
-            adapter=adapter,
-            dropout=dropout,
-            init=init,
-            generator=generator,
-            device=weight.device,
-            dtype=dtype or weight.dtype,
-        )
+        options["dtype"] = options.get("dtype") or weight.dtype
+        return cls(fan_out, fan_in, batch=tuple(batch), device=weight.device, **options)
 
     @classmethod
     def restore(
         cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
     ) -> LoRAParametrization:
-        """Build the pair that has these factors, rank, alpha and dropout.
-
-        The factors are taken as they are, without a copy; the rank may exceed the smaller side,
-        which `misfit` tells.
+        """Build the pair of these factors, of which none is copied; any rank will do.
 
         Raises:
             StateDictError: The factors are no pair, or the numbers aren't theirs.
@@ -165,16 +134,12 @@ class LoRAParametrization(Delta):
             raise StateDictError(f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair")
         delta = cls(1, 1, 1, device="meta")  # draws nothing
         delta.rank = B.shape[-1]
-        delta.lora_A, delta.lora_B = (
-            each if isinstance(each, nn.Parameter) else nn.Parameter(each.detach())
-            for each in (A, B)
-        )
+        delta.lora_A, delta.lora_B = (as_parameter(each) for each in (A, B))
         delta.numbers = dict(numbers)
         return delta
 
     @property
-    def numbers(self) -> dict[str, Any]:
-        """Rank, alpha and dropout."""
+    def numbers(self) -> dict[str, Any]:  # noqa: D102 as Delta's, like what follows
         return {"rank": self.rank, "alpha": self._alpha, "dropout": self.dropout}
 
     @numbers.setter
@@ -213,7 +178,7 @@ class LoRAParametrization(Delta):
         return None if got == wanted else f"its factors are {got}, should be {wanted}"
 
     def value(self, weight: Tensor) -> Tensor:
-        """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to the weight's.
+        """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to `W`'s.
 
         In bfloat16 that rounding loses what is smaller than about 1/256 of the weight's entry.
         """
@@ -227,36 +192,27 @@ class LoRAParametrization(Delta):
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
 
-    def act(self, y: Tensor, x: Tensor, run: Run, others: Sequence[LoRAParametrization]) -> Tensor:  # type: ignore[override]
-        """Add `((x A^T) B^T) * scale` to a layer's output, without ever forming `B @ A`.
+    def act(self, y: Tensor, x: Tensor, run: Run, others: Sequence[LoRAParametrization]) -> Tensor:
+        """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
 
-        Args:
-            y: The layer's output so far, which may be changed in place where the run allows it.
-            x: Its input.
-            run: The layer, at work on that input.
-            others: Pairs that act directly behind this one; all whose input is the same are one
-                product, of their concatenated factors.
-
-        Returns:
-            The output with this update and the others'.
+        Those of `others` that meet the same input, and so drop nothing of it, are one product.
         """
-        if not others and not (self.dropout and self.training):
+        if not others:
+            x = F.dropout(x, self.dropout) if self.dropout and self.training else x
             A, B = run.factors(self.lora_A, self.lora_B)
             return run.up(y, run.down(x, A), B, self.scale)
-        same = []
-        for each in (self, *others):
-            if each.dropout and each.training:
-                A, B = run.factors(each.lora_A, each.lora_B)
-                y = run.up(y, run.down(F.dropout(x, each.dropout), A), B, each.scale)
-            else:
-                same.append(each)
-        if not same:
-            return y
-        A, B = run.factors(
-            torch.cat([each.lora_A for each in same]),  # [sum of ranks, fan_in]
-            torch.cat([each.lora_B * each.scale for each in same], 1),  # [fan_out, sum of ranks]
-        )
-        return run.up(y, run.down(x, A), B, 1.0)
+        pairs = [self, *others]
+        dropping = [pair for pair in pairs if pair.dropout and pair.training]
+        for pair in dropping:
+            y = pair.act(y, x, run, ())
+        same = [pair for pair in pairs if pair not in dropping]
+        if same:
+            A, B = run.factors(
+                torch.cat([pair.lora_A for pair in same]),  # [sum of ranks, fan_in]
+                torch.cat([pair.lora_B * pair.scale for pair in same], 1),  # [fan_out, the same]
+            )
+            y = run.up(y, run.down(x, A), B, 1.0)
+        return y
 
     def lowered(self, rank: int) -> LoRAParametrization:
         """Return the same update, within rounding, as a pair whose rank is the smaller side."""
@@ -264,22 +220,23 @@ class LoRAParametrization(Delta):
         product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
         eye = torch.eye(rank, dtype=product.dtype, device=product.device)
         eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
-        A, B = (eye, product) if tall else (product, eye)
+        left, right = (product, eye) if tall else (eye, product)
+        tensors: dict[str, Tensor] = {"lora_A": right, "lora_B": left}
         numbers = {"rank": rank, "alpha": self.scale * rank, "dropout": self.dropout}
-        return self.restore({"lora_A": A, "lora_B": B}, numbers)
+        return self.restore(tensors, numbers)
 
     def block(self, start: int, stop: int) -> LoRAParametrization:
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""
-        A, B = self.lora_A, self.lora_B[start:stop]
-        A = A[start:stop] if A.ndim > 2 else A
-        return self.restore({"lora_A": A, "lora_B": B}, self.numbers)
+        A = self.lora_A[start:stop] if self.lora_A.ndim > 2 else self.lora_A
+        return self.restore({"lora_A": A, "lora_B": self.lora_B[start:stop]}, self.numbers)
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
         A, B = (
             torch.linalg.qr(each.detach().double())[1] for each in (self.lora_A.mT, self.lora_B)
         )
-        return torch.linalg.svdvals(B @ A.mT) * abs(self.scale)
+        values: Tensor = torch.linalg.svdvals(B @ A.mT)
+        return values * abs(self.scale)
 
     def extra_repr(self) -> str:
         """Name, rank, scale and state, for `print(model)`."""
@@ -291,15 +248,16 @@ class LoRAParametrization(Delta):
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
     """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
     limit = min(fan_out, fan_in)
+    number: Any = rank
     whole = type(rank) is int or (isinstance(rank, Integral) and not isinstance(rank, bool))
-    if not whole or not 1 <= int(rank) <= limit:
-        too_high = whole and int(rank) > limit
+    if not whole or not 1 <= int(number) <= limit:
+        too_high = whole and int(number) > limit
         fix = "lower the rank" if too_high else "give an integer from 1 up"
         raise LoRAError(
             f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit}, got {rank!r}; "
             f"{fix}"
         )
-    return int(rank)  # type: ignore[call-overload, no-any-return]
+    return int(number)
 
 
 def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
@@ -321,6 +279,6 @@ def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
 def check_dropout(dropout: object) -> float:
     """Return `dropout` as a float, or raise."""
     real = type(dropout) is float or (isinstance(dropout, Real) and not isinstance(dropout, bool))
-    if not real or not 0 <= float(dropout) < 1:
+    if not real or not 0 <= float(dropout) < 1:  # type: ignore[arg-type]
         raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
-    return float(dropout)
+    return float(dropout)  # type: ignore[arg-type]

@@ -38,22 +38,20 @@ class Delta(nn.Module):
     (`value`) and, where that can be had without forming the weight, how the layer's output changes
     (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state.
 
-    Args:
-        adapter: The adapter's name, by which `enable_lora` and the like find it.
-
     Attributes:
-        adapter: The adapter's name.
+        adapter: The adapter's name, by which `enable_lora` and the like find it.
         enabled: While `False`, the weight passes through untouched, as the same object.
         rows: The rows of the weight that change, all of them for `None`.
-
-    Raises:
-        AdapterError: `adapter` is no usable name.
     """
 
     kind: ClassVar[str]
+    options: ClassVar[tuple[str, ...]]
+    """Which options of `register_lora` the kind takes."""
+
     least_dimensions: ClassVar[int] = 1
     act: ClassVar[Any] = None
-    """`act(y, x, run, others)`, see `LoRAParametrization.act`; `None` where there is none."""
+    """`(y, x, run, others)` to the output of a run on `x` which was `y` so far and may be changed
+    in place; `others` are deltas of the kind directly behind. `None` where there is none."""
 
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
@@ -75,7 +73,7 @@ class Delta(nn.Module):
     def restore(
         cls: type[SomeDelta], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
     ) -> SomeDelta:
-        """Build the delta that has these tensors and numbers; the inverse of reading both off."""
+        """Build the delta that has these tensors and numbers, or raise a `StateDictError`."""
         raise NotImplementedError
 
     @property
@@ -85,7 +83,7 @@ class Delta(nn.Module):
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        pass
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why it can't be a weight's of this shape and matrix view; `None` if it can."""
@@ -93,6 +91,14 @@ class Delta(nn.Module):
 
     def value(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype."""
+        raise NotImplementedError
+
+    def block(self: SomeDelta, start: int, stop: int) -> SomeDelta:
+        """Return the delta of some of the weight's rows; its tensors are views of these."""
+        raise NotImplementedError
+
+    def singular_values(self, shape: Shape) -> Tensor:
+        """Return those of what is added to a weight of this shape, `[*batch, count]`."""
         raise NotImplementedError
 
     @property
@@ -156,6 +162,11 @@ def spec_of(state: object) -> dict[str, Any]:
     if not isinstance(said, dict) or not isinstance(said.get("kind"), str):
         raise StateDictError(f"must hold a delta's kind and numbers, got {type(state).__name__}")
     return said
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """Return a tensor as a Parameter, without a copy."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
 
 
 def check_adapter(adapter: object) -> None:
