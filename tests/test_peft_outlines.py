@@ -24,7 +24,6 @@ from .peft_cases import (
 )
 
 
-
 def parsed(
     folder: Path, weights: Outline | nn.Module, **options: Any
 ) -> dict[str, LoRAParametrization]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
-from ..weight import without_wrappers
+from ..weight import WRAPPERS, join
 from .content import OpenFile, check_apart, open_file, shortened
 from .formats import Deltas, open_adapter
 from .outline import outline_of_tensors
@@ -30,7 +30,8 @@ OTHER_BASE = "give the base that the adapter was trained on, or --any-base"
 
 def plain_name(key: str) -> str:
     """Return the plain model's name of a key of a state dict."""
-    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", without_wrappers(key))
+    plain = join(*(part for part in key.split(".") if part not in WRAPPERS))
+    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain)
 
 
 def plain_tensors(file: OpenFile) -> dict[str, Tensor]:
@@ -229,7 +230,7 @@ def merged_blocks(
 
 @torch.no_grad()
 def _with_updates(weight: Tensor, begin: int, deltas: list[Delta]) -> Tensor:
-    """Add to a block of a tensor's rows, which begins at row `begin`, what it has of each update."""
+    """Add to a tensor's rows from row `begin` on what each update has for them."""
     end = begin + len(weight)
     for delta in deltas:
         first, last = (delta.rows.start, delta.rows.stop) if delta.rows else (0, end)

@@ -183,7 +183,7 @@ def _load(
     file: AdapterFile, own: Mapping[str, Delta], deltas: Mapping[str, Delta], trainable: bool
 ) -> None:
     """Load deltas into those that the model has."""
-    adapter, state = next(iter(own.values())).adapter, {}
+    adapter, state = next(iter(own.values())).adapter, dict[str, Any]()
     for name, delta in deltas.items():
         if name in own and own[name].kind == delta.kind:
             silent = {number: own[name].numbers[number] for number in file.format.silent}
@@ -202,9 +202,8 @@ def _doubt(about: About, weights: Outline) -> str:
     """Say why a model isn't the base that the file was trained on, or why that isn't known."""
     if not about.base:
         return 'there is no fingerprint of its base in it; pass base="warn" to load it anyway'
-    tensors = {**weights.parameters, **weights.buffers}
     try:
-        now = {name: digest_of(name, tensor) for name, tensor in tensors.items()}
+        now = {name: digest_of(name, tensor) for name, tensor in weights.tensors.items()}
     except LoRAError as error:
         return f'the base can\'t be compared, pass base="ignore": {error}'
     held = set(now.values())  # a checkpoint has a module that is found twice by both its names

@@ -144,14 +144,14 @@ class WeightOutline:
 class Outline:
     """What is known of a model's modules and weights, by path and name in model order.
 
-    The base's parameters and buffers are there as far as they have values. Of an `unknown` model
-    every name may be one of its own: nothing is known but what a file's names and shapes say.
+    Its `parameters`, and all its `tensors`, buffers too, are there as far as they have values. Of
+    an `unknown` model every name may be one of its own: nothing is known but what a file says.
     """
 
     modules: Mapping[str, ModuleOutline] = field(default_factory=dict)
     weights: Mapping[str, WeightOutline] = field(default_factory=dict)
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     unknown: bool = False
 
     def module(self, path: str) -> ModuleOutline | None:
@@ -189,7 +189,7 @@ UNKNOWN = Outline(unknown=True)
 
 def outline_of_model(walk: Walk) -> Outline:
     """Take the outline of a model."""
-    slots = Counter(id(child) for _, owner in walk.owners for child in owner._modules.values())
+    slots = Counter(id(child) for owner in walk.owners for child in owner._modules.values())
     modules = {}
     for path, module in walk.modules:
         cls = type_before(module)
@@ -204,7 +204,7 @@ def outline_of_model(walk: Walk) -> Outline:
         modules,
         {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights},
         {weight.name: tensor for weight, tensor in walk.parameters},
-        {weight.name: tensor for weight, tensor in walk.buffers},
+        {weight.name: tensor for weight, tensor in walk.tensors},
     )
 
 
@@ -228,7 +228,7 @@ def outline_of_tensors(
         path, _, tensor = name.rpartition(".")
         weights[name] = WeightOutline(modules[path], tensor, source)
     values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
-    return Outline(modules, weights, values)
+    return Outline(modules, weights, values, values)
 
 
 def _known(path: str, own: Mapping[str, Shape], facts: Mapping[str, Facts]) -> ModuleOutline:

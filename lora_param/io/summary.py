@@ -114,12 +114,7 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
         raise FileError(f"{name}: its update isn't finite")
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
-    return UpdateSummary(
-        name,
-        delta.kind,
-        shape,
-        *map(delta.numbers.get, ("rank", "alpha")),
-        values.norm().item(),
-        effective.mean().item(),
-        sum(tensor.numel() for tensor in tensors.values()),
-    )
+    rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
+    sizes = values.norm().item(), effective.mean().item()
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return UpdateSummary(name, delta.kind, shape, rank, alpha, *sizes, count)

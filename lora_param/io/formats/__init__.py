@@ -246,5 +246,6 @@ def _misfit(delta: Delta, weight: WeightOutline) -> str | None:
 def _within_rank(delta: Delta, weight: WeightOutline) -> Delta:
     """Return a delta, or one of the same update whose rank is the weight's smaller side."""
     limit = min(weight.view[-2:], default=0)
-    exceeds = isinstance(delta, LoRAParametrization) and delta.rank > limit
-    return delta.lowered(limit) if exceeds else delta  # type: ignore[attr-defined]
+    if not isinstance(delta, LoRAParametrization) or delta.rank <= limit:
+        return delta
+    return delta.lowered(limit)

@@ -119,7 +119,7 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
     """Complain of a base's tensors in a file, unless the model has the same."""
     if weights.unknown:
         return []
-    own = {**weights.parameters, **weights.buffers}
+    own = weights.tensors
     return [
         f"{key} is neither a factor nor equal to the model's"
         for key, tensor in tensors.items()
@@ -143,7 +143,7 @@ def deltas_of_layers(
             complaints.append(f"{name} is a {module.class_name}, not a linear or convolution")
         elif alpha.numel() != 1 or alpha.is_complex():
             complaints.append(f"alpha of {name} is {tuple(alpha.shape)}, not one number")
-        elif faults := shape_fault(name, weight and weight.shape, A, B):
+        elif faults := shape_fault(name, weight.shape if weight else None, A, B):
             complaints += faults
         else:
             scale = float(alpha.item()) or float(len(A))

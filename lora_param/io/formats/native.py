@@ -56,8 +56,10 @@ def describe(file: OpenFile) -> tuple[Config, About]:
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
     shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    said = (record[key] for key in ("adapter", "model", "class", "base"))
-    return record | {STRINGS: strings}, About(*said, shapes, record["layers"], strings)
+    adapter, model, cls, base, layers = map(
+        record.get, ("adapter", "model", "class", "base", "layers")
+    )
+    return record | {STRINGS: strings}, About(adapter, model, cls, base, shapes, layers, strings)
 
 
 def _record_faults(record: Mapping[str, Any]) -> list[str]:
@@ -114,8 +116,8 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     """Build one weight's delta; what its kind doesn't know must not go unheard."""
     delta = KINDS[spec["kind"]].restore(tensors, spec["numbers"])
     unknown = tensors.keys() - tensors_of(delta).keys()
-    if unknown := sorted(unknown | spec["numbers"].keys() - delta.numbers.keys()):
-        raise FileError(f"unexpected: {unknown[0]:.80}")
+    if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
+        raise FileError(f"unexpected: {min(unknown):.80}")
     delta.rows = slice(*spec["rows"]) if "rows" in spec else None
     return delta
 
@@ -143,7 +145,8 @@ def render(
 
     if base is None:
         base = about.base or {name: digest_of(name, t) for name, t in weights.parameters.items()}
-    specs, tensors, layers = {}, {}, {}
+    specs, layers = dict[str, dict[str, Any]](), dict[str, Mapping[str, Any]]()
+    tensors: dict[str, Tensor] = {}
     for name, delta in deltas.items():
         specs[name] = {"kind": delta.kind, "numbers": delta.numbers}
         if delta.rows is not None:

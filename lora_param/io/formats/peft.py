@@ -262,8 +262,8 @@ def _warn(places: Sequence[Place], consequence: str, dropout: float = 0.0) -> No
     others = [place for place in places if _has_other_maths(place)]
     in_many = [place for place in places if place.module.shared]
     twice = [place for place in places if place.kind == "out_proj" and consequence]
-    droppable = [p for p in places if dropout and p.kind == "layer" and p.module.layer]
-    undropped = [p for p in droppable if p.module.layer.drops and not p.weight.drops]
+    layers = [(p, p.module.layer) for p in places if dropout and p.kind == "layer"]
+    undropped = [p for p, layer in layers if layer and layer.drops and not p.weight.drops]
     for such, how in (
         (others, "by other maths: it knows no dilation, padding_mode or forward of a layer's own"),
         (in_many, "in one of the places where its module is found, and here it is adapted in all"),
