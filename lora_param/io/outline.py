@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..activation import acts
 from ..chains import type_before
-from ..layers import CONV1D, TABLE, UNLISTED, Layer, layer_of
+from ..layers import CONV1D, TABLE, UNLISTED, Layer, layer_of, stack
 from ..targets import nearest
 from ..weight import Walk, Weight, join, tensor_names
 
@@ -35,6 +35,8 @@ def kind_name(layer: Layer) -> str:
 
 
 ROWS = {kind_name(layer): layer for layer in TABLE}
+NOTHING = Layer("nothing", tensors=(), view=stack)
+"""The row of a module of which nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ModuleOutline:
 
     Attributes:
         path: Its path.
-        layer: Its row of the table; `None` where nothing is known.
+        layer: Its row of the table.
         tensors: The names of its own tensors, in their order.
         known: Whether that is so, and no guess from names and shapes.
         class_name: What its class is called.
@@ -55,7 +57,7 @@ class ModuleOutline:
     """
 
     path: str
-    layer: Layer | None = None
+    layer: Layer = NOTHING
     tensors: tuple[str, ...] = ()
     known: bool = False
     class_name: str = "module"
@@ -67,28 +69,17 @@ class ModuleOutline:
     shared: bool = False
 
     @property
-    def kind(self) -> type[nn.Module] | str | None:
-        """The type of its row."""
-        return self.layer.kind if self.layer else None
-
-    @property
     def is_plain(self) -> bool:
         """Whether it is a layer that every library adapts."""
-        return self.kind in LINEARS + CONVOLUTIONS
-
-    @property
-    def transposed(self) -> bool:
-        """Whether its weight is stored `(in, out)`."""
-        return self.layer is not None and self.layer.transposed
+        return self.layer.kind in LINEARS + CONVOLUTIONS
 
     @property
     def facts(self) -> Facts:
         """What another outline needs to know of it, for JSON; of a guess, nothing."""
-        if not self.known or self.layer is None:
-            return {}
-        names = ["groups", "dilation", "padding_mode"] if self.kind in CONVOLUTIONS else []
-        names += ["is_transposed"] if self.layer is UNLISTED else []
-        return {"type": kind_name(self.layer)} | {name: getattr(self, name) for name in names}
+        names = ["groups", "dilation", "padding_mode"] * (self.layer.kind in CONVOLUTIONS)
+        names += ["is_transposed"] * (self.layer is UNLISTED)
+        facts = {"type": kind_name(self.layer)} | {name: getattr(self, name) for name in names}
+        return facts if self.known else {}
 
 
 @dataclass(frozen=True)
@@ -128,16 +119,15 @@ class WeightOutline:
     @property
     def view(self) -> Shape:
         """The shape of its matrix view, of a vector its own."""
-        shape, layer = self.shape or (), self.module.layer
-        return layer.view(shape) if layer and len(shape) > 1 else shape
+        shape = self.shape or ()
+        return self.module.layer.view(shape) if len(shape) > 1 else shape
 
     @property
     def drops(self) -> bool:
         """Whether dropout can act on its layer's input."""
         layer = self.module.layer
-        if layer is None or not layer.drops or layer.run is None:
-            return False
-        return self.weight is None or acts(self.weight.module, self.tensor)
+        able = layer.drops and layer.run is not None
+        return able and (self.weight is None or acts(self.weight.module, self.tensor))
 
 
 @dataclass(frozen=True)

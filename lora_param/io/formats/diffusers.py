@@ -81,7 +81,7 @@ def parse(
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
     paths = {name: next(filter(weights.has_weight, _paths(name)), None) for name in factors}
-    deltas = shared.deltas_of_layers(factors, paths, weights)
+    deltas = shared.read_layers(factors, paths, weights, shared.plain_factors)
     complaints = []
     for name, (_, delta) in zip(factors, deltas, strict=True):
         if (part := _part(name)) in config:

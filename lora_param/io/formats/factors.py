@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ...deltas import LoRAParametrization
 from ...errors import FileError, LoRAError
-from ..outline import ModuleOutline, Outline, Shape
+from ...weight import join
+from ..outline import NOTHING, ModuleOutline, Outline, Shape, WeightOutline
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
 
 LoRADeltas = Mapping[str, LoRAParametrization]
+Reader = Callable[[ModuleOutline, Shape | None, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
 
 ROLES = {"lora_down": "A", "lora_up": "B", "down": "A", "up": "B"}
 """Which factor a file means; A and B mean themselves."""
@@ -127,26 +129,37 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
     ]
 
 
-def deltas_of_layers(
-    factors: Factors, paths: Mapping[str, str | None], weights: Outline
+def read_layers(
+    factors: Factors, paths: Mapping[str, str | None], weights: Outline, read: Reader
 ) -> list[tuple[str, LoRAParametrization]]:
-    """Build the updates of linear and convolution layers; no alpha, or 0, means the rank."""
+    """Build the updates of modules, each of whose factors and alpha `read` makes sense of."""
     deltas, complaints = [], []
     unplaced = [name for name in factors if paths[name] is None]
     refuse([*incomplete_factors(factors), *without_module(unplaced, weights)])
     for name, tensors in factors.items():
-        path = paths[name] or ""
-        full = f"{path}.weight".removeprefix(".")
-        module, weight = weights.module(path) or ModuleOutline(path), weights.weight(full)
-        A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
-        if not (module.layer is None or module.is_plain):
-            complaints.append(f"{name} is a {module.class_name}, not a linear or convolution")
-        elif alpha.numel() != 1 or alpha.is_complex():
-            complaints.append(f"alpha of {name} is {tuple(alpha.shape)}, not one number")
-        elif faults := shape_fault(name, weight.shape if weight else None, A, B):
+        full = join(paths[name] or "", "weight")
+        weight = weights.weight(full) or WeightOutline(ModuleOutline(paths[name] or ""), "weight")
+        transposed = weight.module.layer.transposed
+        try:
+            A, B, alpha = read(weight.module, weight.shape, tensors)
+        except ValueError as error:
+            complaints.append(f"{name} {error}")
+            continue
+        if faults := shape_fault(name, weight.shape, A, B, transposed):
             complaints += faults
         else:
-            scale = float(alpha.item()) or float(len(A))
-            deltas.append(low_rank(full, *stored_factors(A, B, False), scale))
+            deltas.append(low_rank(full, *stored_factors(A, B, transposed), alpha))
     refuse(complaints)
     return deltas
+
+
+def plain_factors(
+    module: ModuleOutline, shape: Shape | None, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Take a linear or convolution layer's factors as they are; no alpha, or 0, means the rank."""
+    A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
+    if not module.is_plain and module.layer is not NOTHING:
+        raise ValueError(f"is a {module.class_name}, not a linear or convolution")
+    if alpha.numel() != 1 or alpha.is_complex():
+        raise ValueError(f"has an alpha of {tuple(alpha.shape)}, not one number")
+    return A, B, float(alpha.item()) or float(len(A))

@@ -64,11 +64,11 @@ def parse(
     flat = {name: [name] for name in factors} if weights.unknown else flat_names(weights, prefix)
     complaints = [f"{key} is no plain LoRA's, which is all that is supported" for key in rest]
     for name in factors:
-        if len(paths := flat.get(name, [])) > 1:
-            complaints.append(f"{name} could be {' or '.join(paths)}")
+        if len(several := flat.get(name, [])) > 1:
+            complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
-    paths_by_name = {name: flat[name][0] if name in flat else None for name in factors}
-    return shared.deltas_of_layers(factors, paths_by_name, weights)
+    paths = {name: flat[name][0] if name in flat else None for name in factors}
+    return shared.read_layers(factors, paths, weights, shared.plain_factors)
 
 
 def render(

@@ -53,28 +53,16 @@ def parse(
     paths = {
         name: next(filter(weights.has_weight, (name, join(name, "conv"))), None) for name in factors
     }
-    complaints = shared.without_module([n for n in factors if paths[n] is None], weights)
-    complaints += shared.incomplete_factors(factors)
     base = {_name_in_base(key, paths): tensor for key, tensor in rest.items()}
-    shared.refuse([*complaints, *shared.tensors_of_another_base(base, weights)])
-    deltas = []
-    for name, tensors in factors.items():
-        weight = weights.weight(join(paths[name] or "", "weight"))
-        module, shape = (weight.module, weight.shape) if weight else (ModuleOutline(""), None)
-        try:
-            A, B, rank = _whole_factors(module, shape, tensors["A"], tensors["B"], enable_lora)
-        except ValueError as error:
-            complaints.append(f"{name} {error}")
-            continue
-        if faults := shared.shape_fault(name, shape, A, B, module.transposed):
-            complaints += faults
-            continue
-        stored = shared.stored_factors(A, B, module.transposed)
-        deltas.append(
-            shared.low_rank(join(paths[name] or "", "weight"), *stored, alpha * len(A) / rank)
-        )
-    shared.refuse(complaints)
-    return deltas
+    shared.refuse(shared.tensors_of_another_base(base, weights))
+
+    def read(
+        module: ModuleOutline, shape: Shape | None, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        A, B, rank = _whole_factors(module, shape, tensors["A"], tensors["B"], enable_lora)
+        return A, B, alpha * len(A) / rank
+
+    return shared.read_layers(factors, paths, weights, read)
 
 
 def _name_in_base(key: str, paths: Mapping[str, str | None]) -> str:
@@ -92,12 +80,12 @@ def _whole_factors(
     enable_lora: Sequence[bool] | None,
 ) -> tuple[Tensor, Tensor, float]:
     """Return factors of the whole weight, and the rank that alpha is divided by."""
-    if shape is None or module.kind is nn.Embedding:
+    if shape is None or module.layer.kind is nn.Embedding:
         return A, B, B.shape[1]
-    if module.kind is nn.Conv2d:
+    if module.layer.kind is nn.Conv2d:
         return *_convolution_factors(shape, A, B), B.shape[1] / shape[-1]
-    if module.kind in (*LINEARS, CONV1D):
-        out = shape[1 if module.transposed else 0]
+    if module.layer.kind in (*LINEARS, CONV1D):
+        out = shape[1 if module.layer.transposed else 0]
         return A, _slices_factor(out, A, B, enable_lora), B.shape[1]
     raise ValueError(f"is a {module.class_name}, for which loralib has no layer that works")
 

@@ -15,7 +15,7 @@ from ...errors import FileError
 from ...layers import CONV1D, layer_of
 from ...weight import join
 from ..content import CONFIG, PICKLED, About, Config, Content, OpenFile
-from ..outline import Outline, kind_name
+from ..outline import NOTHING, Outline, kind_name
 from . import factors as shared
 from .peft_config import costly_patterns, load_config, rank_and_alpha
 from .peft_places import Place, place_of_name, place_of_weight, refusals
@@ -109,7 +109,7 @@ def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content
     _warn(places, "the file holds half of it")
     tensors = {}
     for place, delta in placed:
-        infix = "embedding_" if place.module.kind is nn.Embedding else ""
+        infix = "embedding_" if place.module.layer.kind is nn.Embedding else ""
         for role, factor in zip("AB", _factors_there(place, delta), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
@@ -123,7 +123,7 @@ def _place(name: str, weights: Outline, adapted: Collection[str]) -> Place:
 
 
 def _has_conv1d(weights: Outline) -> bool:
-    return any(module.kind == CONV1D for module in weights.modules.values())
+    return any(module.layer.kind == CONV1D for module in weights.modules.values())
 
 
 def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
@@ -133,7 +133,7 @@ def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
         for name in (join(path, tensor) for tensor in module.tensors):
             if not _tails(name).isdisjoint(targets):
                 yield f"{name}: PEFT would adapt it too, because a target's name is its end"
-    if targets and any(place.module.kind == CONV1D for place, _ in placed):
+    if targets and any(place.module.layer.kind == CONV1D for place, _ in placed):
         yield f"{min(targets)}: PEFT can't adapt it in one file with a Conv1D"
     said: dict[str, tuple[int, float]] = {}
     for place, delta in placed:
@@ -151,7 +151,7 @@ def _faults(
         return
     rank, _ = rank_and_alpha(config, place.key)
     experts = place.stack[0] if place.stack else 1
-    if place.module.layer is None:
+    if place.module.layer is NOTHING:
         experts = max(len(A) // max(rank, 1), 1)
     if rank < 1 or len(A) != rank * experts:
         yield f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}"
@@ -175,11 +175,11 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
         return version < (0, 19, 0) or module.is_transposed == (version > (0, 19, 0))
-    guessed = module.layer is not None and not module.known
+    guessed = module.layer is not NOTHING and not module.known
     if place.kind == "layer" and guessed and len(shape) == 2:
         square = shape[0] == shape[1]
         return (None if vague else False) if square else A.shape[1] == shape[0]
-    return place.kind == "layer" and module.kind == CONV1D
+    return place.kind == "layer" and module.layer.kind == CONV1D
 
 
 def _factors_here(
@@ -197,7 +197,7 @@ def _factors_there(place: Place, delta: LoRAParametrization) -> tuple[Tensor, Te
     if place.stack:
         A, B = (B.mT, A.mT) if place.module.is_transposed else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
-    transposed = place.kind == "layer" and place.module.transposed
+    transposed = place.kind == "layer" and place.module.layer.transposed
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
@@ -235,7 +235,7 @@ def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
         "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else sorted(targets),
         "target_parameters": [p.weight.name for p, _ in placed if p.kind == "parameter"] or None,
-        "fan_in_fan_out": any(place.module.kind == CONV1D for place, _ in placed),
+        "fan_in_fan_out": any(place.module.layer.kind == CONV1D for place, _ in placed),
         "bias": "none",
         "lora_dropout": _common_dropout(placed),
     }
@@ -263,7 +263,9 @@ def _warn(places: Sequence[Place], consequence: str, dropout: float = 0.0) -> No
     in_many = [place for place in places if place.module.shared]
     twice = [place for place in places if place.kind == "out_proj" and consequence]
     layers = [(p, p.module.layer) for p in places if dropout and p.kind == "layer"]
-    undropped = [p for p, layer in layers if layer and layer.drops and not p.weight.drops]
+    undropped = [
+        p for p, layer in layers if layer.drops and layer is not NOTHING and not p.weight.drops
+    ]
     for such, how in (
         (others, "by other maths: it knows no dilation, padding_mode or forward of a layer's own"),
         (in_many, "in one of the places where its module is found, and here it is adapted in all"),

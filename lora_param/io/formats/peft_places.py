@@ -11,7 +11,7 @@ from torch import nn
 from ...layers import CONV1D, UNLISTED
 from ...weight import join
 from ..content import Config
-from ..outline import LINEARS, ModuleOutline, Outline, Shape, WeightOutline
+from ..outline import LINEARS, NOTHING, ModuleOutline, Outline, Shape, WeightOutline
 
 WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
 
@@ -62,7 +62,7 @@ def place_of_name(name: str, weights: Outline, config: Config) -> Place | None:
     if depth < len(own):  # the last parameter's wrapper is the outermost
         place = place_of_weight(weights, path, own[-1 - depth])
         return place._replace(name=name, key=place.weight.name, kind="parameter")
-    tensor = "in_proj_weight" if module.kind is nn.MultiheadAttention else "weight"
+    tensor = "in_proj_weight" if module.layer.kind is nn.MultiheadAttention else "weight"
     place = place_of_weight(weights, path, tensor)
     kind = "alone" if place.kind == "out_proj" else place.kind
     return None if depth else place._replace(name=name, key=path, kind=kind)
@@ -77,11 +77,11 @@ def place_of_weight(
     place = Place(path, path, weight)
     attention, _, leaf = path.rpartition(".")
     whole = weights.module(attention) if leaf == "out_proj" else None
-    if whole is not None and whole.kind is nn.MultiheadAttention:
+    if whole is not None and whole.layer.kind is nn.MultiheadAttention:
         if "in_proj_weight" not in whole.tensors:
             return place._replace(kind="alone")
         return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
-    if module.kind is nn.MultiheadAttention and tensor == "in_proj_weight":
+    if module.layer.kind is nn.MultiheadAttention and tensor == "in_proj_weight":
         return place._replace(kind="in_proj")
     if module.layer is UNLISTED and weight.name in adapted:
         later = module.tensors[module.tensors.index(tensor) + 1 :]
@@ -94,7 +94,7 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
     """Yield why PEFT has no place for an update, or doesn't use it; an idle one has no effect."""
     module, weight, name = place.module, place.weight, place.weight.name
     dimensions = len(weight.shape or ())
-    if module.layer is None:
+    if module.layer is NOTHING:
         return
     if not _has_place(place):
         yield f"{name}: PEFT has no place for this tensor of a {module.class_name}"
@@ -118,6 +118,6 @@ def _has_place(place: Place) -> bool:
     if shape is None:
         return False
     if place.kind == "parameter":
-        return module.kind in (UNLISTED.kind, *LINEARS) and len(shape) in (2, 3)
-    known = module.is_plain or module.kind in (nn.Embedding, CONV1D)
+        return module.layer.kind in (UNLISTED.kind, *LINEARS) and len(shape) in (2, 3)
+    known = module.is_plain or module.layer.kind in (nn.Embedding, CONV1D)
     return place.kind != "layer" or (known and place.weight.tensor == "weight")
