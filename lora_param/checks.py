@@ -66,8 +66,9 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
     for weight in weights:
         for reason in _reasons(weight):
             raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
-        for delta in weight.whole.deltas:
-            if delta.adapter == adapter and weight.overlaps(delta.rows):
+        for entry in weight.chain:
+            ours = isinstance(entry, Delta) and weight.overlaps(entry.rows)
+            if ours and entry.adapter == adapter:
                 raise AdapterError(
                     f'{weight.name}: there is an adapter "{adapter}" on this weight already; '
                     "choose another name, or remove that one first"
@@ -139,7 +140,7 @@ def _reasons(weight: Weight) -> Iterator[str]:
         if unfit(tensor):
             yield reason.format(tensor, type(tensor).__name__, show_dtypes(tensor.dtype))
     try:
-        _ = weight.like
+        _ = chain and weight.like
     except Exception as error:
         names = ", ".join(type(entry).__name__ for entry in chain)
         yield f"reading it through {names} fails with {error!r}; mend or remove these"

@@ -101,10 +101,9 @@ class Weight:
     @property
     def like(self) -> Tensor:
         """A tensor of its shape, dtype and device; free where deltas are alone."""
-        for entry in self.chain:
-            if not isinstance(entry, Delta):
-                return self.value
-        return cast("Tensor", self.original)
+        plain = self.tensor in self.module._parameters
+        alone = plain or all(isinstance(entry, Delta) for entry in self.chain)
+        return self.original if alone else self.value  # type: ignore[return-value]
 
     @property
     def view(self) -> Shape:

@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_param import lora_parameters, register_lora
 
+from .kinds import KINDS
+
 
 class Doubled(nn.Linear):
     """A subclass with a forward of its own."""
@@ -81,9 +83,11 @@ class Case:
         )
         return layer, inputs
 
-    def adapt(self, layer: nn.Module, adapter: str = "default", **options: Any) -> list[str]:
-        options = {"rank": 2, "alpha": 3.0, "target": self.target} | options
-        return register_lora(layer, adapter=adapter, **options)
+    def adapt(
+        self, layer: nn.Module, adapter: str = "default", kind: str = "lora", **options: Any
+    ) -> list[str]:
+        options = {"target": self.target, **KINDS[kind].options, **options}
+        return register_lora(layer, adapter=adapter, kind=kind, **options)
 
 
 def shake(layer: nn.Module, adapter: str | None = None) -> None:
@@ -104,6 +108,16 @@ def outputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Run a layer and flatten what it returns to its tensors."""
     leaves, _ = tree_flatten(layer(*inputs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def describe(layer: nn.Module) -> tuple[object, ...]:
+    """All that `remove_lora` must restore, but for the bits."""
+    return (
+        [(name, type(module), module.training) for name, module in layer.named_modules()],
+        [(name, id(p), p.requires_grad) for name, p in layer.named_parameters()],
+        list(layer.state_dict()),
+        [sorted(vars(module)) for module in layer.modules()],
+    )
 
 
 def recurrent(*names: str) -> tuple[str, ...]:

@@ -10,24 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_param import lora_state_dict, lora_summary
+from lora_param import lora_summary, named_lora_parameters
 
 from .cases import outputs
-
-
-def formula(original: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Compute the adapted weight in float64, a slice of a stack at a time."""
-    rows, columns = B.shape[-2], A.shape[-1]
-    slices = [
-        w + b @ a * scale
-        for w, a, b in zip(
-            original.reshape(-1, rows, columns),
-            A.reshape(-1, *A.shape[-2:]),
-            B.reshape(-1, *B.shape[-2:]),
-            strict=True,
-        )
-    ]
-    return torch.stack(slices).reshape(original.shape)
+from .kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,8 @@ def reference(plain: nn.Module, adapted: nn.Module, inputs: tuple[Tensor, ...]) 
     """
     plain = copy.deepcopy(plain).to(torch.float64)
     factors = {
-        name: tensor.double().requires_grad_() for name, tensor in lora_state_dict(adapted).items()
+        name: tensor.detach().double().requires_grad_()
+        for name, tensor in named_lora_parameters(adapted)
     }
     inputs = tuple(x.double().requires_grad_() if x.is_floating_point() else x for x in inputs)
     weights = dict(plain.named_parameters())
@@ -70,11 +57,10 @@ def _adapted_weights(
     result = dict(weights)
     for weight in lora_summary(adapted).weights:
         for adapter in weight.adapters:
-            prefix = f"{weight.name}.{adapter.name}"
-            A, B = factors[f"{prefix}.lora_A"], factors[f"{prefix}.lora_B"]
+            kind, prefix = KINDS[adapter.kind], f"{weight.name}.{adapter.name}"
+            tensors = {name: factors[f"{prefix}.{name}"] for name in kind.tensors}
             if adapter.enabled:
-                scale = adapter.alpha / adapter.rank
-                result[weight.name] = formula(result[weight.name], A, B, scale)
+                result[weight.name] = kind.oracle(result[weight.name], tensors, vars(adapter))
     return result
 
 

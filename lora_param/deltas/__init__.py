@@ -1,9 +1,10 @@
 """The kinds of deltas: a row each in one table."""
 
+from .dense import DenseDelta
 from .lora import LoRAParametrization
 from .protocol import Delta
 
-KINDS: dict[str, type[Delta]] = {each.kind: each for each in (LoRAParametrization,)}
+KINDS: dict[str, type[Delta]] = {each.kind: each for each in (LoRAParametrization, DenseDelta)}
 """By what `register_lora(kind=...)`, state dicts and files call them."""
 
-__all__ = ["KINDS", "Delta", "LoRAParametrization"]
+__all__ = ["KINDS", "Delta", "DenseDelta", "LoRAParametrization"]

@@ -1,0 +1,98 @@
+"""The dense kind: `W + D`, an update without a structure, for a tensor of any dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StateDictError
+from .protocol import Delta, Shape, as_parameter, check_dtype
+
+
+class DenseDelta(Delta):
+    """Add a tensor to a weight, `W + D`: training it whole, with the original left alone.
+
+    `D` is zero at first. Weight decay on `D` pulls the weight towards the original.
+
+    Args:
+        shape: The weight's shape, of one dimension or more.
+        adapter: The adapter's name, by which `enable_lora` and the like find it.
+        device: Device of `D`.
+        dtype: Dtype of `D`, one of float16, bfloat16, float32 and float64.
+
+    Attributes:
+        D: Parameter of the weight's shape.
+
+    Raises:
+        LoRAError: `dtype` is unknown.
+        AdapterError: `adapter` is no usable name.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> register_lora(layer, kind="dense", target="bias")
+        ['bias']
+        >>> layer.parametrizations.bias[0].D
+        Parameter containing:
+        tensor([0., 0.], requires_grad=True)
+    """
+
+    kind = "dense"
+    options = ("dtype",)
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        adapter: str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(adapter)
+        check_dtype(dtype or torch.get_default_dtype())
+        self.D = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+    @classmethod
+    def make(cls, weight: Tensor, view: Shape, **options: Any) -> DenseDelta:
+        """Build a `D` of zeros on the weight's device and, unless told otherwise, of its dtype."""
+        options["dtype"] = options.get("dtype") or weight.dtype
+        return cls(tuple(weight.shape), device=weight.device, **options)
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> DenseDelta:
+        """Build the delta whose `D` this tensor is; it has no numbers."""
+        if numbers:
+            raise StateDictError(f"a dense delta has no numbers, got {list(numbers)}")
+        delta = cls((0,))
+        delta.D = as_parameter(tensors["D"])
+        return delta
+
+    def misfit(self, shape: Shape, view: Shape) -> str | None:
+        """Say that `D` has another shape than the weight, if it has."""
+        got = tuple(self.D.shape)
+        return None if got == shape else f"its D is {got}, should be {shape}"
+
+    def value(self, weight: Tensor) -> Tensor:
+        """Return `W + D`, computed in the wider dtype and rounded once to `W`'s."""
+        return (weight + self.D).to(weight.dtype)
+
+    def block(self, start: int, stop: int) -> DenseDelta:
+        """Return the delta of some of the weight's rows."""
+        return self.restore({"D": self.D[start:stop]}, {})
+
+    def singular_values(self, shape: Shape) -> Tensor:
+        """Return those of `D` as a matrix of its first dimension by all the others."""
+        matrix = self.D.detach().double()
+        values: Tensor = torch.linalg.svdvals(
+            matrix.flatten(1) if matrix.ndim > 1 else matrix[None]
+        )
+        return values
+
+    def extra_repr(self) -> str:
+        """Name, shape and state, for `print(model)`."""
+        state = "enabled" if self.enabled else "disabled"
+        return f"{self.adapter!r}, {tuple(self.D.shape)}, {state}"
