@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import StateDictError
 from .protocol import Delta, Shape, as_parameter, check_dtype
 
 
@@ -65,9 +64,8 @@ class DenseDelta(Delta):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> DenseDelta:
         """Build the delta whose `D` this tensor is; it has no numbers."""
-        if numbers:
-            raise StateDictError(f"a dense delta has no numbers, got {list(numbers)}")
         delta = cls((0,))
+        delta.check_numbers(numbers)
         delta.D = as_parameter(tensors["D"])
         return delta
 

@@ -144,10 +144,15 @@ class LoRAParametrization(Delta):
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
+        self.check_numbers(numbers)
+        self.dropout, self.alpha = check_dropout(numbers["dropout"]), numbers["alpha"]
+
+    def check_numbers(self, numbers: Mapping[str, Any]) -> None:  # noqa: D102
+        super().check_numbers(numbers)
         if type(numbers["rank"]) is not int or numbers["rank"] != self.rank:
             raise StateDictError(f"its rank must be {self.rank}, got {numbers['rank']!r:.40}")
-        dropout, alpha = check_dropout(numbers["dropout"]), check_alpha(numbers["alpha"], self.rank)
-        self.dropout, self.alpha = dropout, alpha
+        check_dropout(numbers["dropout"])
+        check_alpha(numbers["alpha"], self.rank)
 
     @property
     def alpha(self) -> float:

@@ -144,9 +144,14 @@ class Delta(nn.Module):
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
-        if said.keys() != self.numbers.keys():
-            raise StateDictError(f"a {self.kind} delta has {list(self.numbers)}, got {list(said)}")
+        self.check_numbers(said)
         return said
+
+    def check_numbers(self, numbers: Mapping[str, Any]) -> None:
+        """Raise unless these could be its numbers."""
+        if numbers.keys() != self.numbers.keys():
+            own, got = list(self.numbers), list(numbers)
+            raise StateDictError(f"a {self.kind} delta has {own}, got {got}"[:300])
 
 
 def spec_of(state: object) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""A delta's numbers are state: they are saved with its tensors, and loaded or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from lora_param import (
+    LoRAError,
+    LoRAParametrization,
+    StateDictError,
+    load_lora_state_dict,
+    lora_state_dict,
+    register_lora,
+)
+
+from .cases import shake
+
+KEY = "weight.default._extra_state"
+
+
+def layer(alpha: float = 2.0, dropout: float = 0.0, rank: int = 2) -> nn.Linear:
+    module = nn.Linear(6, 5)
+    register_lora(module, rank=rank, alpha=alpha, dropout=dropout)
+    shake(module)
+    return module
+
+
+def numbers(module: nn.Module) -> dict[str, Any]:
+    return module.parametrizations.weight[0].numbers
+
+
+def through_torch(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+
+WAYS = {
+    "state dict": lambda a, b: b.load_state_dict(a.state_dict(), strict=True),
+    "state dict, assigned": lambda a, b: b.load_state_dict(a.state_dict(), assign=True),
+    "state dict, through a file": lambda a, b: b.load_state_dict(through_torch(a.state_dict())),
+    "state dict, through safetensors": lambda a, b: b.load_state_dict(load(save(a.state_dict()))),
+    "adapters": lambda a, b: load_lora_state_dict(b, lora_state_dict(a)),
+    "adapters, through a file": lambda a, b: load_lora_state_dict(
+        b, through_torch(lora_state_dict(a))
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_loading_takes_numbers_over(way: str) -> None:
+    source, model, x = layer(16.1, 0.25), layer(2.0), torch.randn(3, 6)
+    WAYS[way](source, model)
+    assert numbers(model) == {"rank": 2, "alpha": 16.1, "dropout": 0.25}
+    model.bias.data.copy_(source.bias)
+    model.parametrizations.weight.original.data.copy_(source.parametrizations.weight.original)
+    assert torch.equal(model.eval()(x), source.eval()(x))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_them(duplicate: Any) -> None:
+    assert numbers(duplicate(layer(16.1, 0.25))) == numbers(layer(16.1, 0.25))
+
+
+def test_converting_a_model_leaves_them_exact() -> None:
+    model = layer(16.1, 0.25).bfloat16()
+    other = layer()
+    load_lora_state_dict(other, lora_state_dict(model))
+    assert numbers(other)["alpha"] == 16.1
+
+
+def spoiled(**changes: Any) -> Tensor:
+    said = {"kind": "lora", **numbers(layer()), **changes}
+    content = {name: value for name, value in said.items() if value is not ...}
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+SPOILED = {
+    "another rank": (spoiled(rank=1), "its rank must be 2, got 1"),
+    "another kind": (spoiled(kind="dense"), "its kind must be 'lora', got 'dense'"),
+    "other rows": (spoiled(rows=[0, 2]), r"its rows must be None, got \[0, 2\]"),
+    "one missing": (spoiled(alpha=...), r"a lora delta has \['rank', 'alpha', 'dropout'\], got"),
+    "one too many": (spoiled(beta=1.0), "a lora delta has"),
+    "alpha no number": (spoiled(alpha="x"), "alpha must be a finite number"),
+    "alpha infinite": (spoiled(alpha=float("inf")), "alpha must be a finite number"),
+    "dropout of one": (spoiled(dropout=1.0), "dropout must satisfy 0 <= dropout < 1, got 1.0"),
+    "no JSON": (torch.arange(5, dtype=torch.uint8), "must hold a delta's kind and numbers"),
+    "floats": (torch.randn(3), "must hold a delta's kind and numbers, got Tensor"),
+    "no tensor": ("lora", "must hold a delta's kind and numbers, got str"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_numbers_that_are_no_pairs_are_refused_and_nothing_is_loaded(case: str) -> None:
+    value, message = SPOILED[case]
+    model = layer()
+    before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    state = {name: tensor + 1 for name, tensor in before.items()} | {KEY: value}
+    with pytest.raises(StateDictError, match=message) as error:
+        load_lora_state_dict(model, state)
+    assert KEY in str(error.value)
+    for name, tensor in lora_state_dict(model).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_state_without_them_is_refused() -> None:
+    model = layer()
+    state = {name: each for name, each in lora_state_dict(model).items() if name != KEY}
+    with pytest.raises(StateDictError, match=f"missing: {KEY}"):
+        load_lora_state_dict(model, state)
+
+
+def test_a_plain_checkpoint_leaves_them_as_they_are() -> None:
+    model = layer(16.1, 0.25)
+    model.load_state_dict(nn.Linear(6, 5).state_dict(), strict=True)
+    assert numbers(model) == {"rank": 2, "alpha": 16.1, "dropout": 0.25}
+
+
+def test_setting_the_scale_or_alpha_acts_at_once_and_is_saved() -> None:
+    model, x = layer(), torch.randn(3, 6)
+    entry = model.parametrizations.weight[0]
+    before = model(x)
+    entry.scale = 4.0
+    assert (entry.alpha, entry.scale) == (8.0, 4.0)
+    assert not torch.equal(model(x), before)
+    entry.alpha = 2
+    assert entry.scale == 1.0
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2.0), float("nan"), "2", True, None])
+def test_a_scale_that_is_no_number_is_refused(value: Any) -> None:
+    entry = LoRAParametrization(5, 6, 2)
+    with pytest.raises(LoRAError, match="scale must be a finite number, got"):
+        entry.scale = value
+    assert entry.scale == 1.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1e30, 1e30), st.floats(0, 0.999), st.integers(1, 5), st.sampled_from([1.0, 3.0]))
+def test_any_numbers_come_back_to_the_bit(
+    alpha: float, dropout: float, rank: int, other: float
+) -> None:
+    source, model = layer(alpha, dropout, rank), layer(other, 0.0, rank)
+    model.load_state_dict(source.state_dict(), strict=True)
+    assert numbers(model) == numbers(source) == {"rank": rank, "alpha": alpha, "dropout": dropout}
