@@ -138,21 +138,13 @@ def merge_checkpoint(
     with open_adapter(Path(path)) as file, open_file(Path(base)) as checkpoint:
         checkpoint.check_whole()
         tensors = plain_tensors(checkpoint)
-        header, about = checkpoint.header, file.about
-        deltas = file.fit(outline_of_tensors(tensors, about.layers), **options)
-        by_tensor = _by_tensor(deltas)
-        places = {plain_name(place): place for place in header.tensors}
-        if hidden := [name for name in by_tensor if "parametrizations." in places[name]]:
-            raise FileError(
-                f"{base}: parametrized: {shortened(hidden)}; load both, and call merge_lora"
-            )
-        digests = {} if any_base else about.base
-        if missing := _missing(digests, tensors):
-            raise FileError(f"{base}: lacks {shortened(missing)}; {OTHER_BASE}")
+        header = checkpoint.header
+        deltas = _by_tensor(file.fit(outline_of_tensors(tensors, file.about.layers), **options))
+        digests = {} if any_base else file.about.base
+        _check_mergeable(checkpoint, tensors, deltas, digests)
         # A file that knows its base's class was saved beside the model, and has all its names.
-        known = about.shapes if about.cls else {}
-        twins = _twins(tensors, by_tensor, known)
-        if twins and not any_base:
+        known = file.about.shapes if file.about.cls else {}
+        if not any_base and (twins := _twins(tensors, deltas, known)):
             raise FileError(
                 f"{base}: {shortened(twins)} may be adapted weights by other names, having their "
                 "bits, and would not change; take them out, or give --any-base if they aren't"
@@ -162,11 +154,26 @@ def merge_checkpoint(
             for place, entry in progress(list(header.tensors.items()), "merging")
             for name in [plain_name(place)]
             for block in merged_blocks(
-                checkpoint.file, name, entry, tensors[name].dtype, by_tensor.get(name, []), digests
+                checkpoint.file, name, entry, tensors[name].dtype, deltas.get(name, []), digests
             )
         )
         write_blobs(Path(out), header.tensors, header.metadata, blocks)
-    return len(by_tensor), len(header.tensors)
+    return len(deltas), len(header.tensors)
+
+
+def _check_mergeable(
+    checkpoint: OpenFile,
+    tensors: Mapping[str, Tensor],
+    deltas: Mapping[str, list[Delta]],
+    digests: Mapping[str, str],
+) -> None:
+    """Raise for weights beneath parametrizations, and for a base that lacks some of its tensors."""
+    keys = {plain_name(key): key for key in checkpoint.header.tensors}
+    if hidden := [name for name in deltas if "parametrizations." in keys[name]]:
+        names = shortened(hidden)
+        raise FileError(f"{checkpoint.path}: parametrized: {names}; load both, and call merge_lora")
+    if missing := _missing(digests, tensors):
+        raise FileError(f"{checkpoint.path}: lacks {shortened(missing)}; {OTHER_BASE}")
 
 
 def _by_tensor(deltas: Deltas) -> dict[str, list[Delta]]:

@@ -116,7 +116,7 @@ def load_lora(
         freeze: Freeze the base when the adapter is registered, as `register_lora` does.
         trainable: Whether the factors require gradients.
         **options: What the format takes besides: `alpha` and `enable_lora` for loralib,
-            `mha_out_proj` for PEFT, `prefix` for Kohya and diffusers; see `lora_param.formats`.
+            `mha_out_proj` for PEFT, `prefix` for Kohya and diffusers; see `lora_param.io.formats`.
 
     Returns:
         The adapted parameters' names in model order.

@@ -52,7 +52,7 @@ class ModuleOutline:
         groups, dilation, padding_mode: A convolution's.
         is_transposed: Whether it says that its stacks are stored `(in, out)`, as some of
             transformers' experts do; `None` where that isn't known.
-        own_forward: Whether it is a linear layer that computes otherwise than `nn.Linear` does.
+        own_forward: Whether it is a linear layer whose class computes otherwise than `nn.Linear`.
         shared: Whether the model has it in several places.
     """
 
@@ -72,6 +72,12 @@ class ModuleOutline:
     def is_plain(self) -> bool:
         """Whether it is a layer that every library adapts."""
         return self.layer.kind in LINEARS + CONVOLUTIONS
+
+    @property
+    def computes_otherwise(self) -> bool:
+        """Whether it does otherwise than a plain layer of its kind without dilation or padding."""
+        dilated = any(each != 1 for each in self.dilation)
+        return self.own_forward or dilated or self.padding_mode != "zeros"
 
     @property
     def facts(self) -> Facts:

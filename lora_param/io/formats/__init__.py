@@ -141,23 +141,22 @@ class AdapterFile:
             )
         _check_adaptable([*found.values()], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        fitting, faults = {}, []
-        for name in sorted(found, key=lambda name: order[found[name].name]):
-            if fault := _misfit(deltas[name], found[name]):
-                faults.append(f"{name}: {fault}")
-            else:
-                fitting[name] = _within_rank(deltas[name], found[name])
-        lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
-        faults += [*faults_of(lowered)] if lowered else []
-        if faults:
-            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
-        if lowered:
+        names = sorted(found, key=lambda name: order[found[name].name])
+        misfits = {name: _misfit(deltas[name], found[name]) for name in names}
+        self._refuse_shapes([f"{name}: {fault}" for name, fault in misfits.items() if fault])
+        fitting = {name: _within_rank(deltas[name], found[name]) for name in names}
+        if lowered := {name: each for name, each in fitting.items() if each is not deltas[name]}:
+            self._refuse_shapes([*faults_of(lowered)])
             warnings.warn(
                 f"{self.path}: rank lowered to the weight's smaller side, the same update within "
                 f"rounding: {shortened([*lowered])}",
                 stacklevel=3,
             )
         return fitting
+
+    def _refuse_shapes(self, faults: list[str]) -> None:
+        if faults:
+            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
 
 
 @contextmanager
@@ -240,6 +239,8 @@ def _check_adaptable(weights: list[WeightOutline], adapter: str) -> None:
 
 
 def _misfit(delta: Delta, weight: WeightOutline) -> str | None:
+    if delta.rows != weight.rows:
+        return f"its rows are {delta.rows}, by its name {weight.rows}"
     return delta.misfit(weight.shape or (), weight.view)
 
 

@@ -141,8 +141,6 @@ def render(
     Raises:
         LoRAError: The base isn't strings, or has no values to digest.
     """
-    from ... import __version__  # the package imports this module
-
     if base is None:
         base = about.base or {name: digest_of(name, t) for name, t in weights.parameters.items()}
     specs, layers = dict[str, dict[str, Any]](), dict[str, Mapping[str, Any]]()
@@ -154,21 +152,18 @@ def render(
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
         if (weight := weights.weight(name)) and weight.module.facts:
             layers[weight.module.path] = weight.module.facts
-    record: dict[str, Any] = {
-        "version": VERSION,
-        "library": __version__,
-        "adapter": about.adapter,
-        "model": about.model,
-        "class": about.cls,
-        "weights": specs,
-        "layers": layers,
-        "shapes": {
-            n: weight.shape for n, weight in weights.weights.items() if weight.shape is not None
-        },
-        "base": check_strings("base", base),
-    }
+    shapes = {n: weight.shape for n, weight in weights.weights.items() if weight.shape is not None}
+    record = {"weights": specs, "layers": layers, "shapes": shapes}
+    record = _head(about) | record | {"base": check_strings("base", base)}
     record["sha256"] = _seal({**record, STRINGS: about.metadata}, tensors)
     return tensors, {**about.metadata, KEY: json.dumps(record)}, None
+
+
+def _head(about: About) -> dict[str, Any]:
+    from ... import __version__  # the package imports this module
+
+    head = {"version": VERSION, "library": __version__, "adapter": about.adapter}
+    return head | {"model": about.model, "class": about.cls}
 
 
 def _seal(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -66,33 +66,43 @@ def parse(
         raise FileError(f'mha_out_proj must be "twice", "once" or None, got {mha_out_proj!r}')
     factors, rest = shared.group_factors(tensors, *KEYS)
     base = {key.removeprefix(PREFIX).replace(".base_layer.", "."): rest[key] for key in rest}
-    complaints = [*shared.tensors_of_another_base(base, weights)]
+    complaints = shared.tensors_of_another_base(base, weights)
     complaints += shared.incomplete_factors(factors)
     shared.refuse([*complaints, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError("which rank a target parameter has can't be said without a model")
     names = {name: place_of_name(name, weights, config) for name in factors}
     places = [place for place in names.values() if place]
-    embedded = {n for n in factors if f"{PREFIX}{n}.lora_embedding_A" in tensors}
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
     vague = bool(config.get("fan_in_fan_out")) or _has_conv1d(weights)
-    dropout = float(config.get("lora_dropout") or 0)
-    deltas, complaints = [], []
+    deltas, complaints = list[tuple[str, LoRAParametrization]](), list[str]()
     for place in places:
         A, B = factors[place.name]["A"], factors[place.name]["B"]
-        transposed = True if place.name in embedded else _is_transposed(place, A, config, vague)
+        embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
+        transposed = embedded or _is_transposed(place, A, config, vague)
         if faults := list(_faults(place, A, B, config, transposed)):
             complaints += faults
-            continue
-        twice = mha_out_proj != "once" and place.kind == "out_proj"
-        rank, alpha = rank_and_alpha(config, place.key)
-        A, B = _factors_here(place, A, B, rank, bool(transposed))
-        p = dropout if place.weight.drops else 0.0
-        deltas.append(shared.low_rank(place.weight.name, A, B * 2 if twice else B, alpha, p))
+        else:
+            twice = mha_out_proj != "once" and place.kind == "out_proj"
+            deltas.append(_delta(place, A, B * 2 if twice else B, config, bool(transposed)))
     unplaced = [name for name, place in names.items() if place is None]
     shared.refuse([*shared.without_module(unplaced, weights), *complaints])
-    _warn(places, READ_TWICE if mha_out_proj is None else "", dropout)
+    _warn(places, READ_TWICE if mha_out_proj is None else "", config)
     return deltas
+
+
+def _delta(
+    place: Place, A: Tensor, B: Tensor, config: Config, transposed: bool
+) -> tuple[str, LoRAParametrization]:
+    rank, alpha = rank_and_alpha(config, place.key)
+    dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
+    if not place.stack and len(A) == rank:
+        A, B = shared.stored_factors(A, B, transposed)
+    else:
+        A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
+        B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
+        A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
+    return shared.low_rank(place.weight.name, A, B, alpha, dropout)
 
 
 def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
@@ -110,7 +120,7 @@ def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content
     tensors = {}
     for place, delta in placed:
         infix = "embedding_" if place.module.layer.kind is nn.Embedding else ""
-        for role, factor in zip("AB", _factors_there(place, delta), strict=True):
+        for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
     config = {"base_model_name_or_path": about.model or None, **_config(placed, weights)}
@@ -182,17 +192,7 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
     return place.kind == "layer" and module.layer.kind == CONV1D
 
 
-def _factors_here(
-    place: Place, A: Tensor, B: Tensor, rank: int, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    if not place.stack and len(A) == rank:
-        return shared.stored_factors(A, B, transposed)
-    A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
-    B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
-    return (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
-
-
-def _factors_there(place: Place, delta: LoRAParametrization) -> tuple[Tensor, Tensor]:
+def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, Tensor]:
     A, B = shared.factors_of(delta)
     if place.stack:
         A, B = (B.mT, A.mT) if place.module.is_transposed else (A, B)
@@ -257,27 +257,22 @@ def _tails(name: str) -> set[str]:
     return {name[match.end() :] for match in re.finditer(r"\.", name)}
 
 
-def _warn(places: Sequence[Place], consequence: str, dropout: float = 0.0) -> None:
+def _warn(places: Sequence[Place], consequence: str, config: Config | None = None) -> None:
     """Warn where PEFT computes something else than the formula."""
-    others = [place for place in places if _has_other_maths(place)]
-    in_many = [place for place in places if place.module.shared]
-    twice = [place for place in places if place.kind == "out_proj" and consequence]
-    layers = [(p, p.module.layer) for p in places if dropout and p.kind == "layer"]
-    undropped = [
-        p for p, layer in layers if layer.drops and layer is not NOTHING and not p.weight.drops
-    ]
-    for such, how in (
-        (others, "by other maths: it knows no dilation, padding_mode or forward of a layer's own"),
-        (in_many, "in one of the places where its module is found, and here it is adapted in all"),
-        (twice, f"twice, and {consequence}"),
-        (undropped, "with dropout, and here there is none"),
-    ):
+    dropout = config and config.get("lora_dropout")
+    reasons = {
+        "by other maths: it knows no dilation, padding_mode or forward of a layer's own": [
+            p for p in places if p.module.computes_otherwise
+        ],
+        "in one of the places where its module is found, and here it is adapted in all": [
+            p for p in places if p.module.shared
+        ],
+        f"twice, and {consequence}": [p for p in places if p.kind == "out_proj" and consequence],
+        "with dropout, and here there is none": [
+            p for p in places if dropout and p.kind == "layer" and not p.can_drop
+        ],
+    }
+    for reason, such in reasons.items():
         if such:
             names = ", ".join(place.weight.name for place in such)
-            warnings.warn(f"PEFT adapts {names} {how}", stacklevel=5)
-
-
-def _has_other_maths(place: Place) -> bool:
-    module = place.module
-    dilated = any(each != 1 for each in module.dilation)
-    return module.own_forward or dilated or module.padding_mode != "zeros"
+            warnings.warn(f"PEFT adapts {names} {reason}", stacklevel=5)

@@ -38,6 +38,12 @@ class Place(NamedTuple):
         return self.weight.module
 
     @property
+    def can_drop(self) -> bool:
+        """Whether dropout can act here where it does in PEFT."""
+        layer = self.module.layer
+        return self.weight.drops or layer is NOTHING or not layer.drops
+
+    @property
     def stack(self) -> Shape | None:
         """The shape of a stack of experts' matrices; `None` for all else."""
         shape = self.weight.shape
