@@ -221,7 +221,9 @@ def test_tensors_in_any_memory_layout_are_written_in_order(
 ) -> None:
     tensor = view(torch.randn(4, 6))
     save_tensors(path, {"a half": torch.ones(3).half(), "full": tensor}, {"odd": "x"})
-    assert header_of(path).tensors["full"].begin % tensor.element_size() == 0  # readers view in place
+    assert (
+        header_of(path).tensors["full"].begin % tensor.element_size() == 0
+    )  # readers view in place
     assert torch.equal(tensors_of(path)["full"], tensor)
 
 

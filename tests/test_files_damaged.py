@@ -65,7 +65,7 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "version text": (lambda r, t: r.update(version="1"), "damaged metadata: version"),
     "kind": (lambda r, t: r["weights"]["0.weight"].update(kind="dora"), "0.weight: .* knows no kind 'dora'; update"),
     "no kind": (lambda r, t: r["weights"]["0.weight"].pop("kind"), "damaged metadata: KeyError 'kind'"),
-    "number": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(tau=1), "unexpected: tau"),
+    "number": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(tau=1), "0.weight: .*tau"),
     "dropout": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(dropout=1.0), "0.weight: dropout must satisfy"),
     "rows": (lambda r, t: r["weights"]["0.weight"].update(rows=[0]), "damaged metadata: spec of 0.weight"),
     "no weights": (lambda r, t: (r["weights"].clear(), t.clear()), "there is no adapter in it"),

@@ -46,7 +46,9 @@ def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path)
     base, _ = trained_in_peft(case, tmp_path)
     modules = outline_of_model(walk(base, "a test")).modules
     facts = {path: module.facts for path, module in modules.items()}
-    ours = parsed(tmp_path, outline_of_tensors(dict(base.named_parameters()), facts), mha_out_proj="once")
+    ours = parsed(
+        tmp_path, outline_of_tensors(dict(base.named_parameters()), facts), mha_out_proj="once"
+    )
     theirs = parsed(tmp_path, base, mha_out_proj="once")
     assert ours.keys() == theirs.keys()
     for name, delta in ours.items():

@@ -35,11 +35,7 @@ def plain_name(key: str) -> str:
 
 
 def plain_tensors(file: OpenFile) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors by their names in the plain model.
-
-    Raises:
-        FileError: Two of its tensors are the same one's.
-    """
+    """Return a checkpoint's tensors by their names in the plain model, or raise a `FileError`."""
     times = Counter(map(plain_name, file.tensors))
     if twice := [name for name in times if times[name] > 1]:
         raise FileError(
@@ -208,12 +204,7 @@ def merged_blocks(
     deltas: list[Delta],
     base: Mapping[str, str],
 ) -> Iterator[Any]:
-    """Yield a tensor's bytes in blocks of whole rows, with its updates added.
-
-    Raises:
-        FileError: The file has become shorter, the tensor has other bits than the base's, or the
-            result would not be finite.
-    """
+    """Yield a tensor's bytes in blocks of whole rows, with its updates added."""
     digested, size = digest(dtype, entry.shape), entry.end - entry.begin
     row = size // entry.shape[0] if deltas else 1
     rows = max(1, BLOCK // row)

@@ -78,11 +78,7 @@ class OpenFile:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[OpenFile]:
-    """Open a file, or the file of tensors in a folder of PEFT's, for a block.
-
-    Raises:
-        FileError: It can't be read, or could be waited for without end, as a pipe could.
-    """
+    """Open a file, or the file of tensors in a folder of PEFT's, for a block."""
     with ExitStack() as stack:
         try:
             if folder := path if path.is_dir() else None:

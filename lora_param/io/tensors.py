@@ -108,22 +108,16 @@ def _checked(content: Any, start: int, size: int) -> Header:
 
 
 def map_tensors(file: BinaryIO, header: Header) -> dict[str, Tensor]:
-    """Map an open file's tensors into memory: they are read when they are used.
-
-    Raises:
-        FileError: One is of a dtype that isn't known here.
-    """
+    """Map an open file's tensors into memory: they are read when they are used."""
     memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, entry in header.tensors.items():
         if (dtype := DTYPES.get(entry.dtype)) is None:
             raise FileError(f"{file.name}: {name} is of a dtype that isn't known: {entry.dtype}")
         size = entry.end - entry.begin
-        flat = (
-            torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=entry.begin)
-            if size
-            else torch.empty(0, dtype=torch.uint8)
-        )
+        flat = torch.empty(0, dtype=torch.uint8)
+        if size:
+            flat = torch.frombuffer(memory, dtype=flat.dtype, count=size, offset=entry.begin)
         if flat.data_ptr() % dtype.itemsize:  # as some writers leave it
             flat = flat.clone()
         tensors[name] = flat.view(dtype).view(entry.shape)

@@ -88,12 +88,7 @@ class AdapterFile:
         return outline_of_tensors(about.shapes, about.layers) if about.shapes else UNKNOWN
 
     def parse(self, weights: Outline, /, **options: Any) -> Deltas:
-        """Read the deltas; each is whole in itself, whether it fits the model isn't known.
-
-        Raises:
-            FileError: The file is damaged, or isn't for this model.
-            LoRAError: The format doesn't know an option.
-        """
+        """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
         _check_options(self.format, self.format.parse, options)
         tensors = self.file.tensors
         try:
@@ -125,10 +120,6 @@ class AdapterFile:
 
         None of those returned has a higher rank than its weight's smaller side. `adapter` is the
         name of the adapter that they are going to be.
-
-        Raises:
-            FileError: The model lacks weights, or their shapes are others.
-            TargetError: A weight can't be adapted.
         """
         deltas = self.parse(weights, **options)
         found = {name: w for name in deltas if (w := weights.weight(name)) is not None}
@@ -161,11 +152,7 @@ class AdapterFile:
 
 @contextmanager
 def open_adapter(path: Path) -> Iterator[AdapterFile]:
-    """Open an adapter's file for a block, and find out its format.
-
-    Raises:
-        FileError: It can't be read, is damaged, or is of no known format, or of several.
-    """
+    """Open an adapter's file for a block, and find out its format, or raise a `FileError`."""
     with open_file(path) as file:
         rows = [row for row in FORMATS if row.recognises(file)]
         if len(rows) != 1:
@@ -180,12 +167,7 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
 def write_adapter(
     format: str, path: Path, deltas: Deltas, weights: Outline, about: About, /, **options: Any
 ) -> None:
-    """Write deltas in the format of that name, and what else it has a place for.
-
-    Raises:
-        FileError: The format has no place for something, or the file can't be written.
-        LoRAError: There is no such format, or it doesn't know an option or keeps a string's key.
-    """
+    """Write deltas in the format of that name, and what else it has a place for."""
     row = next((row for row in FORMATS if row.render and row.name == format), None)
     if row is None or row.render is None:
         raise LoRAError(f"format must be one of {WRITTEN}, got {format!r}")

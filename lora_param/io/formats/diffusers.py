@@ -44,11 +44,7 @@ def recognises(file: OpenFile) -> bool:
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
-    """Return PEFT's config of each part, if the file carries one; older ones don't.
-
-    Raises:
-        FileError: It is no JSON object, or lists the fields that can't be honoured.
-    """
+    """Return PEFT's config of each part, if the file carries one; older ones don't."""
     try:
         fields = strict_json(file.header.metadata.get(CONFIG, "{}"))
     except (ValueError, RecursionError) as error:
@@ -71,10 +67,6 @@ def parse(
 
     The model is a UNet, transformer or text encoder, or one with children called so, as in a
     pipeline. Only keys that begin with `prefix` are read: `"unet."`, where it is only a UNet.
-
-    Raises:
-        FileError: Lists the keys that are no plain LoRA's or find no module, misshapen factors,
-            and ranks that aren't the config's.
     """
     chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     factors, rest = shared.group_factors(chosen, *KEYS)

@@ -54,10 +54,6 @@ def parse(
 
     The model is a UNet, a text encoder, any other, or one with children called `unet`,
     `text_encoder` and `text_encoder_2`. Only keys that begin with `prefix` are read.
-
-    Raises:
-        FileError: Lists the keys that are no plain LoRA's, find no module or could be several, and
-            misshapen factors.
     """
     chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     factors, rest = shared.group_factors(chosen, *KEYS)
@@ -79,9 +75,6 @@ def render(
     Its keys begin with `prefix`; by default what a child of the model is called, or the model's
     class, decides: `lora_unet_` for `unet` or a UNet, `lora_te_` for `text_encoder` or a CLIP; and
     `lycoris_`, the prefix for any model, for all else.
-
-    Raises:
-        FileError: Lists the weights that the format has no place for, or the prefix has a dot.
     """
     if "." in prefix:
         raise FileError(f"no name in the file can have a dot, so no prefix, got {prefix!r}")

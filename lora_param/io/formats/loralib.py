@@ -41,10 +41,6 @@ def parse(
     `MergedLinear` are adapted, and isn't needed if all are. The update of a `MergedLinear` has `r`
     times the enabled slices for a rank, and that of a `ConvLoRA`, whose own view is
     `(out * k, in * k)`, has `r * k * k`.
-
-    Raises:
-        FileError: There is no alpha; or lists what is misshapen, finds no module, isn't the model's
-            or needs `enable_lora`.
     """
     if alpha is None:
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")

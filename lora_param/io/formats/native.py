@@ -34,11 +34,7 @@ def recognises(file: OpenFile) -> bool:
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
-    """Return the record in our metadata, checked, with the other strings; and what it says.
-
-    Raises:
-        FileError: It is damaged, or of a version that this release doesn't know.
-    """
+    """Return the record in our metadata, checked, with the other strings; and what it says."""
     strings = dict(file.header.metadata)
     try:
         record = strict_json(strings.pop(KEY))
@@ -83,11 +79,7 @@ def _are_sizes(value: Any) -> bool:
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline
 ) -> list[tuple[str, Delta]]:
-    """Read our own file, which has the weights' own names, and check every bit against its seal.
-
-    Raises:
-        FileError: The file is damaged, or has a delta of a kind that this release doesn't know.
-    """
+    """Read our own file, which has the weights' own names, and check every bit against its seal."""
     specs: dict[str, dict[str, Any]] = config["weights"]
     if unknown := [name for name, spec in specs.items() if spec["kind"] not in KINDS]:
         kind = specs[unknown[0]]["kind"]
@@ -137,9 +129,6 @@ def render(
     """Lay out our own file.
 
     `base` is what `fingerprint(model)` returned; `None` for what is known, or else to take it now.
-
-    Raises:
-        LoRAError: The base isn't strings, or has no values to digest.
     """
     if base is None:
         base = about.base or {name: digest_of(name, t) for name, t in weights.parameters.items()}

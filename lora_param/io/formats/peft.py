@@ -58,9 +58,6 @@ def parse(
 
     PEFT applies the update of a MultiheadAttention's `out_proj` twice: `mha_out_proj` says to do as
     it does, `"twice"`, or as the formula says, `"once"`; `None` is `"twice"` with a warning.
-
-    Raises:
-        FileError: Lists what is wrong with the tensors.
     """
     if mha_out_proj not in ("twice", "once", None):
         raise FileError(f'mha_out_proj must be "twice", "once" or None, got {mha_out_proj!r}')
@@ -106,11 +103,7 @@ def _delta(
 
 
 def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
-    """Lay out a folder for `PeftModel.from_pretrained(base, folder)`.
-
-    Raises:
-        FileError: Lists the weights that PEFT has no place for.
-    """
+    """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
     deltas = _with_whole_attentions(deltas, weights)
     placed = [(_place(name, weights, deltas), delta) for name, delta in deltas.items()]
     places = [place for place, _ in placed]

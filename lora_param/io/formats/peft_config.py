@@ -36,11 +36,7 @@ REPETITION = re.compile(r"[*+{?]")
 
 
 def load_config(path: Path) -> Config:
-    """Parse a config and check it.
-
-    Raises:
-        FileError: It isn't there, is no JSON object, or lists the fields that can't be honoured.
-    """
+    """Parse a config and check it, or raise a `FileError`."""
     check_regular(path)
     try:
         config = strict_json(path.read_text("utf-8"))
