@@ -12,6 +12,7 @@
 from .deltas import LoRAParametrization
 from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictError, TargetError
 from .frozen import assert_frozen, base_frozen, fingerprint
+from .io import load_lora, save_lora
 from .merge import lora_merged, merge_lora
 from .register import disable_lora, enable_lora, lora_disabled, register_lora, remove_lora
 from .state import (
@@ -42,6 +43,7 @@ __all__ = [
     "disable_lora",
     "enable_lora",
     "fingerprint",
+    "load_lora",
     "load_lora_state_dict",
     "lora_disabled",
     "lora_merged",
@@ -52,4 +54,5 @@ __all__ = [
     "named_lora_parameters",
     "register_lora",
     "remove_lora",
+    "save_lora",
 ]

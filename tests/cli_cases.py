@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_param import base_state_dict, register_lora, save_lora
-from lora_param.__main__ import main
+from lora_param.io.cli import main
 
 from .cases import Experts, shake
 

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from lora_param import LoRAError, load_lora, register_lora
+from lora_param.io.content import open_file
+from lora_param.io.tensors import Header
 
 from .cases import shake
 
@@ -50,6 +52,16 @@ def refused(model: nn.Module, path: Path, match: str = "", **options: Any) -> No
     with pytest.raises(LoRAError, match=match):
         load_lora(model, path, **options)
     assert same(before, state(model))
+
+
+def header_of(path: Path) -> Header:
+    with open_file(path) as file:
+        return file.header
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    with open_file(path) as file:
+        return dict(file.tensors)
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_param import base_state_dict, lora_parameters, register_lora, save_lora
-from lora_param.__main__ import COMMANDS, main
+from lora_param.io.cli import COMMANDS, main
 
 from .cases import shake
 from .cli_cases import Net, adapted, change, fails, merging, spoil, works

@@ -21,7 +21,7 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
-from lora_param.__main__ import main
+from lora_param.io.cli import main
 
 from .cli_cases import fails, linears, works, written
 from .peft_cases import CASES, Case, chain, floats, output, trained_in_peft

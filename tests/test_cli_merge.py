@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lora_param import FileError, base_state_dict, merge_lora, register_lora, save_lora
-from lora_param.__main__ import _merged, main
-from lora_param.formats.tensors import Entry, header
+from lora_param.io.checkpoint import merged_blocks
+from lora_param.io.cli import main
+from lora_param.io.tensors import Entry
 
 from .cases import CASES, Case, shake
 from .cli_cases import adapted, change, fails, merging, spoil, works
+from .file_cases import header_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -39,7 +41,7 @@ def test_merging_files_is_merging_the_model_to_the_bit(
     found = load_file(out)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert header(out).metadata == {"format": "pt"}
+    assert header_of(out).metadata == {"format": "pt"}
     assert said == f"{out}: 6 of {len(expected)} tensors changed\n"
 
 
@@ -166,7 +168,7 @@ def test_a_checkpoint_that_holds_tied_weights_once_is_merged(
 def test_merging_in_blocks_is_merging_whole(
     shape: tuple[int, ...], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_param.__main__.BLOCK", block)
+    monkeypatch.setattr("lora_param.io.checkpoint.BLOCK", block)
     model = nn.Module()
     model.weight = nn.Parameter(torch.randn(shape))
     register_lora(model, rank=3, target="weight")
@@ -181,7 +183,7 @@ def test_merging_in_blocks_is_merging_whole(
 MEMORY = """
 import sys
 from pathlib import Path
-from lora_param.__main__ import main
+from lora_param.io.cli import main
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
@@ -287,7 +289,7 @@ def test_a_base_that_becomes_shorter_while_it_is_read_is_noticed(tmp_path: Path)
     (tmp_path / "base").write_bytes(bytes(20))
     with open(tmp_path / "base", "rb") as file:
         entry = Entry("F32", (3, 2), 0, 24)
-        blocks = _merged(file, "weight", entry, torch.float32, None, {})
+        blocks = merged_blocks(file, "weight", entry, torch.float32, [], {})
         with pytest.raises(FileError, match="has become shorter"):
             list(blocks)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_param import FileError, load_lora
-from lora_param.formats import FORMATS, recognised
+from lora_param.io.formats import open_adapter
+from lora_param.io.outline import UNKNOWN
 
 from .kohya_cases import UNet, pipeline, saved, update
 
@@ -105,10 +106,11 @@ def test_a_config_in_the_metadata_that_could_take_minutes_is_refused(tmp_path: P
     names = {"unet.mid.attn1.to_q": f"unet.{'a.' * 400}a"}
     tensors = {key.replace(*next(iter(names.items()))): t for key, t in diffusers().items()}
     path = with_config(tmp_path, tensors, r=2, rank_pattern={"a*a*a*x": 2})
-    with pytest.raises(FileError, match="has too many repetitions"):
-        FORMATS[3].read(path, None)
+    with open_adapter(path) as file, pytest.raises(FileError, match="too many repetitions"):
+        file.parse(UNKNOWN)
 
 
 def test_the_config_in_the_metadata_is_no_string_of_the_callers(tmp_path: Path) -> None:
     path = with_config(tmp_path, diffusers(), r=2)
-    assert recognised(path).about(path).metadata == {"license": "MIT"}
+    with open_adapter(path) as file:
+        assert file.about.metadata == {"license": "MIT"}

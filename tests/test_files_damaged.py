@@ -27,10 +27,11 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
-from lora_param.formats import native, tensors
-from lora_param.formats.tensors import header, load_tensors, save_tensors
+from lora_param.io import tensors
+from lora_param.io.formats import native
+from lora_param.io.tensors import save_tensors
 
-from .file_cases import FUZZ, net, plain, refused, same, same_tensors, state
+from .file_cases import FUZZ, header_of, net, plain, refused, same, same_tensors, state, tensors_of
 
 
 class Bomb:
@@ -45,11 +46,11 @@ class Bomb:
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
     """Change a file's record and tensors, and seal it again as a forger would."""
-    metadata, tensors = dict(header(path).metadata), load_tensors(path)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    record = json.loads(metadata[native.KEY])
+    metadata = dict(header_of(path).metadata)
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(path).items()}
+    record = json.loads(metadata.pop(native.KEY))
     change(record, tensors)
-    record["sha256"] = native._seal(metadata, record, tensors)
+    record["sha256"] = native._seal({**record, native.STRINGS: metadata}, tensors)
     save_tensors(path, tensors, metadata | {native.KEY: json.dumps(record)})
 
 
@@ -61,24 +62,29 @@ Forgery = Callable[[dict[str, Any], dict[str, Tensor]], Any]
 
 FORGERIES: dict[str, tuple[Forgery, str]] = {
     "newer": (lambda r, t: r.update(version=2), "written in version 2 .* up to 1; update it"),
-    "version text": (lambda r, t: r.update(version="1"), "damaged metadata: version or scale"),
-    "scale rule": (lambda r, t: r.update(scale="alpha"), "damaged metadata: version or scale"),
+    "version text": (lambda r, t: r.update(version="1"), "damaged metadata: version"),
+    "kind": (lambda r, t: r["weights"]["0.weight"].update(kind="dora"), "0.weight: .* knows no kind 'dora'; update"),
+    "no kind": (lambda r, t: r["weights"]["0.weight"].pop("kind"), "damaged metadata: KeyError 'kind'"),
+    "number": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(tau=1), "0.weight: .*tau"),
+    "dropout": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(dropout=1.0), "0.weight: dropout must satisfy"),
+    "rows": (lambda r, t: r["weights"]["0.weight"].update(rows=[0]), "damaged metadata: spec of 0.weight"),
     "no weights": (lambda r, t: (r["weights"].clear(), t.clear()), "there is no adapter in it"),
     "field gone": (lambda r, t: r.pop("base"), "damaged metadata: KeyError 'base'"),
     "weights a list": (lambda r, t: r.update(weights=[]), "damaged metadata: AttributeError"),
     "base of numbers": (lambda r, t: r["base"].update({"0.bias": 1}), r"metadata: 0\.bias"),
-    "alpha text": (lambda r, t: r["weights"]["0.weight"].update(alpha="3"), "alpha of 0.weight"),
-    "alpha true": (lambda r, t: r["weights"]["0.weight"].update(alpha=True), "alpha of 0.weight"),
-    "alpha huge": (lambda r, t: r["weights"]["0.weight"].update(alpha=10**400), "alpha of 0.weight"),
-    "rank": (lambda r, t: r["weights"]["0.weight"].update(rank=3), "aren't of the rank and shape"),
-    "shape": (lambda r, t: r["shapes"].update({"0.weight": [5, 7]}), "of the rank and shape"),
+    "alpha text": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(alpha="3"), "0.weight: alpha must be a finite"),
+    "alpha true": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(alpha=True), "0.weight: alpha must be a finite"),
+    "alpha huge": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(alpha=10**400), "0.weight: alpha must be a finite"),
+    "rank": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(rank=3), "0.weight: its rank must be 2"),
+    "shape": (lambda r, t: r["shapes"].update({"0.weight": [5, 7]}), "aren't of the shape said"),
     "shape text": (lambda r, t: r["shapes"].update({"0.weight": ["5"]}), "shape of 0.weight"),
     "adapter": (lambda r, t: r.update(adapter="a.b"), "string without dots, got 'a.b'"),
+    "rows by another name": (lambda r, t: r["weights"]["0.weight"].update(rows=[0, 2]), "its rows are slice"),
     "missing": (lambda r, t: t.pop(A), "missing: 0.weight.lora_A"),
     "extra": (lambda r, t: t.update(x=torch.ones(1)), "unexpected: x"),
-    "nan": (lambda r, t: t[A][0].fill_(torch.nan), "alpha and factors must be finite"),
-    "infinity": (lambda r, t: t[B][0].fill_(torch.inf), "alpha and factors must be finite"),
-    "ranks": (lambda r, t: t.update({A: t[A][:1].clone()}), r"\(1, 6\) and \(5, 2\) are no pair"),
+    "nan": (lambda r, t: t[A][0].fill_(torch.nan), "its tensors must be finite"),
+    "infinity": (lambda r, t: t[B][0].fill_(torch.inf), "its tensors must be finite"),
+    "ranks": (lambda r, t: t.update({A: t[A][:1].clone()}), r"\(1, 6\) and lora_B \(5, 2\) are no pair"),
     "vector": (lambda r, t: t.update({A: torch.ones(2)}), "0.weight: "),
     "scalar": (lambda r, t: t.update({B: torch.tensor(1.0)}), "0.weight: "),
     "two dtypes": (lambda r, t: t.update({A: t[A].half()}), "must share one of"),
@@ -161,7 +167,7 @@ def test_metadata_may_be_null(path: Path) -> None:
     path.write_bytes(framed(b'{"__metadata__":null}'))
     with safe_open(path, "pt") as file:
         assert file.metadata() is None
-    assert header(path).metadata == {}
+    assert header_of(path).metadata == {}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -325,15 +331,16 @@ def test_a_large_header_is_parsed_once(saved: Path, monkeypatch: pytest.MonkeyPa
         return parse(text)
 
     monkeypatch.setattr(tensors, "strict_json", counting)
-    for content in (
-        framed(b"[" + b" " * 1000),
-        saved.read_bytes().replace(b"0.weight", b"1.weight"),
+    monkeypatch.setattr(native, "strict_json", counting)
+    for content, times in (
+        (framed(b"[" + b" " * 1000), 1),
+        (saved.read_bytes().replace(b"0.weight", b"1.weight"), 2),  # and the record in it
     ):
         parsed.clear()
         saved.write_bytes(content)
         with pytest.raises(FileError):
             load_lora(plain(), saved)
-        assert len(parsed) == 1
+        assert len(parsed) == times
 
 
 def test_a_changed_string_of_the_callers_is_noticed(path: Path) -> None:

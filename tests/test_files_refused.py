@@ -22,9 +22,9 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
-from lora_param.formats import native
-from lora_param.formats.pair import Pair
-from lora_param.formats.tensors import Entry, write_blobs
+from lora_param.io.formats import open_adapter
+from lora_param.io.tensors import Entry, write_blobs
+from lora_param.weight import Weight
 
 from .file_cases import net, plain, refused, same, state
 
@@ -40,9 +40,9 @@ BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]]
     "nan": (
         lambda model: model[0].parametrizations.weight[0].lora_A.data.fill_(torch.nan),
         {},
-        r"0\.weight: alpha and factors must be finite",
+        r"0\.weight: its tensors must be finite",
     ),
-    "meta": (lambda model: model.to("meta"), {}, r"0\.weight: the factors have no values"),
+    "meta": (lambda model: model.to("meta"), {}, r"0\.weight: its tensors have no values"),
     "no adapter": (remove_lora, {}, "the model has none"),
     "own key": (lambda model: None, {"metadata": {"lora_param": "x"}}, "have the key 'lora_param'"),
     "number": (lambda model: None, {"metadata": {"x": 1}}, "metadata must map strings to strings"),
@@ -112,15 +112,15 @@ def test_a_tied_weight_is_refused(saved: Path) -> None:
 def test_an_interruption_half_way_leaves_the_model(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, calls = Pair.parametrization, []
+    attach, calls = Weight.attach, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return build(*arguments)
+        return attach(*arguments)
 
-    monkeypatch.setattr(Pair, "parametrization", failing)
+    monkeypatch.setattr(Weight, "attach", failing)
     model = plain()
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
@@ -149,7 +149,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(
 ) -> None:
     before = saved.read_bytes()
     if moment == "blob":
-        monkeypatch.setattr("lora_param.formats.tensors.bytes_of", fault)
+        monkeypatch.setattr("lora_param.io.tensors.bytes_of", fault)
     else:
         monkeypatch.setattr(os, moment, fault)
     with pytest.raises(error):
@@ -165,7 +165,8 @@ def test_a_link_stays_a_link_and_permissions_stay(saved: Path, tmp_path: Path) -
     save_lora(net("other"), link)
     assert link.is_symlink()
     assert saved.stat().st_mode & 0o777 == 0o600
-    assert native.about(saved).adapter == "other"
+    with open_adapter(saved) as file:
+        assert file.about.adapter == "other"
 
 
 @pytest.mark.parametrize("where", ["", "missing/adapter.safetensors"])
@@ -175,19 +176,23 @@ def test_where_no_file_can_be_is_said(where: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_above_the_smaller_side_is_lowered_with_a_warning() -> None:
-    for rows, columns in ((3, 5), (5, 3)):
-        torch.manual_seed(0)
-        pair = Pair("w", torch.randn(2, 4, columns), torch.randn(2, rows, 4), 6.0)
-        lower = pair.within(3)
-        assert lower.rank == 3
-        update, expected = (p.lora_B @ p.lora_A * p.alpha / p.rank for p in (lower, pair))
-        assert torch.allclose(update, expected, rtol=1e-5, atol=1e-5)
-        assert pair.within(4).lora_A is pair.lora_A
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (5, 3)])
+def test_a_rank_above_the_smaller_side_is_lowered_with_a_warning(
+    rows: int, columns: int, tmp_path: Path
+) -> None:
+    down, up = torch.randn(4, columns), torch.randn(rows, 4)
+    tensors = {"lycoris_0.lora_down.weight": down, "lycoris_0.lora_up.weight": up}
+    save_file(tensors | {"lycoris_0.alpha": torch.tensor(6.0)}, tmp_path / "kohya.safetensors")
+    model = nn.Sequential(nn.Linear(columns, rows, bias=False))
+    before = model[0].weight.clone()
+    with pytest.warns(UserWarning, match=r"rank lowered to .* within rounding: 0\.weight"):
+        load_lora(model, tmp_path / "kohya.safetensors")
+    assert model[0].parametrizations.weight[0].rank == 3
+    assert torch.allclose(model[0].weight, before + up @ down * 1.5, rtol=1e-5, atol=1e-5)
 
 
 MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "layer norm": (lambda: nn.LayerNorm(5), "0.weight has fewer than two dimensions"),
+    "layer norm": (lambda: nn.LayerNorm(5), "0.weight: a pair needs a matrix"),
     "lazy": (lambda: nn.LazyLinear(5), "it is lazy and has no shape yet"),
     "old weight norm": (lambda: nn.utils.weight_norm(nn.Linear(6, 5)), "sets this tensor before"),
 }
@@ -224,7 +229,9 @@ def test_an_alpha_that_is_no_real_number_is_refused(tmp_path: Path) -> None:
     }
     write_blobs(file, entries, {}, [bytes(8 + 48 + 40)])
     register_lora(model, rank=2)
-    with pytest.raises(FileError, match=r"alpha of lora_unet_a|a damaged"):  # older releases' words
+    with pytest.raises(
+        FileError, match=r"lora_unet_a has an alpha of|a damaged"
+    ):  # older releases' words
         load_lora(model, file)
     assert model["a"].parametrizations.weight[0].scale == 1.0
 
@@ -258,7 +265,7 @@ def test_a_rank_that_overflows_when_it_is_lowered_is_refused(tmp_path: Path) -> 
     tensors = {f"lora_unet_a.lora_{name}.weight": each for name, each in factors.items()}
     save_file(tensors | {"lora_unet_a.alpha": torch.tensor(8e-3)}, file)
     model = nn.ModuleDict({"a": nn.Linear(4, 6)})
-    refused(model, file, r"a\.weight: alpha and factors must be finite")
+    refused(model, file, r"a\.weight: its tensors must be finite")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system here")

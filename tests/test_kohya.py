@@ -175,8 +175,8 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("no up", lambda t: t.pop(UP), f"{Q} has no lora_B"),
     ("no module", lambda t: t.update(linear("lora_unet_x") | linear("lora_unet_y")), "no module for lora_unet_x, lora_unet_y; the nearest"),
     ("an alpha alone", lambda t: t.update({"lora_unet_conv_in.alpha": torch.ones(())}), "lora_unet_conv_in has no lora_A"),
-    ("many alphas", lambda t: t.update({f"{Q}.alpha": torch.ones(2)}), r"alpha of .* is \(2,\), not one number"),
-    ("NaN for an alpha", lambda t: t.update({f"{Q}.alpha": torch.tensor(float("nan"))}), "alpha and factors must be finite"),
+    ("many alphas", lambda t: t.update({f"{Q}.alpha": torch.ones(2)}), r"has an alpha of \(2,\), not one number"),
+    ("NaN for an alpha", lambda t: t.update({f"{Q}.alpha": torch.tensor(float("nan"))}), "alpha must be a finite number"),
     ("another shape", lambda t: t.update({DOWN: torch.ones(2, 7)}), r"has factors \(2, 7\) and \(6, 2\) for a weight of \(6, 6\)"),
     ("another rank", lambda t: t.update({DOWN: torch.ones(3, 6)}), r"has factors \(3, 6\) and \(6, 2\)"),
     ("a kernel turned", lambda t: t.update({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 3, 3, 4), "lora_unet_conv_in.lora_up.weight": torch.ones(6, 2, 1, 1)}), r"for a weight of \(6, 4, 3, 3\)"),
@@ -196,7 +196,7 @@ def test_a_file_that_does_not_fit_is_refused_whole(
 
 
 HOMELESS: list[tuple[str, nn.Module, dict[str, Any], str]] = [
-    ("an LSTM", nn.Sequential(nn.LSTM(4, 5)), {}, "no place for 0.weight_ih_l0 of a ParametrizedLSTM"),
+    ("an LSTM", nn.Sequential(nn.LSTM(4, 5)), {}, "no place for 0.weight_ih_l0 of a LSTM"),
     ("an embedding", nn.Sequential(nn.Embedding(4, 5)), {"target": "0"}, "no place for 0.weight of a"),
     ("the model itself", nn.Linear(4, 5), {}, "no place for weight of a"),
     ("an alpha beyond float32", nn.Sequential(nn.Linear(4, 5)), {"alpha": 1e39}, "0.weight has an alpha of 1e.39, in float32 inf"),

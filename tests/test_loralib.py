@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_param import FileError, load_lora, lora_summary
-from lora_param.__main__ import main
+from lora_param.io.cli import main
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ BROKEN: list[tuple[str, int, Callable[[dict[str, Any]], Any], dict[str, Any], st
     ("another kernel", 7, lambda s: s.update({"0.lora_A": torch.ones(6, 7)}), {"alpha": 3}, r"0 has factors \(6, 7\)"),
     ("three slices of none", 4, lambda s: s.update({"0.lora_A": torch.ones(3, 9)}), {"alpha": 3}, r"0 has factors \(3, 9\)"),
     ("65 slices", 4, lambda s: s.update({"0.lora_A": torch.ones(65, 9), "0.lora_B": torch.ones(65, 1)}), {"alpha": 3}, r"0 has factors \(65, 9\)"),
-    ("NaN", 0, lambda s: s["0.lora_A"].fill_(float("nan")), {"alpha": 3}, "alpha and factors must be finite"),
-    ("NaN for an alpha", 0, lambda s: None, {"alpha": float("nan")}, "alpha and factors must be finite"),
+    ("NaN", 0, lambda s: s["0.lora_A"].fill_(float("nan")), {"alpha": 3}, "its tensors must be finite"),
+    ("NaN for an alpha", 0, lambda s: None, {"alpha": float("nan")}, "alpha must be a finite number"),
     ("no tensor", 0, lambda s: s.update({"0.lora_A": 1}), {"alpha": 3}, "a state dict must hold tensors by name"),
     ("a long name", 0, lambda s: s.update({1001 * "a": torch.ones(1)}), {"alpha": 3}, "names of up to 1000 characters"),
     ("junk", 0, lambda s: s.update(junk=torch.ones(1)), {"alpha": 3}, "junk is neither a factor nor equal"),

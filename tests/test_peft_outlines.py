@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lora_param import FileError, load_lora
-from lora_param.formats import About, peft
-from lora_param.formats.skeleton import described, skeleton
+from lora_param.deltas import LoRAParametrization
+from lora_param.io.content import About
+from lora_param.io.formats import open_adapter, write_adapter
+from lora_param.io.outline import UNKNOWN, Outline, outline_of_model, outline_of_tensors
+from lora_param.weight import walk
 
 from .peft_cases import (
     CASES,
@@ -18,6 +22,16 @@ from .peft_cases import (
     edit_config,
     trained_in_peft,
 )
+
+
+def parsed(
+    folder: Path, weights: Outline | nn.Module, **options: Any
+) -> dict[str, LoRAParametrization]:
+    if isinstance(weights, nn.Module):
+        weights = outline_of_model(walk(weights, "a test"))
+    with open_adapter(folder) as file:
+        return file.parse(weights, **options)
+
 
 OUTLINED = [
     each
@@ -30,16 +44,17 @@ OUTLINED = [
 @pytest.mark.parametrize("case", OUTLINED, ids=lambda case: case.id)
 def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path) -> None:
     base, _ = trained_in_peft(case, tmp_path)
-    facts = {f"{path}.weight": described(each) for path, each in base.named_modules()}
-    outline = skeleton(dict(base.named_parameters()), facts)
-    for ours, theirs in zip(
-        peft.read(tmp_path, outline, mha_out_proj="once"),
-        peft.read(tmp_path, base, mha_out_proj="once"),
-        strict=True,
-    ):
-        assert (ours.weight, ours.alpha) == (theirs.weight, theirs.alpha)
-        assert torch.equal(ours.lora_A, theirs.lora_A)
-        assert torch.equal(ours.lora_B, theirs.lora_B)
+    modules = outline_of_model(walk(base, "a test")).modules
+    facts = {path: module.facts for path, module in modules.items()}
+    ours = parsed(
+        tmp_path, outline_of_tensors(dict(base.named_parameters()), facts), mha_out_proj="once"
+    )
+    theirs = parsed(tmp_path, base, mha_out_proj="once")
+    assert ours.keys() == theirs.keys()
+    for name, delta in ours.items():
+        assert delta.numbers == theirs[name].numbers
+        assert torch.equal(delta.lora_A, theirs[name].lora_A)
+        assert torch.equal(delta.lora_B, theirs[name].lora_B)
 
 
 SQUARE = next(each for each in CASES if each.id == "square experts")
@@ -54,19 +69,20 @@ def test_a_square_stack_lies_as_it_did_in_the_release_that_wrote_it(
     is_transposed: bool, version: str, turned: tuple[bool, bool], tmp_path: Path
 ) -> None:
     base, _ = trained_in_peft(SQUARE, tmp_path)
-    [plain] = peft.read(tmp_path, base)
+    [plain] = parsed(tmp_path, base).values()
     edit_config(tmp_path, peft_version=version)
     base[0].is_transposed = is_transposed
-    [pair] = peft.read(tmp_path, base)
-    update, expected = pair.lora_B @ pair.lora_A, plain.lora_B @ plain.lora_A
+    [delta] = parsed(tmp_path, base).values()
+    update, expected = delta.lora_B @ delta.lora_A, plain.lora_B @ plain.lora_A
     torch.testing.assert_close(update.mT if turned[is_transposed] else update, expected)
 
 
 def test_a_square_stack_of_unknown_origin_is_refused(tmp_path: Path) -> None:
     base, _ = trained_in_peft(SQUARE, tmp_path)
-    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()}, {})
+    shapes = {name: tuple(each.shape) for name, each in base.named_parameters()}
+    outline = outline_of_tensors(shapes, {})
     with pytest.raises(FileError, match=r"0\.up: which side of a square matrix is which"):
-        peft.read(tmp_path, outline)
+        parsed(tmp_path, outline)
     edit_config(tmp_path, peft_version=None)
     with pytest.raises(FileError, match=r"0\.up: which side of a square matrix is which"):
         load_lora(base, tmp_path)
@@ -74,9 +90,10 @@ def test_a_square_stack_of_unknown_origin_is_refused(tmp_path: Path) -> None:
 
 def test_a_stack_of_an_outline_is_not_written(tmp_path: Path) -> None:
     base, _ = trained_in_peft(SQUARE, tmp_path)
-    outline = skeleton({name: tuple(each.shape) for name, each in base.named_parameters()}, {})
+    shapes = {name: tuple(each.shape) for name, each in base.named_parameters()}
+    outline = outline_of_tensors(shapes, {})
     with pytest.raises(FileError, match=r"0\.up: PEFT's layout of a stack depends on the module"):
-        peft.write(tmp_path / "out", peft.read(tmp_path, base), outline, About())
+        write_adapter("peft", tmp_path / "out", parsed(tmp_path, base), outline, About())
 
 
 PLAIN = [each for each in CASES if not (each.parameters and "rank_pattern" in each.options)]
@@ -86,16 +103,16 @@ PLAIN = [each for each in CASES if not (each.parameters and "rank_pattern" in ea
 def test_without_a_model_the_updates_have_the_same_norms(case: Case, tmp_path: Path) -> None:
     base, _ = trained_in_peft(case, tmp_path)
 
-    def norms(model: nn.Module | None) -> list[float]:
+    def norms(weights: Outline | nn.Module) -> list[float]:
         return sorted(
-            float((pair.lora_B @ pair.lora_A).norm() * pair.alpha / pair.rank)
-            for pair in peft.read(tmp_path, model, mha_out_proj="once")
+            (delta.lora_B @ delta.lora_A).norm().item() * delta.scale
+            for delta in parsed(tmp_path, weights, mha_out_proj="once").values()
         )
 
-    assert norms(None) == pytest.approx(norms(base), rel=1e-5)
+    assert norms(UNKNOWN) == pytest.approx(norms(base), rel=1e-5)
 
 
 def test_without_a_model_a_target_parameters_rank_cannot_be_said(tmp_path: Path) -> None:
     trained_in_peft(next(each for each in CASES if each.id == "three of one module"), tmp_path)
     with pytest.raises(FileError, match="which rank a target parameter has can't be said"):
-        peft.read(tmp_path, None)
+        parsed(tmp_path, UNKNOWN)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_param import FileError, load_lora, register_lora, save_lora
-from lora_param.formats.peft_config import NEUTRAL, NUMBERS, OFF
+from lora_param.io.formats.peft_config import NEUTRAL, NUMBERS, OFF
 
 from .peft_cases import (
     CASES,
@@ -157,7 +157,7 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("another shape", lambda t: t.update({A: torch.ones(2, 7)}), r"0 has factors \(2, 7\) and \(5, 2\) for a weight of \(5, 6\)"),
     ("a vector", lambda t: t.update({A: torch.ones(2)}), r"lora_A of 0 is torch.float32 of \(2,\)"),
     ("integers", lambda t: t.update({A: torch.ones(2, 6).int()}), "lora_A of 0 is torch.int32"),
-    ("infinity", lambda t: t[A].fill_(math.inf), "0.weight: alpha and factors must be finite"),
+    ("infinity", lambda t: t[A].fill_(math.inf), "0.weight: its tensors must be finite"),
     ("half of each spelling", lambda t: t.update({f"{PREFIX}0.lora_embedding_B": t.pop(B).T.contiguous()}), "0 has factors"),
     ("both spellings", lambda t: t.update({f"{PREFIX}0.lora_embedding_A": torch.ones(2, 6)}), "0.lora_embedding_A is neither"),
 ]  # fmt: skip

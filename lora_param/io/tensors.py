@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
+import mmap
 import os
 import secrets
 import shutil
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..base import bytes_of
 from ..errors import FileError
+from ..frozen import bytes_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,12 +29,18 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 """Dtypes by their names in a header."""
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
 LONGEST_NAME = 1000  # longer ones no module has, and they take long to look up
@@ -58,58 +63,65 @@ class Header:
     Attributes:
         metadata: Its strings.
         tensors: What it says about each tensor, in the order of their bytes.
+        fault: Why the file is no safetensors file, or a damaged one; empty where it is whole.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, Entry] = field(default_factory=dict)
+    fault: str = ""
 
 
-def header(path: Path) -> Header:
-    """Read a safetensors file's header, and check it against the file's size.
-
-    Raises:
-        FileError: It is no safetensors file, or a damaged one.
-    """
-    check_regular(path)
+def read_header(file: BinaryIO) -> Header:
+    """Read an open file's header, and check it against the file's size."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(LONGEST_HEADER, size - 8):
+        return Header(fault="its header would be longer than the file")
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            fits = 2 <= length <= min(LONGEST_HEADER, size - 8)
-            said = "its header would be longer than the file"
-            found = _parsed(file.read(length), size) if fits else said
-    except OSError as error:
-        raise FileError(f"{path}: can't be read: {error.strerror or error}") from None
-    if isinstance(found, str):
-        raise FileError(f"{path}: no safetensors file, or a damaged one: {found:.200}")
-    return found
+        return _checked(strict_json(file.read(length).decode()), 8 + length, size)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return Header(fault=f"{error!s:.200}")
 
 
-def check_regular(path: Path) -> None:
-    """Raise for what can't be read, or could be waited for without end, such as a pipe."""
-    if path.exists() and not path.is_file():
-        raise FileError(f"{path}: can't be read: no regular file")
+def _checked(content: Any, start: int, size: int) -> Header:
+    metadata = content.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no strings")
+    entries = {}
+    for name, said in content.items():
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"a name has more than {LONGEST_NAME} characters")
+        begin, end = said["data_offsets"]
+        numbers = [*said["shape"], begin, end - begin, size - start - end]
+        integers = all(type(n) is int and n >= 0 for n in numbers) and len(numbers) < 64
+        if not isinstance(said["dtype"], str) or not integers:
+            raise ValueError(f"{name:.80} has no place in it")
+        dtype = DTYPES.get(said["dtype"])
+        if dtype and math.prod(said["shape"]) * dtype.itemsize != end - begin:
+            raise ValueError(f"{name:.80} has bytes of another shape")
+        entries[name] = Entry(said["dtype"], tuple(said["shape"]), start + begin, start + end)
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    ends = [start, *(entry.end for entry in entries.values())]
+    if ends != [*(entry.begin for entry in entries.values()), size]:
+        raise ValueError("its tensors overlap, or leave bytes to nobody")
+    return Header(metadata, entries)
 
 
-def peek(path: Path) -> Header:
-    """Return a safetensors file's header, or an empty one where there is none."""
-    with suppress(FileError):
-        return header(path)
-    return Header()
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Map a safetensors file's tensors into memory: they are read when they are used.
-
-    Raises:
-        FileError: The file is damaged.
-    """
-    names = header(path).tensors
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
-        raise FileError(f"{path}: a damaged safetensors file: {error!s:.200}") from None
+def map_tensors(file: BinaryIO, header: Header) -> dict[str, Tensor]:
+    """Map an open file's tensors into memory: they are read when they are used."""
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in header.tensors.items():
+        if (dtype := DTYPES.get(entry.dtype)) is None:
+            raise FileError(f"{file.name}: {name} is of a dtype that isn't known: {entry.dtype}")
+        size = entry.end - entry.begin
+        flat = torch.empty(0, dtype=torch.uint8)
+        if size:
+            flat = torch.frombuffer(memory, dtype=flat.dtype, count=size, offset=entry.begin)
+        if flat.data_ptr() % dtype.itemsize:  # as some writers leave it
+            flat = flat.clone()
+        tensors[name] = flat.view(dtype).view(entry.shape)
+    return tensors
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -118,10 +130,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     # Readers view the bytes in place, so every tensor has to begin at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     entries = {
-        name: Entry(codes[each.dtype], tuple(each.shape), 0, each.numel() * each.element_size())
-        for name, each in ordered
+        name: Entry(codes[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in ordered
     }
-    write_blobs(path, entries, metadata, (bytes_of(name, each) for name, each in ordered))
+    write_blobs(path, entries, metadata, (bytes_of(name, tensor) for name, tensor in ordered))
 
 
 def write_blobs(
@@ -144,14 +156,14 @@ def write_blobs(
             f"{path}: can't be written: names and metadata take {len(encoded):,} bytes, and "
             f"{LONGEST_HEADER:,} can be read"
         )
-    with replacing(path) as file:
+    with replace_file(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for blob in blobs:
             file.write(blob)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder that takes the path's place when it is complete."""
     try:
         target = path.resolve()  # a link stays one
@@ -179,45 +191,12 @@ def strict_json(text: str) -> Any:
     """Parse JSON without duplicate keys, NaN or infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        content = dict(pairs)
+        if len(content) < len(pairs):
             raise ValueError("a key is there twice")
-        return found
+        return content
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
     return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-
-
-@functools.lru_cache(maxsize=2)
-def _parsed(content: bytes, size: int) -> Header | str:
-    """Parse a header, or say what is wrong with it: once, though every format's row looks at it."""
-    try:
-        return _checked(strict_json(content.decode()), 8 + len(content), size)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        return str(error)
-
-
-def _checked(content: Any, start: int, size: int) -> Header:
-    metadata = content.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no strings")
-    entries = {}
-    for name, each in content.items():
-        if len(name) > LONGEST_NAME:
-            raise ValueError(f"a name has more than {LONGEST_NAME} characters")
-        begin, end = each["data_offsets"]
-        numbers = [*each["shape"], begin, end - begin, size - start - end]
-        integers = all(type(n) is int and n >= 0 for n in numbers) and len(numbers) < 64
-        if not isinstance(each["dtype"], str) or not integers:
-            raise ValueError(f"{name:.80} has no place in it")
-        dtype = DTYPES.get(each["dtype"])
-        if dtype and math.prod(each["shape"]) * dtype.itemsize != end - begin:
-            raise ValueError(f"{name:.80} has bytes of another shape")
-        entries[name] = Entry(each["dtype"], tuple(each["shape"]), start + begin, start + end)
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-    ends = [start, *(entry.end for entry in entries.values())]
-    if ends != [*(entry.begin for entry in entries.values()), size]:
-        raise ValueError("its tensors overlap, or leave bytes to nobody")
-    return Header(metadata, entries)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
-from .tensors import check_regular, strict_json
+from ...errors import FileError
+from ..content import Config, check_regular
+from ..tensors import strict_json
 
-Config = Mapping[str, Any]
-
-NUMBERS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"}
+NUMBERS = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"),
+    "lora_dropout",
+}
 NEUTRAL = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config", "target_modules", "exclude_modules", "lora_dropout"),
+    *("inference_mode", "runtime_config", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core", "loftq_config"),
     *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
 }
@@ -30,16 +32,11 @@ OFF = {
 }
 """What counts as off beside what is false or `None`."""
 
-
 REPETITION = re.compile(r"[*+{?]")
 
 
 def load_config(path: Path) -> Config:
-    """Parse a config and check it.
-
-    Raises:
-        FileError: It isn't there, is no JSON object, or lists the fields that can't be honoured.
-    """
+    """Parse a config and check it, or raise a `FileError`."""
     check_regular(path)
     try:
         config = strict_json(path.read_text("utf-8"))
@@ -49,12 +46,12 @@ def load_config(path: Path) -> Config:
         raise FileError(f"{path}: no JSON: {error}") from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise FileError(f"{path}: no config of PEFT's")
-    if complaints := list(unsupported(config)):
+    if complaints := list(unsupported_fields(config)):
         raise FileError(f"{path}: not supported: {', '.join(complaints)}")
     return config
 
 
-def unsupported(config: Config) -> Iterator[str]:
+def unsupported_fields(config: Config) -> Iterator[str]:
     """Yield each field that changes the numbers in a way that can't be honoured."""
     for field, value in config.items():
         off = not value or (field in OFF and value in OFF[field])
@@ -67,12 +64,15 @@ def unsupported(config: Config) -> Iterator[str]:
         if type(alpha) not in (int, float) or not -1e300 < alpha < 1e300:
             yield f"an alpha of {alpha!r:.60}"
     yield from (f"the pattern {key!r:.60}" for key in {**ranks, **alphas} if not _is_safe(key))
+    dropout = config.get("lora_dropout") or 0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        yield f"lora_dropout={dropout!r:.60}"
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
         yield f"target_parameters={targets!r:.60}"
 
 
-def costly(config: Config, names: Collection[str]) -> Iterator[str]:
+def costly_patterns(config: Config, names: Collection[str]) -> Iterator[str]:
     """Yield the patterns that could take minutes to match, by backtracking in long names."""
     for pattern in {**_patterns(config, "rank_pattern"), **_patterns(config, "alpha_pattern")}:
         power, ways = len(REPETITION.findall(pattern)), _ways(pattern)

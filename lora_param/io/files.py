@@ -1,0 +1,220 @@
+"""Adapter files: save one adapter of a model, and load it into another."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from ..chains import type_before
+from ..checks import check_droppable, check_model, check_structure, deltas_called
+from ..deltas import KINDS, Delta
+from ..deltas.protocol import check_adapter
+from ..errors import AdapterError, FileError, LoRAError
+from ..frozen import digest_of
+from ..register import install
+from ..state import load_deltas
+from ..undo import all_or_nothing, set_flags
+from ..weight import Weight, walk
+from .content import About, check_strings, shortened
+from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
+from .formats.native import tensors_of
+from .outline import Outline, outline_of_model
+from .progress import progress
+
+Pairs = list[tuple[Weight, Delta]]
+
+
+def save_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "native",
+    **options: Any,
+) -> None:
+    """Save one adapter, with all that is needed to register it again on a plain model.
+
+    The native format is one safetensors file: `<weight>.lora_A` and `<weight>.lora_B`, and as
+    metadata each weight's rank and alpha, the fingerprint of the base, and a digest of all this.
+    It takes the place of an older file only when it is complete. Whether the adapter is enabled is
+    not saved.
+
+    Args:
+        model: An adapted model.
+        path: Where to; for `format="peft"` a folder.
+        adapter: The adapter's name; `None` where the model has only one.
+        metadata: Strings to keep with it, such as a licence or the base's home.
+        format: `"native"`, `"peft"` or `"kohya"`.
+        **options: What the format takes besides. Native: `base`, what `fingerprint(model)`
+            returned, because taking it reads every parameter of the base; `{}` for none. Kohya:
+            `prefix`, such as `"lora_unet_"`.
+
+    Raises:
+        AdapterError: There is no such adapter, or there are several and none is named.
+        LoRAError: A factor isn't finite or has no values, the format can't hold the adapter or
+            doesn't know an option, the metadata aren't strings, or the model is wrapped.
+        FileError: The file can't be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lora(model, f"{folder}/adapter.safetensors", metadata={"license": "MIT"})
+    """
+    found = walk(model, "save_lora")
+    check_structure(found, "save_lora")
+    pairs = deltas_called(found, adapter)
+    names = sorted({delta.adapter for _, delta in pairs})
+    if len(names) > 1:
+        raise AdapterError(f"a file holds one adapter, and the model has {names}; name one")
+    deltas = {weight.name: delta for weight, delta in pairs}
+    if faults := list(faults_of(deltas)):
+        raise LoRAError(f"nothing was saved: {shortened(faults)}")
+    name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
+    cls = type_before(getattr(model, "_orig_mod", model))
+    about = About(
+        names[0],
+        name if isinstance(name, str) else "",
+        f"{cls.__module__}.{cls.__qualname__}",
+        metadata=check_strings("metadata", metadata or {}),
+    )
+    write_adapter(format, Path(path), deltas, outline_of_model(found), about, **options)
+
+
+def load_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter: str | None = None,
+    base: Literal["require", "warn", "ignore"] = "warn",
+    *,
+    freeze: bool = True,
+    trainable: bool = True,
+    **options: Any,
+) -> list[str]:
+    """Register a file's adapter on a model and load it, or load it into the one it has.
+
+    Reads our own files and those of other libraries, and runs no code that a file brings. The
+    factors keep the file's dtype, and go to their weights' devices.
+
+    Args:
+        model: The model that the adapter was trained on, plain or adapted.
+        path: The file, or for PEFT the folder.
+        adapter: The adapter's name on the model; `None` means the file's, or `"default"`. If the
+            model has it, the file has to hold the same weights and ranks, and the model's factors
+            keep their dtype.
+        base: Where the file has the fingerprint of its base: `"require"` raises unless the model
+            is that base to the bit, `"warn"` warns naming the parameters that differ, `"ignore"`
+            doesn't look, which saves reading every parameter.
+        freeze: Freeze the base when the adapter is registered, as `register_lora` does.
+        trainable: Whether the factors require gradients.
+        **options: What the format takes besides: `alpha` and `enable_lora` for loralib,
+            `mha_out_proj` for PEFT, `prefix` for Kohya and diffusers; see `lora_param.io.formats`.
+
+    Returns:
+        The adapted parameters' names in model order.
+
+    Raises:
+        FileError: The file is damaged or of an unknown format, doesn't fit the model, or with
+            `base="require"` belongs to another base. The model is as it was.
+        AdapterError: The adapter's name is unusable.
+        TargetError: A weight can't be adapted.
+        LoRAError: An argument is out of range, or the model is wrapped or sharded.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lora(model, f"{folder}/adapter.safetensors")
+        ...     load_lora(model, f"{folder}/adapter.safetensors", base="require")
+        ['weight']
+    """
+    found = walk(model, "load_lora")
+    check_model(found, "load_lora")
+    if type(freeze) is not bool or type(trainable) is not bool:
+        raise LoRAError(f"freeze and trainable must be bools, got {freeze!r} and {trainable!r}")
+    if base not in ("require", "warn", "ignore"):
+        raise LoRAError(f'base must be "require", "warn" or "ignore", got {base!r}')
+    with open_adapter(Path(path)) as file:
+        adapter = file.about.adapter if adapter is None else adapter
+        check_adapter(adapter)
+        own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
+        weights = outline_of_model(found)
+        deltas = file.fit(weights, "" if own else adapter, **options)
+        if base != "ignore" and (doubt := _doubt(file.about, weights)):
+            if base == "require":
+                raise FileError(f"{path}: {doubt}")
+            if file.about.base:
+                warnings.warn(f"{path}: {doubt}", stacklevel=2)
+        if own:
+            _load(file, own, deltas, trainable)
+        else:
+            install(found, _attachable(deltas, weights, adapter, trainable), freeze)
+    return list(deltas)
+
+
+def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool) -> Pairs:
+    """Pair weights with deltas that have tensors of their own, on the weights' devices."""
+    pairs = []
+    for name, delta in progress(list(deltas.items()), "loading"):
+        outline = weights.weight(name)
+        if outline is None or (weight := outline.weight) is None:
+            continue
+        if (device := weight.like.device).type == "meta":
+            raise LoRAError(f"{name} is on the meta device; load when the model has values")
+        tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
+        copy = KINDS[delta.kind].restore(tensors, delta.numbers).requires_grad_(trainable)
+        copy.adapter, copy.rows = adapter, delta.rows
+        pairs.append((weight, copy))
+    check_droppable([weight for weight, delta in pairs if delta.numbers.get("dropout")])
+    return pairs
+
+
+def _load(
+    file: AdapterFile, own: Mapping[str, Delta], deltas: Mapping[str, Delta], trainable: bool
+) -> None:
+    """Load deltas into those that the model has."""
+    adapter, state = next(iter(own.values())).adapter, dict[str, Any]()
+    for name, delta in deltas.items():
+        if name in own and own[name].kind == delta.kind:
+            silent = {number: own[name].numbers[number] for number in file.format.silent}
+            delta.numbers = delta.numbers | silent
+        state |= delta.state_dict(prefix=f"{name}.{adapter}.")
+    try:
+        with all_or_nothing() as undo:
+            load_deltas({f"{name}.{adapter}.": delta for name, delta in own.items()}, state, undo)
+            parameters = [each for delta in own.values() for each in delta.parameters()]
+            set_flags(undo, parameters, trainable)
+    except LoRAError as error:
+        raise FileError(f'{file.path}: can\'t go into the adapter "{adapter}": {error}') from None
+
+
+def _doubt(about: About, weights: Outline) -> str:
+    """Say why a model isn't the base that the file was trained on, or why that isn't known."""
+    if not about.base:
+        return 'there is no fingerprint of its base in it; pass base="warn" to load it anyway'
+    try:
+        now = {name: digest_of(name, tensor) for name, tensor in weights.tensors.items()}
+    except LoRAError as error:
+        return f'the base can\'t be compared, pass base="ignore": {error}'
+    held = set(now.values())  # a checkpoint has a module that is found twice by both its names
+    differing = [
+        name
+        for name, digest in about.base.items()
+        if now.get(name, digest if digest in held else None) != digest
+    ]
+    if not differing:
+        return ""
+    return (
+        f"trained on another base, {about.base_name or 'a nameless one'}: {len(differing)} of "
+        f"{len(about.base)} parameters differ from the model's: {shortened(differing)}"
+    )

@@ -1,0 +1,234 @@
+"""The formats of adapter files: a row each in one table, and the file that is read by a row."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...checks import check_weights
+from ...deltas import Delta, LoRAParametrization
+from ...deltas.protocol import FLOATS, show_dtypes
+from ...errors import FileError, LoRAError, TargetError
+from ..content import About, Config, Content, OpenFile, open_file, shortened, write_content
+from ..outline import UNKNOWN, Outline, WeightOutline, outline_of_tensors
+from ..progress import progress
+from . import diffusers, kohya, loralib, native, peft
+
+Deltas = dict[str, Delta]
+"""An adapter: its deltas by their weights' names."""
+
+
+def _describe(file: OpenFile) -> tuple[Config, About]:
+    strings = {key: text for key, text in file.header.metadata.items() if key != "format"}
+    return {}, About(metadata=strings)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        name: What `save_lora(..., format=name)` takes.
+        recognises: `(file) -> bool`, from names, suffixes and header keys; unpickles nothing.
+        parse: `(tensors, config, weights, *, options)` to pairs of a weight's name and its delta.
+            Raises a `FileError` that lists all that is wrong, without the file's name.
+        render: `(deltas, weights, about, *, options) -> Content`; `None` where it isn't written.
+        describe: `(file) -> (config, about)`, what `parse` needs beside tensors, and all else.
+        any_kind: Whether it has a place for every kind of delta, and for blocks of rows.
+        silent: The numbers of a delta that its files don't say.
+    """
+
+    name: str
+    recognises: Callable[[OpenFile], bool]
+    parse: Callable[..., list[tuple[str, Any]]]
+    render: Callable[..., Content] | None = None
+    describe: Callable[[OpenFile], tuple[Config, About]] = _describe
+    any_kind: bool = False
+    silent: tuple[str, ...] = ()
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("native", native.recognises, native.parse, native.render, native.describe, True),
+    Format("peft", peft.recognises, peft.parse, peft.render, peft.describe),
+    Format("kohya", kohya.recognises, kohya.parse, kohya.render, silent=("dropout",)),
+    Format(
+        *("diffusers", diffusers.recognises, diffusers.parse, None, diffusers.describe),
+        silent=("dropout",),
+    ),
+    Format("loralib", loralib.recognises, loralib.parse, silent=("dropout",)),
+)
+"""A file is recognised by one row."""
+
+WRITTEN = sorted(row.name for row in FORMATS if row.render)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's open file, the row by which it is read, and what it says beside its deltas."""
+
+    path: Path
+    format: Format
+    file: OpenFile
+    config: Config
+    about: About
+
+    @cached_property
+    def outline(self) -> Outline:
+        """What the file itself says of the model."""
+        about = self.about
+        return outline_of_tensors(about.shapes, about.layers) if about.shapes else UNKNOWN
+
+    def parse(self, weights: Outline, /, **options: Any) -> Deltas:
+        """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
+        _check_options(self.format, self.format.parse, options)
+        tensors = self.file.tensors
+        try:
+            pairs = self.format.parse(tensors, self.config, weights, **options)
+            times = Counter(name for name, _ in pairs)
+            faults = [f"{n}: there are {k} updates of it" for n, k in times.items() if k > 1]
+            faults += [*faults_of(dict(pairs)), *self._contradictions(dict(pairs))]
+        except FileError as error:
+            raise FileError(f"{self.path}: {error}") from None
+        except LoRAError:
+            raise
+        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{error}".split("\n")[0]
+            format = self.format.name
+            raise FileError(f"{self.path}: can't be read as {format}'s: {reason:.200}") from error
+        if faults:
+            raise FileError(f"{self.path}: {shortened(faults)}")
+        return dict(pairs)
+
+    def _contradictions(self, deltas: Deltas) -> Iterator[str]:
+        """Yield deltas that aren't of the shapes that the file itself says."""
+        for name, delta in {} if self.outline.unknown else deltas.items():
+            weight = self.outline.weight(name)
+            if fault := "it isn't said" if weight is None else _misfit(delta, weight):
+                yield f"{name}: its tensors aren't of the shape said: {fault}"
+
+    def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
+        """Read the deltas and hold them against a model's weights, in model order.
+
+        None of those returned has a higher rank than its weight's smaller side. `adapter` is the
+        name of the adapter that they are going to be.
+        """
+        deltas = self.parse(weights, **options)
+        found = {name: w for name in deltas if (w := weights.weight(name)) is not None}
+        if missing := [name for name in deltas if name not in found]:
+            called = f" of {self.about.base_name}" if self.about.base_name else ""
+            raise FileError(
+                f"{self.path}: an adapter's file holds only changes to its base, the weights"
+                f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
+                f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
+            )
+        _check_adaptable([*found.values()], adapter)
+        order = {name: place for place, name in enumerate(weights.weights)}
+        names = sorted(found, key=lambda name: order[found[name].name])
+        misfits = {name: _misfit(deltas[name], found[name]) for name in names}
+        self._refuse_shapes([f"{name}: {fault}" for name, fault in misfits.items() if fault])
+        fitting = {name: _within_rank(deltas[name], found[name]) for name in names}
+        if lowered := {name: each for name, each in fitting.items() if each is not deltas[name]}:
+            self._refuse_shapes([*faults_of(lowered)])
+            warnings.warn(
+                f"{self.path}: rank lowered to the weight's smaller side, the same update within "
+                f"rounding: {shortened([*lowered])}",
+                stacklevel=3,
+            )
+        return fitting
+
+    def _refuse_shapes(self, faults: list[str]) -> None:
+        if faults:
+            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
+
+
+@contextmanager
+def open_adapter(path: Path) -> Iterator[AdapterFile]:
+    """Open an adapter's file for a block, and find out its format, or raise a `FileError`."""
+    with open_file(path) as file:
+        rows = [row for row in FORMATS if row.recognises(file)]
+        if len(rows) != 1:
+            if file.path.suffix == ".safetensors":
+                file.check_whole()
+            known = ", ".join(row.name for row in rows or FORMATS)
+            what = "could be any of" if rows else "is of no known format:"
+            raise FileError(f"{path}: {what} {known}")
+        yield AdapterFile(path, rows[0], file, *rows[0].describe(file))
+
+
+def write_adapter(
+    format: str, path: Path, deltas: Deltas, weights: Outline, about: About, /, **options: Any
+) -> None:
+    """Write deltas in the format of that name, and what else it has a place for."""
+    row = next((row for row in FORMATS if row.render and row.name == format), None)
+    if row is None or row.render is None:
+        raise LoRAError(f"format must be one of {WRITTEN}, got {format!r}")
+    _check_options(row, row.render, options)
+    taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
+    if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
+        raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
+    for name, delta in {} if row.any_kind else deltas.items():
+        if not isinstance(delta, LoRAParametrization) or delta.rows is not None:
+            what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
+            raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
+    try:
+        content = row.render(deltas, weights, about, **options)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
+    write_content(path, content)
+
+
+def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(call).parameters.values()
+    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    if unknown := sorted(options.keys() - known):
+        raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")
+    if not isinstance(options.get("prefix", ""), str):
+        raise LoRAError(f"prefix must be a string, got {options['prefix']!r}")
+
+
+def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
+    """Yield what is wrong with deltas in themselves."""
+    if not deltas:
+        yield "there is no adapter in it"
+    for name, delta in progress(list(deltas.items()), "checking the factors"):
+        tensors = list(native.tensors_of(delta).values())
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+            allowed, got = show_dtypes(*FLOATS), show_dtypes(*(each.dtype for each in tensors))
+            yield f"{name}: its tensors must share one of {allowed}, got {got}"
+        elif any(tensor.is_meta or not tensor.numel() for tensor in tensors):
+            yield f"{name}: its tensors have no values"
+        elif not all(tensor.isfinite().all() for tensor in tensors):
+            yield f"{name}: its tensors must be finite"
+
+
+def _check_adaptable(weights: list[WeightOutline], adapter: str) -> None:
+    """Raise for the first weight that can't be adapted."""
+    check_weights([each.weight for each in weights if each.weight is not None], adapter)
+    for weight in weights:
+        if isinstance(weight.source, Tensor) and weight.source.dtype not in FLOATS:
+            allowed, got = show_dtypes(*FLOATS), show_dtypes(weight.source.dtype)
+            raise TargetError(f"{weight.name}: its dtype must be one of {allowed}, got {got}")
+
+
+def _misfit(delta: Delta, weight: WeightOutline) -> str | None:
+    if delta.rows != weight.rows:
+        return f"its rows are {delta.rows}, by its name {weight.rows}"
+    return delta.misfit(weight.shape or (), weight.view)
+
+
+def _within_rank(delta: Delta, weight: WeightOutline) -> Delta:
+    """Return a delta, or one of the same update whose rank is the weight's smaller side."""
+    limit = min(weight.view[-2:], default=0)
+    if not isinstance(delta, LoRAParametrization) or delta.rank <= limit:
+        return delta
+    return delta.lowered(limit)

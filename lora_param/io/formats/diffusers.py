@@ -1,0 +1,99 @@
+"""The layouts of diffusers' `pytorch_lora_weights.safetensors`, new and old: read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...deltas import LoRAParametrization
+from ...errors import FileError
+from ..content import About, Config, OpenFile
+from ..outline import Outline
+from ..tensors import strict_json
+from . import factors as shared
+from . import peft
+from .peft_config import costly_patterns, rank_and_alpha, unsupported_fields
+
+CONFIG = "lora_adapter_metadata"
+"""The key of the metadata under which PEFT's config is kept."""
+
+KEYS = (
+    r"(?P<name>.+)\.lora_(?P<role>[AB])\.weight",
+    r"(?P<name>.+?)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight",
+    r"(?P<name>.+_lora)\.(?P<role>down|up)\.weight",
+    r"(?P<name>.+)\.(?P<role>alpha)",
+)
+OLD = (
+    (r"to_out$", "to_out.0"),
+    (r"to_out$", "out_proj"),
+    (r"to_([qkv])$", r"\1_proj"),
+)
+"""What the modules behind a processor's `to_q_lora` can be called but `to_q`."""
+
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def recognises(file: OpenFile) -> bool:
+    """Say whether a file's keys are diffusers', and not PEFT's own."""
+    names = file.header.tensors
+    return shared.matches_any(KEYS[:3], names) and not shared.matches_any(peft.KEYS, names)
+
+
+def describe(file: OpenFile) -> tuple[Config, About]:
+    """Return PEFT's config of each part, if the file carries one; older ones don't."""
+    try:
+        fields = strict_json(file.header.metadata.get(CONFIG, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file.path}: {CONFIG} is no JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise FileError(f"{file.path}: {CONFIG} is no JSON object")
+    configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for field, value in fields.items():
+        configs[_part(field)][field.removeprefix(f"{_part(field)}.")] = value
+    if complaints := [each for config in configs.values() for each in unsupported_fields(config)]:
+        raise FileError(f"{file.path}: not supported: {', '.join(complaints)}")
+    own = ("format", CONFIG)
+    return configs, About(metadata={k: t for k, t in file.header.metadata.items() if k not in own})
+
+
+def parse(
+    tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
+) -> list[tuple[str, LoRAParametrization]]:
+    """Read a LoRA, with PEFT's configs by the parts of a pipeline.
+
+    The model is a UNet, transformer or text encoder, or one with children called so, as in a
+    pipeline. Only keys that begin with `prefix` are read: `"unet."`, where it is only a UNet.
+    """
+    chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    factors, rest = shared.group_factors(chosen, *KEYS)
+    shared.refuse(f"{key} is no plain LoRA's" for key in rest)
+    shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
+    paths = {name: next(filter(weights.has_weight, _paths(name)), None) for name in factors}
+    deltas = shared.read_layers(factors, paths, weights, shared.plain_factors)
+    complaints = []
+    for name, (_, delta) in zip(factors, deltas, strict=True):
+        if (part := _part(name)) in config:
+            rank, delta.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
+            if rank != delta.rank:
+                complaints.append(f"{name} has rank {delta.rank}, by its config {rank}")
+    shared.refuse(complaints)
+    return deltas
+
+
+def _part(name: str) -> str:
+    """Return which part of a pipeline a name begins with; none if it has one model's names."""
+    first = name.partition(".")[0]
+    return first if first in PARTS else ""
+
+
+def _paths(name: str) -> Iterator[str]:
+    """Yield the paths that a name can mean, in a pipeline or in one model of it."""
+    name = name.replace(".processor.", ".").removesuffix("_lora")
+    for path in (name, *(re.sub(*old, name) for old in OLD)):
+        yield path
+        if part := _part(path):
+            yield path.removeprefix(f"{part}.")

@@ -1,0 +1,118 @@
+"""loralib's state dicts, read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...deltas import LoRAParametrization
+from ...errors import FileError
+from ...layers import CONV1D
+from ...weight import join
+from ..content import PICKLED, Config, OpenFile
+from ..outline import LINEARS, ModuleOutline, Outline, Shape
+from . import factors as shared
+
+KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def recognises(file: OpenFile) -> bool:
+    """Say whether a file is called as a pickle is, and not as PEFT's."""
+    named = file.path.suffix in SUFFIXES and file.path.name != PICKLED
+    return named and bool(file.header.fault)
+
+
+def parse(
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    weights: Outline,
+    *,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
+) -> list[tuple[str, LoRAParametrization]]:
+    """Read what `torch.save(loralib.lora_state_dict(model), path)` wrote.
+
+    The model has plain layers in the place of loralib's. Biases and other tensors of the base that
+    are in the file have to be the model's own, to the bit. `alpha` is the `lora_alpha` that it was
+    trained with, which the file doesn't hold; `enable_lora` says which slices of each
+    `MergedLinear` are adapted, and isn't needed if all are. The update of a `MergedLinear` has `r`
+    times the enabled slices for a rank, and that of a `ConvLoRA`, whose own view is
+    `(out * k, in * k)`, has `r * k * k`.
+    """
+    if alpha is None:
+        raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
+    factors, rest = shared.group_factors(tensors, *KEYS)
+    # A ConvLoRA has its layer inside.
+    paths = {
+        name: next(filter(weights.has_weight, (name, join(name, "conv"))), None) for name in factors
+    }
+    base = {_name_in_base(key, paths): tensor for key, tensor in rest.items()}
+    shared.refuse(shared.tensors_of_another_base(base, weights))
+
+    def read(
+        module: ModuleOutline, shape: Shape | None, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        A, B, rank = _whole_factors(module, shape, tensors["A"], tensors["B"], enable_lora)
+        return A, B, alpha * len(A) / rank
+
+    return shared.read_layers(factors, paths, weights, read)
+
+
+def _name_in_base(key: str, paths: Mapping[str, str | None]) -> str:
+    """Name a tensor as the plain model does, where a convolution takes a ConvLoRA's place."""
+    owner, _, tensor = key.rpartition(".")
+    outer = f".{owner}".removesuffix(".conv").removeprefix(".")
+    return join(outer, tensor) if paths.get(outer) == outer else key
+
+
+def _whole_factors(
+    module: ModuleOutline,
+    shape: Shape | None,
+    A: Tensor,
+    B: Tensor,
+    enable_lora: Sequence[bool] | None,
+) -> tuple[Tensor, Tensor, float]:
+    """Return factors of the whole weight, and the rank that alpha is divided by."""
+    if shape is None or module.layer.kind is nn.Embedding:
+        return A, B, B.shape[1]
+    if module.layer.kind is nn.Conv2d:
+        return *_convolution_factors(shape, A, B), B.shape[1] / shape[-1]
+    if module.layer.kind in (*LINEARS, CONV1D):
+        out = shape[1 if module.layer.transposed else 0]
+        return A, _slices_factor(out, A, B, enable_lora), B.shape[1]
+    raise ValueError(f"is a {module.class_name}, for which loralib has no layer that works")
+
+
+def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of `(B @ A).view(shape)`: row `o` is rows `s * o` to `s * (o + 1)`."""
+    size = torch.Size(shape[1:]).numel()
+    if A.shape[0] != B.shape[1] or B.shape[0] * A.shape[1] != shape[0] * size:
+        raise ValueError(f"has factors {tuple(A.shape)}, {tuple(B.shape)} for {shape}")
+    repeats, remainder = divmod(size, A.shape[1])
+    if remainder:  # in groups, rows of the two views overlap
+        product = (B.double() @ A.double()).to(A.dtype).view(shape[0], -1)
+        eye = torch.eye(min(product.shape), dtype=A.dtype)
+        A, B = (product, eye) if len(eye) == len(product) else (eye, product)
+        return A.view(-1, *shape[1:]), B
+    A = torch.kron(torch.eye(repeats, dtype=A.dtype), A)
+    return A.view(-1, *shape[1:]), B.reshape(shape[0], -1)
+
+
+def _slices_factor(out: int, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None) -> Tensor:
+    """Return the tall factor of all slices, block by block: `[out, rank * enabled]`."""
+    enabled, surplus = divmod(A.shape[0], B.shape[1])
+    if surplus or not 0 < enabled <= 64 or len(B) % enabled or out % (size := len(B) // enabled):
+        raise ValueError(f"has factors {tuple(A.shape)}, {tuple(B.shape)} for {out} outputs")
+    slices = out // size
+    chosen = [True] * slices if enabled == slices else list(enable_lora or ())
+    if len(chosen) != slices or sum(map(bool, chosen)) != enabled:
+        raise ValueError(
+            f"adapts {enabled} of {slices} slices; say which by enable_lora=, got {enable_lora}"
+        )
+    whole = B.new_zeros(slices, size, enabled, B.shape[1])
+    index = [place for place, on in enumerate(chosen) if on]
+    whole[index, :, range(enabled)] = B.view(enabled, size, -1)
+    return whole.view(out, -1)

@@ -1,0 +1,163 @@
+"""Our own file: safetensors whose metadata say what each delta is, and of which base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...deltas import KINDS, Delta
+from ...errors import FileError
+from ...frozen import digest_of
+from ...state import NUMBERS
+from ..content import About, Config, Content, OpenFile, check_strings
+from ..outline import Outline
+from ..progress import progress
+from ..tensors import LONGEST_NAME, strict_json
+
+KEY, VERSION = "lora_param", 1
+FIELDS = dict.fromkeys(("library", "adapter", "model", "class", "sha256"), str) | dict.fromkeys(
+    ("weights", "layers", "shapes", "base"), dict
+)
+"""What our metadata hold: of each weight its kind, its numbers, and if it is a block its rows."""
+STRINGS = "metadata"
+"""Under what a record that was read has the strings of whoever saved it."""
+
+
+def recognises(file: OpenFile) -> bool:
+    """Say whether a file is one of ours, whatever its version."""
+    return KEY in file.header.metadata
+
+
+def describe(file: OpenFile) -> tuple[Config, About]:
+    """Return the record in our metadata, checked, with the other strings; and what it says."""
+    strings = dict(file.header.metadata)
+    try:
+        record = strict_json(strings.pop(KEY))
+        version = record["version"]
+        if type(version) is int and version > VERSION:
+            raise FileError(
+                f"{file.path}: written in version {version} of the format, and this release of "
+                f"lora_param knows versions up to {VERSION}; update it"
+            )
+        faults = _record_faults(record)
+    except FileError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        faults = [f"{type(error).__name__} {error!s:.200}"]
+    if faults:
+        raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
+    shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
+    adapter, model, cls, base, layers = map(
+        record.get, ("adapter", "model", "class", "base", "layers")
+    )
+    return record | {STRINGS: strings}, About(adapter, model, cls, base, shapes, layers, strings)
+
+
+def _record_faults(record: Mapping[str, Any]) -> list[str]:
+    faults = [] if record["version"] == VERSION else ["version"]
+    faults += [key for key, kind in FIELDS.items() if type(record[key]) is not kind]
+    names = [name for key in ("weights", "layers", "shapes") for name in record[key]]
+    faults += [f"the name {name:.80}" for name in names if len(name) > LONGEST_NAME]
+    for name, spec in record["weights"].items():
+        fine = type(spec["kind"]) is str and type(spec["numbers"]) is dict
+        rows = spec.get("rows", [0, 0])
+        faults += [] if fine and _are_sizes(rows) and len(rows) == 2 else [f"spec of {name:.80}"]
+    faults += [f"shape of {name:.80}" for name, s in record["shapes"].items() if not _are_sizes(s)]
+    faults += [name for name, facts in record["layers"].items() if type(facts) is not dict]
+    return faults + [name for name, digest in record["base"].items() if type(digest) is not str]
+
+
+def _are_sizes(value: Any) -> bool:
+    return type(value) is list and len(value) <= 64 and not {*map(type, value)} - {int}
+
+
+def parse(
+    tensors: Mapping[str, Tensor], config: Config, weights: Outline
+) -> list[tuple[str, Delta]]:
+    """Read our own file, which has the weights' own names, and check every bit against its seal."""
+    specs: dict[str, dict[str, Any]] = config["weights"]
+    if unknown := [name for name, spec in specs.items() if spec["kind"] not in KINDS]:
+        kind = specs[unknown[0]]["kind"]
+        raise FileError(f"{unknown[0]}: this release knows no kind {kind!r:.40}; update it")
+    own: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        owner, _, part = name.rpartition(".")
+        own[owner][part] = tensor
+    faults = [f"unexpected: {name}" for name in tensors if name.rpartition(".")[0] not in specs]
+    if not faults and config["sha256"] != _seal(config, tensors):
+        faults.append("its bytes aren't those that were saved")
+    deltas = []
+    for name, spec in {} if faults else specs.items():
+        try:
+            deltas.append((name, _restored(own[name], spec)))
+        except KeyError as error:
+            faults.append(f"missing: {name}.{error.args[0]}")
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise FileError(f"a damaged adapter file: {'; '.join(faults[:10])}")
+    return deltas
+
+
+def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
+    """Build one weight's delta; what its kind doesn't know must not go unheard."""
+    delta = KINDS[spec["kind"]].restore(tensors, spec["numbers"])
+    unknown = tensors.keys() - tensors_of(delta).keys()
+    if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
+        raise FileError(f"unexpected: {min(unknown):.80}")
+    delta.rows = slice(*spec["rows"]) if "rows" in spec else None
+    return delta
+
+
+def tensors_of(delta: Delta) -> dict[str, Tensor]:
+    """Return a delta's tensors by the names that it has for them."""
+    return {name: tensor for name, tensor in delta.state_dict().items() if name != NUMBERS}
+
+
+def render(
+    deltas: Mapping[str, Delta],
+    weights: Outline,
+    about: About,
+    *,
+    base: Mapping[str, str] | None = None,
+) -> Content:
+    """Lay out our own file.
+
+    `base` is what `fingerprint(model)` returned; `None` for what is known, or else to take it now.
+    """
+    if base is None:
+        base = about.base or {name: digest_of(name, t) for name, t in weights.parameters.items()}
+    specs, layers = dict[str, dict[str, Any]](), dict[str, Mapping[str, Any]]()
+    tensors: dict[str, Tensor] = {}
+    for name, delta in deltas.items():
+        specs[name] = {"kind": delta.kind, "numbers": delta.numbers}
+        if delta.rows is not None:
+            specs[name]["rows"] = [delta.rows.start, delta.rows.stop]
+        tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
+        if (weight := weights.weight(name)) and weight.module.facts:
+            layers[weight.module.path] = weight.module.facts
+    shapes = {n: weight.shape for n, weight in weights.weights.items() if weight.shape is not None}
+    record = {"weights": specs, "layers": layers, "shapes": shapes}
+    record = _head(about) | record | {"base": check_strings("base", base)}
+    record["sha256"] = _seal({**record, STRINGS: about.metadata}, tensors)
+    return tensors, {**about.metadata, KEY: json.dumps(record)}, None
+
+
+def _head(about: About) -> dict[str, Any]:
+    from ... import __version__  # the package imports this module
+
+    head = {"version": VERSION, "library": __version__, "adapter": about.adapter}
+    return head | {"model": about.model, "class": about.cls}
+
+
+def _seal(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Digest all that a file says, so that no bit of it changes unnoticed."""
+    names = progress(sorted(tensors), "digesting")
+    digests = {name: digest_of(name, tensors[name]) for name in names}
+    said = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps([said, digests], sort_keys=True).encode()).hexdigest()

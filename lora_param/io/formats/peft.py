@@ -1,0 +1,271 @@
+"""PEFT: a folder of `adapter_model.safetensors` and `adapter_config.json`, read and written."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ...deltas import LoRAParametrization
+from ...errors import FileError
+from ...layers import CONV1D, layer_of
+from ...weight import join
+from ..content import CONFIG, PICKLED, About, Config, Content, OpenFile
+from ..outline import NOTHING, Outline, kind_name
+from . import factors as shared
+from .peft_config import costly_patterns, load_config, rank_and_alpha
+from .peft_places import Place, place_of_name, place_of_weight, refusals
+
+Placed = Sequence[tuple[Place, LoRAParametrization]]
+
+PREFIX = "base_model.model."
+KEYS = (
+    r"base_model\.model\.(?P<name>.+)\.lora_(?P<role>[AB])\.weight",
+    r"base_model\.model\.(?P<name>.+)\.lora_embedding_(?P<role>[AB])",
+)
+READ_TWICE = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
+
+
+def recognises(file: OpenFile) -> bool:
+    """Say whether a folder or file is PEFT's, by its names and keys."""
+    if file.folder is not None or file.path.name == PICKLED:
+        return True
+    return shared.matches_any(KEYS, file.header.tensors)
+
+
+def describe(file: OpenFile) -> tuple[Config, About]:
+    """Return the config that lies beside the tensors, and what it and they say of the base."""
+    config = load_config((file.folder or file.path.parent) / CONFIG)
+    matches = filter(None, (re.fullmatch(KEYS[1], key) for key in file.tensors))
+    layers = {match["name"]: {"type": kind_name(layer_of(nn.Embedding))} for match in matches}
+    strings = {name: text for name, text in file.header.metadata.items() if name != "format"}
+    model = str(config.get("base_model_name_or_path") or "")
+    return config, About(model=model, layers=layers, metadata=strings)
+
+
+def parse(
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    weights: Outline,
+    *,
+    mha_out_proj: Literal["twice", "once"] | None = None,
+) -> list[tuple[str, LoRAParametrization]]:
+    """Read an adapter of PEFT's, with its config.
+
+    PEFT applies the update of a MultiheadAttention's `out_proj` twice: `mha_out_proj` says to do as
+    it does, `"twice"`, or as the formula says, `"once"`; `None` is `"twice"` with a warning.
+    """
+    if mha_out_proj not in ("twice", "once", None):
+        raise FileError(f'mha_out_proj must be "twice", "once" or None, got {mha_out_proj!r}')
+    factors, rest = shared.group_factors(tensors, *KEYS)
+    base = {key.removeprefix(PREFIX).replace(".base_layer.", "."): rest[key] for key in rest}
+    complaints = shared.tensors_of_another_base(base, weights)
+    complaints += shared.incomplete_factors(factors)
+    shared.refuse([*complaints, *costly_patterns(config, factors)])
+    if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
+        raise FileError("which rank a target parameter has can't be said without a model")
+    names = {name: place_of_name(name, weights, config) for name in factors}
+    places = [place for place in names.values() if place]
+    # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
+    vague = bool(config.get("fan_in_fan_out")) or _has_conv1d(weights)
+    deltas, complaints = list[tuple[str, LoRAParametrization]](), list[str]()
+    for place in places:
+        A, B = factors[place.name]["A"], factors[place.name]["B"]
+        embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
+        transposed = embedded or _is_transposed(place, A, config, vague)
+        if faults := list(_faults(place, A, B, config, transposed)):
+            complaints += faults
+        else:
+            twice = mha_out_proj != "once" and place.kind == "out_proj"
+            deltas.append(_delta(place, A, B * 2 if twice else B, config, bool(transposed)))
+    unplaced = [name for name, place in names.items() if place is None]
+    shared.refuse([*shared.without_module(unplaced, weights), *complaints])
+    _warn(places, READ_TWICE if mha_out_proj is None else "", config)
+    return deltas
+
+
+def _delta(
+    place: Place, A: Tensor, B: Tensor, config: Config, transposed: bool
+) -> tuple[str, LoRAParametrization]:
+    rank, alpha = rank_and_alpha(config, place.key)
+    dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
+    if not place.stack and len(A) == rank:
+        A, B = shared.stored_factors(A, B, transposed)
+    else:
+        A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
+        B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
+        A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
+    return shared.low_rank(place.weight.name, A, B, alpha, dropout)
+
+
+def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
+    """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
+    deltas = _with_whole_attentions(deltas, weights)
+    placed = [(_place(name, weights, deltas), delta) for name, delta in deltas.items()]
+    places = [place for place, _ in placed]
+    complaints = [fault for place in places for fault in refusals(place, written=True)]
+    shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
+    _warn(places, "the file holds half of it")
+    tensors = {}
+    for place, delta in placed:
+        infix = "embedding_" if place.module.layer.kind is nn.Embedding else ""
+        for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
+            key = f"{PREFIX}{place.name}.lora_{infix}{role}"
+            tensors[key if infix else f"{key}.weight"] = factor.contiguous()
+    config = {"base_model_name_or_path": about.model or None, **_config(placed, weights)}
+    return tensors, {"format": "pt", **about.metadata}, config
+
+
+def _place(name: str, weights: Outline, adapted: Collection[str]) -> Place:
+    path, _, tensor = name.rpartition(".")
+    return place_of_weight(weights, path, tensor, adapted)
+
+
+def _has_conv1d(weights: Outline) -> bool:
+    return any(module.layer.kind == CONV1D for module in weights.modules.values())
+
+
+def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
+    """Yield what PEFT's config can't say."""
+    targets = {place.weight.name for place, _ in placed if place.kind == "parameter"}
+    for path, module in weights.modules.items() if targets else ():
+        for name in (join(path, tensor) for tensor in module.tensors):
+            if not _tails(name).isdisjoint(targets):
+                yield f"{name}: PEFT would adapt it too, because a target's name is its end"
+    if targets and any(place.module.layer.kind == CONV1D for place, _ in placed):
+        yield f"{min(targets)}: PEFT can't adapt it in one file with a Conv1D"
+    said: dict[str, tuple[int, float]] = {}
+    for place, delta in placed:
+        numbers = delta.rank, delta.alpha
+        if said.setdefault(place.key, numbers) != numbers:
+            yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
+
+
+def _faults(
+    place: Place, A: Tensor, B: Tensor, config: Config, transposed: bool | None
+) -> Iterator[str]:
+    """Yield why factors can't be read."""
+    if faults := list(refusals(place, idle=place.kind == "alone" and not B.any())):
+        yield from faults
+        return
+    rank, _ = rank_and_alpha(config, place.key)
+    experts = place.stack[0] if place.stack else 1
+    if place.module.layer is NOTHING:
+        experts = max(len(A) // max(rank, 1), 1)
+    if rank < 1 or len(A) != rank * experts:
+        yield f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}"
+    elif place.stack and not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
+        yield f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}"
+    elif transposed is None:
+        yield f"{place.weight.name}: which side of a square matrix is which can't be known"
+    elif not place.stack and experts == 1:
+        yield from shared.shape_fault(place.name, place.weight.shape, A, B, transposed)
+
+
+def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool | None:
+    """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
+    module, shape = place.module, place.weight.shape or ()
+    if place.stack:
+        if shape[1] != shape[2]:
+            return A.shape[1] == shape[1]
+        match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version")))
+        if match is None or module.is_transposed is None:
+            return None
+        # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
+        version = tuple(map(int, match.groups()))
+        return version < (0, 19, 0) or module.is_transposed == (version > (0, 19, 0))
+    guessed = module.layer is not NOTHING and not module.known
+    if place.kind == "layer" and guessed and len(shape) == 2:
+        square = shape[0] == shape[1]
+        return (None if vague else False) if square else A.shape[1] == shape[0]
+    return place.kind == "layer" and module.layer.kind == CONV1D
+
+
+def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, Tensor]:
+    A, B = shared.factors_of(delta)
+    if place.stack:
+        A, B = (B.mT, A.mT) if place.module.is_transposed else (A, B)
+        return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
+    transposed = place.kind == "layer" and place.module.layer.transposed
+    return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
+
+
+def _with_whole_attentions(
+    deltas: shared.LoRADeltas, weights: Outline
+) -> dict[str, LoRAParametrization]:
+    """Halve what PEFT applies twice, and add zeros for the part of an attention that is left."""
+    result = dict(deltas)
+    for name, delta in deltas.items():
+        place, (A, B) = _place(name, weights, ()), shared.factors_of(delta)
+        if place.kind == "out_proj":
+            result |= [shared.low_rank(name, A, B * 0.5, delta.alpha, delta.dropout)]
+        other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)
+        partner = weights.weight(join(place.key, other)) if other else None
+        if partner is not None and partner.name not in result and partner.shape:
+            zeros = B.new_zeros(partner.shape[0], delta.rank)
+            result |= [shared.low_rank(partner.name, A, zeros, delta.alpha, delta.dropout)]
+    return result
+
+
+def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
+    numbers = {place.key: (delta.rank, delta.alpha) for place, delta in placed}
+    (rank, _), *_ = Counter(rank for rank, _ in numbers.values()).most_common(1)
+    (alpha, _), *_ = Counter(alpha for _, alpha in numbers.values()).most_common(1)
+    targets = {place.key for place, _ in placed if place.kind != "parameter"}
+    # A list also finds what ends like one of its names; an expression has to match in full.
+    vague = any(not _tails(path).isdisjoint(targets) for path in weights.modules.keys() - targets)
+    return {
+        "peft_type": "LORA",
+        "peft_version": "0.19.1",  # the first with this layout of stacks
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(k)}": r for k, (r, _) in numbers.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
+        "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else sorted(targets),
+        "target_parameters": [p.weight.name for p, _ in placed if p.kind == "parameter"] or None,
+        "fan_in_fan_out": any(place.module.layer.kind == CONV1D for place, _ in placed),
+        "bias": "none",
+        "lora_dropout": _common_dropout(placed),
+    }
+
+
+def _common_dropout(placed: Placed) -> float:
+    """Return the one dropout that PEFT has for all layers; where it can't be one, warn."""
+    dropouts = {delta.dropout for _, delta in placed}
+    if len(dropouts) == 1 and all(place.kind == "layer" for place, _ in placed):
+        return dropouts.pop()
+    if dropouts != {0.0}:
+        names = ", ".join(place.weight.name for place, delta in placed if delta.dropout)
+        warnings.warn(f"PEFT has one dropout for all; the file holds none: {names}", stacklevel=6)
+    return 0.0
+
+
+def _tails(name: str) -> set[str]:
+    """Return what is behind each of a name's dots."""
+    return {name[match.end() :] for match in re.finditer(r"\.", name)}
+
+
+def _warn(places: Sequence[Place], consequence: str, config: Config | None = None) -> None:
+    """Warn where PEFT computes something else than the formula."""
+    dropout = config and config.get("lora_dropout")
+    reasons = {
+        "by other maths: it knows no dilation, padding_mode or forward of a layer's own": [
+            p for p in places if p.module.computes_otherwise
+        ],
+        "in one of the places where its module is found, and here it is adapted in all": [
+            p for p in places if p.module.shared
+        ],
+        f"twice, and {consequence}": [p for p in places if p.kind == "out_proj" and consequence],
+        "with dropout, and here there is none": [
+            p for p in places if dropout and p.kind == "layer" and not p.can_drop
+        ],
+    }
+    for reason, such in reasons.items():
+        if such:
+            names = ", ".join(place.weight.name for place in such)
+            warnings.warn(f"PEFT adapts {names} {reason}", stacklevel=5)

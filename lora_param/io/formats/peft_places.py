@@ -1,0 +1,129 @@
+"""Where PEFT keeps an update: the names of its wrappers, and what it can't wrap."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from ...layers import CONV1D, UNLISTED
+from ...weight import join
+from ..content import Config
+from ..outline import LINEARS, NOTHING, ModuleOutline, Outline, Shape, WeightOutline
+
+WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
+
+
+class Place(NamedTuple):
+    """Where PEFT keeps the update of a weight.
+
+    Attributes:
+        name: The middle of its keys.
+        key: What the config's patterns are held against.
+        weight: The weight.
+        kind: A layer's weight, a part of an attention, or a parameter by itself; `"alone"` is an
+            attention's `out_proj` where PEFT wraps it without the attention.
+    """
+
+    name: str
+    key: str
+    weight: WeightOutline
+    kind: Literal["layer", "in_proj", "out_proj", "alone", "parameter"] = "layer"
+
+    @property
+    def module(self) -> ModuleOutline:
+        """The weight's module."""
+        return self.weight.module
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether dropout can act here where it does in PEFT."""
+        layer = self.module.layer
+        return self.weight.drops or layer is NOTHING or not layer.drops
+
+    @property
+    def stack(self) -> Shape | None:
+        """The shape of a stack of experts' matrices; `None` for all else."""
+        shape = self.weight.shape
+        return shape if self.kind == "parameter" and shape and len(shape) == 3 else None
+
+
+def place_of_name(name: str, weights: Outline, config: Config) -> Place | None:
+    """Resolve a name in a file; PEFT nests wrappers around several parameters of one module."""
+    attention = name.removesuffix(OUT_PROJ)
+    if attention != name and weights.module(f"{attention}.out_proj"):
+        place = place_of_weight(weights, f"{attention}.out_proj", "weight")
+        kind = "out_proj" if weights.unknown else place.kind  # nothing else has such a name
+        return place._replace(name=name, key=attention if weights.unknown else place.key, kind=kind)
+    if weights.unknown:
+        return place_of_weight(weights, name, "weight")
+    path = re.sub(rf"({re.escape(WRAPPED)})+$", "", name)
+    depth = name.count(WRAPPED, len(path))
+    if (module := weights.module(path)) is None:
+        return None
+    ends = tuple(f".{target}" for target in config.get("target_parameters") or ())
+    own = [tensor for tensor in module.tensors if f".{path}.{tensor}".endswith(ends)]
+    if depth < len(own):  # the last parameter's wrapper is the outermost
+        place = place_of_weight(weights, path, own[-1 - depth])
+        return place._replace(name=name, key=place.weight.name, kind="parameter")
+    tensor = "in_proj_weight" if module.layer.kind is nn.MultiheadAttention else "weight"
+    place = place_of_weight(weights, path, tensor)
+    kind = "alone" if place.kind == "out_proj" else place.kind
+    return None if depth else place._replace(name=name, key=path, kind=kind)
+
+
+def place_of_weight(
+    weights: Outline, path: str, tensor: str, adapted: Collection[str] = ()
+) -> Place:
+    """Say where PEFT keeps a weight's update, beside those of all `adapted` ones."""
+    module = weights.module(path) or ModuleOutline(path)
+    weight = weights.weight(join(path, tensor)) or WeightOutline(module, tensor)
+    place = Place(path, path, weight)
+    attention, _, leaf = path.rpartition(".")
+    whole = weights.module(attention) if leaf == "out_proj" else None
+    if whole is not None and whole.layer.kind is nn.MultiheadAttention:
+        if "in_proj_weight" not in whole.tensors:
+            return place._replace(kind="alone")
+        return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
+    if module.layer.kind is nn.MultiheadAttention and tensor == "in_proj_weight":
+        return place._replace(kind="in_proj")
+    if module.layer is UNLISTED and weight.name in adapted:
+        later = module.tensors[module.tensors.index(tensor) + 1 :]
+        depth = sum(f"{path}.{each}" in adapted for each in later)
+        return place._replace(name=path + WRAPPED * depth, key=weight.name, kind="parameter")
+    return place
+
+
+def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iterator[str]:
+    """Yield why PEFT has no place for an update, or doesn't use it; an idle one has no effect."""
+    module, weight, name = place.module, place.weight, place.weight.name
+    dimensions = len(weight.shape or ())
+    if module.layer is NOTHING:
+        return
+    if not _has_place(place):
+        yield f"{name}: PEFT has no place for this tensor of a {module.class_name}"
+    elif "." not in name:
+        yield f"{name}: PEFT adapts what is inside a model, not the model itself"
+    elif module.groups > 1:
+        yield f"{name}: PEFT's update of a grouped convolution is no change of its weight"
+    elif place.kind == "alone" and not idle:
+        yield f"{name}: PEFT never applies an adapter of an attention's out_proj alone"
+    elif written and place.stack and module.is_transposed is None:
+        yield f"{name}: PEFT's layout of a stack depends on the module, and this is an outline"
+    elif written and dimensions > 2 and not module.known:
+        yield (
+            f"{name}: no checkpoint says how a convolution is grouped; load this file on the model "
+            'and call save_lora(..., format="peft")'
+        )
+
+
+def _has_place(place: Place) -> bool:
+    module, shape = place.module, place.weight.shape
+    if shape is None:
+        return False
+    if place.kind == "parameter":
+        return module.layer.kind in (UNLISTED.kind, *LINEARS) and len(shape) in (2, 3)
+    known = module.is_plain or module.layer.kind in (nn.Embedding, CONV1D)
+    return place.kind != "layer" or (known and place.weight.tensor == "weight")

@@ -1,0 +1,258 @@
+"""A model's outline: what a format knows of its weights, from a model, a checkpoint or a file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..activation import acts
+from ..chains import type_before
+from ..layers import CONV1D, TABLE, UNLISTED, Layer, layer_of, stack
+from ..targets import nearest
+from ..weight import Walk, Weight, join, tensor_names
+
+Shape = tuple[int, ...]
+Facts = Mapping[str, Any]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""What a module's `weight` of so many dimensions is taken for."""
+
+
+def kind_name(layer: Layer) -> str:
+    """Return what a row's kind is called in a file."""
+    kind = layer.kind
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+ROWS = {kind_name(layer): layer for layer in TABLE}
+NOTHING = Layer("nothing", tensors=(), view=stack)
+"""The row of a module of which nothing is known."""
+
+
+@dataclass(frozen=True)
+class ModuleOutline:
+    """What is known of one module: by default, nothing.
+
+    Attributes:
+        path: Its path.
+        layer: Its row of the table.
+        tensors: The names of its own tensors, in their order.
+        known: Whether that is so, and no guess from names and shapes.
+        class_name: What its class is called.
+        groups, dilation, padding_mode: A convolution's.
+        is_transposed: Whether it says that its stacks are stored `(in, out)`, as some of
+            transformers' experts do; `None` where that isn't known.
+        own_forward: Whether it is a linear layer whose class computes otherwise than `nn.Linear`.
+        shared: Whether the model has it in several places.
+    """
+
+    path: str
+    layer: Layer = NOTHING
+    tensors: tuple[str, ...] = ()
+    known: bool = False
+    class_name: str = "module"
+    groups: int = 1
+    dilation: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+    is_transposed: bool | None = None
+    own_forward: bool = False
+    shared: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a layer that every library adapts."""
+        return self.layer.kind in LINEARS + CONVOLUTIONS
+
+    @property
+    def computes_otherwise(self) -> bool:
+        """Whether it does otherwise than a plain layer of its kind without dilation or padding."""
+        dilated = any(each != 1 for each in self.dilation)
+        return self.own_forward or dilated or self.padding_mode != "zeros"
+
+    @property
+    def facts(self) -> Facts:
+        """What another outline needs to know of it, for JSON; of a guess, nothing."""
+        names = ["groups", "dilation", "padding_mode"] * (self.layer.kind in CONVOLUTIONS)
+        names += ["is_transposed"] * (self.layer is UNLISTED)
+        facts = {"type": kind_name(self.layer)} | {name: getattr(self, name) for name in names}
+        return facts if self.known else {}
+
+
+@dataclass(frozen=True)
+class WeightOutline:
+    """What is known of one tensor of a module, or of a block of its `rows`.
+
+    Its `source` is the model's weight, a checkpoint's tensor, a shape, or `None` for nothing.
+    """
+
+    module: ModuleOutline
+    tensor: str
+    source: Weight | Tensor | Shape | None = None
+    rows: slice | None = None
+
+    @property
+    def name(self) -> str:
+        """Its full name in the plain model, of a block that of the whole tensor."""
+        return join(self.module.path, self.tensor)
+
+    @property
+    def weight(self) -> Weight | None:
+        """The model's own weight, if this is the outline of a model."""
+        return replace(self.source, rows=self.rows) if isinstance(self.source, Weight) else None
+
+    @cached_property
+    def shape(self) -> Shape | None:
+        """Its shape; `None` if it isn't known or there is no such tensor."""
+        source = self.source
+        if isinstance(source, Weight):
+            absent = not source.chain and (source.original is None or is_lazy(source.original))
+            source = None if absent else source.like
+        shape = tuple(source.shape) if isinstance(source, Tensor) else source
+        if shape is None or self.rows is None:
+            return shape
+        return (len(range(*self.rows.indices(shape[0]))), *shape[1:])
+
+    @property
+    def view(self) -> Shape:
+        """The shape of its matrix view, of a vector its own."""
+        shape = self.shape or ()
+        return self.module.layer.view(shape) if len(shape) > 1 else shape
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout can act on its layer's input."""
+        layer = self.module.layer
+        able = layer.drops and layer.run is not None
+        return able and (self.weight is None or acts(self.weight.module, self.tensor))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model's modules and weights, by path and name in model order.
+
+    Its `parameters`, and all its `tensors`, buffers too, are there as far as they have values. Of
+    an `unknown` model every name may be one of its own: nothing is known but what a file says.
+    """
+
+    modules: Mapping[str, ModuleOutline] = field(default_factory=dict)
+    weights: Mapping[str, WeightOutline] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    unknown: bool = False
+
+    def module(self, path: str) -> ModuleOutline | None:
+        """Return what is known of the module at a path; `None` if there is none."""
+        return ModuleOutline(path) if self.unknown else self.modules.get(path)
+
+    def weight(self, name: str) -> WeightOutline | None:
+        """Return what is known of a weight or a block of its rows; `None` if there is none."""
+        block = None if name in self.weights else re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
+        if block is None and self.unknown:
+            path, _, tensor = name.rpartition(".")
+            return WeightOutline(ModuleOutline(path), tensor)
+        weight = self.weights.get(block[1] if block else name)
+        return (
+            replace(weight, rows=slice(*map(int, block.groups()[1:])))
+            if weight and block
+            else weight
+        )
+
+    def has_weight(self, path: str) -> bool:
+        """Say whether there may be a module at a path that has a tensor called `weight`."""
+        module = self.module(path)
+        return module is not None and (self.unknown or "weight" in module.tensors)
+
+    def nearest(self, name: str) -> str:
+        """Quote up to three names of weights that are the most like one."""
+        nowhere = nn.Module()
+        matrices = [each for each in self.weights.values() if len(each.shape or (0, 0)) > 1]
+        return nearest(name, {w.name: Weight(w.module.path, nowhere, w.tensor) for w in matrices})
+
+
+UNKNOWN = Outline(unknown=True)
+"""The outline of a model of which there is nothing but the adapter's file."""
+
+
+def outline_of_model(walk: Walk) -> Outline:
+    """Take the outline of a model."""
+    slots = Counter(id(child) for owner in walk.owners for child in owner._modules.values())
+    modules = {}
+    for path, module in walk.modules:
+        cls = type_before(module)
+        modules[path] = ModuleOutline(
+            *(path, layer_of(cls), tuple(tensor_names(module)), True, cls.__name__),
+            *_convolution(vars(module) if isinstance(module, CONVOLUTIONS) else {}),
+            is_transposed=bool(getattr(module, "is_transposed", False)),
+            own_forward=issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward,
+            shared=slots[id(module)] > 1,
+        )
+    return Outline(
+        modules,
+        {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights},
+        {weight.name: tensor for weight, tensor in walk.parameters},
+        {weight.name: tensor for weight, tensor in walk.tensors},
+    )
+
+
+def outline_of_tensors(
+    tensors: Mapping[str, Tensor] | Mapping[str, Shape], facts: Mapping[str, Facts]
+) -> Outline:
+    """Make the outline of the model whose tensors, or whose tensors' shapes, these are.
+
+    Modules are what `facts` says of them, by their paths; the others are guessed.
+    """
+    own: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
+    for name, source in tensors.items():
+        path, _, tensor = name.rpartition(".")
+        own[path][tensor] = tuple(source.shape) if isinstance(source, Tensor) else source
+    parents = [each for path in own for each in accumulate(path.split("."), "{}.{}".format)]
+    modules = {
+        path: _known(path, own.get(path, {}), facts) for path in dict.fromkeys(["", *parents])
+    }
+    weights = {}
+    for name, source in tensors.items():
+        path, _, tensor = name.rpartition(".")
+        weights[name] = WeightOutline(modules[path], tensor, source)
+    values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
+    return Outline(modules, weights, values, values)
+
+
+def _known(path: str, own: Mapping[str, Shape], facts: Mapping[str, Facts]) -> ModuleOutline:
+    """Return what is said of a module, or what its tensors' shapes look like."""
+    said, weight, bias = facts.get(path, {}), own.get("weight", ()), own.get("bias", ())
+    # Another's attention has a plain layer behind it.
+    behind = facts.get(join(path, "out_proj"), {}).get("type", kind_name(TABLE[0]))
+    if "type" in said:
+        layer = ROWS.get(str(said["type"]), UNLISTED)
+    elif "in_proj_weight" in own:
+        layer = layer_of(nn.MultiheadAttention) if behind == kind_name(TABLE[0]) else UNLISTED
+    elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
+        layer = ROWS[CONV1D]
+    else:
+        layer = layer_of(GUESSES.get(len(weight), nn.Module))
+    transposed = said.get("is_transposed")
+    return ModuleOutline(
+        *(path, layer, tuple(own), "type" in said, kind_name(layer).rpartition(".")[2]),
+        *_convolution(said if layer.kind in CONVOLUTIONS else {}),
+        is_transposed=transposed if isinstance(transposed, bool) else None,
+    )
+
+
+def _convolution(facts: Facts) -> tuple[int, tuple[int, ...], str]:
+    """Return a convolution's groups, dilation and padding mode, as far as they are any."""
+    groups, dilation, mode = map(facts.get, ("groups", "dilation", "padding_mode"))
+    return (
+        groups if isinstance(groups, int) else 1,
+        tuple(dilation) if isinstance(dilation, (list, tuple)) else (),
+        mode if isinstance(mode, str) else "zeros",
+    )

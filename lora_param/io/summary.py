@@ -1,0 +1,120 @@
+"""What an adapter's file holds, in numbers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..deltas import Delta
+from ..errors import FileError
+from .formats import open_adapter
+from .formats.native import tensors_of
+from .outline import Shape
+from .progress import progress
+
+
+@dataclass(frozen=True)
+class UpdateSummary:
+    """One weight's update.
+
+    Attributes:
+        weight: The weight's name, in the model or else in the file.
+        kind: What it is, such as `"lora"`.
+        shape: The weight's shape, or that of its matrix view where the file doesn't say more.
+        rank: Its rank; `None` for a kind that has none.
+        alpha: Its alpha; `None` like the rank.
+        norm: The Frobenius norm of what it adds to the weight.
+        effective_rank: The exponential of the entropy of its singular values' distribution, the
+            mean over a stack; 0 for an update of zero.
+        parameters: Number of elements of its tensors.
+    """
+
+    weight: str
+    kind: str
+    shape: Shape
+    rank: int | None
+    alpha: float | None
+    norm: float
+    effective_rank: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """What `file_summary` returns.
+
+    Attributes:
+        format: The format's name, such as `"native"`.
+        base: What the base is called; empty if the file doesn't say.
+        adapter: The adapter's name.
+        metadata: Strings of whoever saved it.
+        weights: One entry per weight.
+    """
+
+    format: str
+    base: str
+    adapter: str
+    metadata: dict[str, str]
+    weights: tuple[UpdateSummary, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(each.parameters for each in self.weights)
+
+
+def file_summary(path: str | os.PathLike[str], /, **options: Any) -> FileSummary:
+    """Measure what a file holds, without a model; no update is ever formed.
+
+    Args:
+        path: The file, in any format, or for PEFT the folder.
+        **options: What its format takes, such as `alpha` for loralib.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        FileError: The file is damaged or of an unknown format, or an update isn't finite.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_param import register_lora, save_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lora(model, f"{folder}/adapter.safetensors")
+        ...     summary = file_summary(f"{folder}/adapter.safetensors")
+        >>> summary.format, summary.weights[0].shape, summary.parameters
+        ('native', (2, 3), 5)
+
+    Source:
+        Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
+    """
+    with open_adapter(Path(path)) as file:
+        deltas, about = file.parse(file.outline, **options), file.about
+        updates = []
+        for name, delta in progress(list(deltas.items()), "measuring"):
+            weight = file.outline.weight(name)
+            updates.append(_measured(name, delta, weight.shape if weight else None))
+    return FileSummary(
+        file.format.name, about.base_name, about.adapter, dict(about.metadata), tuple(updates)
+    )
+
+
+def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
+    tensors = tensors_of(delta)
+    if shape is None:  # of a file that doesn't say it
+        shape = (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])
+    values = delta.singular_values(shape)
+    if not values.norm().isfinite():
+        raise FileError(f"{name}: its update isn't finite")
+    share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
+    rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
+    sizes = values.norm().item(), effective.mean().item()
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return UpdateSummary(name, delta.kind, shape, rank, alpha, *sizes, count)
