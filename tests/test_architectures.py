@@ -22,7 +22,7 @@ from lora_param import (
 )
 
 from .architectures import FAMILIES, build, names
-from .reference import formula
+from .kinds import low_rank_slices
 
 IN_EVERY_RUN = [
     ("classification", "mobilenet_v3_small"),
@@ -73,10 +73,9 @@ def oracle(plain: nn.Module, adapted: nn.Module) -> nn.Module:
     dense, factors = copy.deepcopy(plain), lora_state_dict(adapted)
     for weight in lora_summary(adapted).weights:
         for each in weight.adapters:
-            A, B = (factors[f"{weight.name}.{each.name}.lora_{factor}"] for factor in "AB")
+            pair = {f: factors[f"{weight.name}.{each.name}.{f}"] for f in ("lora_A", "lora_B")}
             original = dense.get_parameter(weight.name)
-            scale = each.alpha / each.rank
-            original.data = formula(original.detach(), A, B, scale)
+            original.data = low_rank_slices(original.detach(), pair, vars(each))
     return dense
 
 

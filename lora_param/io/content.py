@@ -68,7 +68,7 @@ class OpenFile:
             self.check_whole()
         if self.header.fault:
             return _unpickled(self.path, self.file)
-        return map_tensors(self.file, self.header)
+        return map_tensors(self.path, self.header)
 
     def check_whole(self) -> None:
         """Raise a `FileError` unless it is a whole safetensors file."""

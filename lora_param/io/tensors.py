@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import secrets
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FileError
@@ -29,18 +29,12 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
-    "C64": torch.complex64,
 }
 """Dtypes by their names in a header."""
-if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
 LONGEST_NAME = 1000  # longer ones no module has, and they take long to look up
@@ -107,21 +101,13 @@ def _checked(content: Any, start: int, size: int) -> Header:
     return Header(metadata, entries)
 
 
-def map_tensors(file: BinaryIO, header: Header) -> dict[str, Tensor]:
-    """Map an open file's tensors into memory: they are read when they are used."""
-    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for name, entry in header.tensors.items():
-        if (dtype := DTYPES.get(entry.dtype)) is None:
-            raise FileError(f"{file.name}: {name} is of a dtype that isn't known: {entry.dtype}")
-        size = entry.end - entry.begin
-        flat = torch.empty(0, dtype=torch.uint8)
-        if size:
-            flat = torch.frombuffer(memory, dtype=flat.dtype, count=size, offset=entry.begin)
-        if flat.data_ptr() % dtype.itemsize:  # as some writers leave it
-            flat = flat.clone()
-        tensors[name] = flat.view(dtype).view(entry.shape)
-    return tensors
+def map_tensors(path: Path, header: Header) -> dict[str, Tensor]:
+    """Map a safetensors file's tensors into memory: they are read when they are used."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in header.tensors}
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        raise FileError(f"{path}: a damaged safetensors file: {error!s:.200}") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
