@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -51,10 +51,8 @@ def _is_plain_lookup(module: Any) -> bool:
 def _without_slices(base: Any) -> Callable[..., Any]:
     def entry(self: nn.ParameterList, index: Any) -> Any:
         if isinstance(index, slice):
-            raise LoRAError(
-                "a slice of an adapted ParameterList would hold copies without adapters; read its "
-                "entries one by one"
-            )
+            reason = "a slice of an adapted ParameterList would hold copies without adapters"
+            raise LoRAError(f"{reason}; read its entries one by one")
         return base.__getitem__(self, index)
 
     return entry
@@ -62,9 +60,8 @@ def _without_slices(base: Any) -> Callable[..., Any]:
 
 def _without_copy(base: Any) -> Callable[..., Any]:
     def copy(self: nn.ParameterDict) -> nn.ParameterDict:
-        raise LoRAError(
-            "a copy of an adapted ParameterDict would lose its adapters; use copy.deepcopy"
-        )
+        fix = "use copy.deepcopy"
+        raise LoRAError(f"a copy of an adapted ParameterDict would lose its adapters; {fix}")
 
     return copy if base.copy is nn.ParameterDict.copy else base.copy
 
@@ -102,40 +99,26 @@ class Layer:
 
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
+LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
+STACKS = Layer(nn.Module, ("*",), stack, default=False)
 
 TABLE: tuple[Layer, ...] = (
     Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
     Layer(nn.Linear, run=LinearRun),
-    Layer(nn.Conv1d, run=ConvolutionRun, suits=_is_ungrouped),
-    Layer(nn.Conv2d, run=ConvolutionRun, suits=_is_ungrouped),
-    Layer(nn.Conv3d, run=ConvolutionRun, suits=_is_ungrouped),
-    Layer(nn.ConvTranspose1d),
-    Layer(nn.ConvTranspose2d),
-    Layer(nn.ConvTranspose3d),
-    Layer(nn.Bilinear),
-    Layer(
-        nn.MultiheadAttention,
-        ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight"),
-        rereads=True,
-    ),
+    *(Layer(kind, run=ConvolutionRun, suits=_is_ungrouped) for kind in CONVOLUTIONS),
+    *(Layer(kind) for kind in (*TRANSPOSED_CONVOLUTIONS, nn.Bilinear)),
+    Layer(nn.MultiheadAttention, ATTENTION, rereads=True),
     Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, run=LinearRun),
-    Layer(
-        nn.Embedding,
-        transposed=True,
-        run=EmbeddingRun,
-        suits=_is_plain_lookup,
-        drops=False,
-        default=False,
-        refusal=_embedding_rule,
-    ),
-    Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule),
-    Layer(
-        nn.ParameterList, ("*",), stack, default=False, overrides={"__getitem__": _without_slices}
-    ),
-    Layer(nn.ParameterDict, ("*",), stack, default=False, overrides={"copy": _without_copy}),
-    Layer("torch.fx.graph_module.GraphModule", ("*",), stack, default=False, refusal=_graph_rule),
+    replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
+    LOOKUP,
+    replace(STACKS, kind=nn.ParameterList, overrides={"__getitem__": _without_slices}),
+    replace(STACKS, kind=nn.ParameterDict, overrides={"copy": _without_copy}),
+    replace(STACKS, kind="torch.fx.graph_module.GraphModule", refusal=_graph_rule),
 )
 
 UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
