@@ -196,7 +196,7 @@ def _accept_base_keys(
 
 
 def _reduction(base: Any) -> Method:
-    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         # Recurrent layers read their weights into their state, and a graph can't be copied.
         with torch.no_grad():
             reduced = base.__reduce_ex__(self, max(protocol, 2))
@@ -207,7 +207,7 @@ def _reduction(base: Any) -> Method:
             )
         return _rebuild, (base, tuple(chains_of(self)), reduced[1][1:]), *reduced[2:]
 
-    return __reduce_ex__
+    return reduce
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...]) -> nn.Module:

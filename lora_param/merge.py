@@ -14,7 +14,7 @@ from .checks import check_model, check_structure, check_unshared, deltas_called
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .register import take_off
-from .undo import all_or_nothing, set_data
+from .undo import all_or_nothing
 from .weight import Weight, merged_for_now, walk, without_side_effects
 
 
@@ -58,7 +58,8 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing() as undo:
         for original, value in merged:
-            set_data(undo, original, value)
+            undo.callback(setattr, original, "data", original.data)
+            original.data = value
         take_off(found, pairs, undo)
 
 
