@@ -29,25 +29,21 @@ FIXED = {
 def check_structure(walk: Walk, call: str) -> None:
     """Raise unless the structure of a model can be changed."""
     for module, path in walk.owners.items():
+        refusal = f"{path or 'model'}: {call} can't be called"
         if module in merged_for_now:
-            raise LoRAError(
-                f"{path or 'model'}: {call} can't be called in a lora_merged block, in which there "
-                "are no adapters; call it after the block"
-            )
+            where = "in a lora_merged block, in which there are no adapters"
+            raise LoRAError(f"{refusal} {where}; call it after the block")
         for base in type(module).__mro__:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
-                reason = f"{call} can't be called on a {base.__name__}: {FIXED[base.__name__]}"
-                raise LoRAError(f"{path or 'model'}: {reason}")
+                raise LoRAError(f"{refusal} on a {base.__name__}: {FIXED[base.__name__]}")
 
 
 def check_model(walk: Walk, call: str) -> None:
     """Raise unless the structure of a model can be changed for good, here and now."""
     check_structure(walk, call)
     if torch.is_inference_mode_enabled():
-        raise LoRAError(
-            f"{call} can't be called in torch.inference_mode: what is made there never gets a "
-            "gradient; call it outside"
-        )
+        reason = "what is made there never gets a gradient; call it outside"
+        raise LoRAError(f"{call} can't be called in torch.inference_mode: {reason}")
 
 
 def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]:
@@ -67,12 +63,11 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
         for reason in _reasons(weight):
             raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
         for entry in weight.chain:
-            ours = isinstance(entry, Delta) and weight.overlaps(entry.rows)
-            if ours and entry.adapter == adapter:
-                raise AdapterError(
-                    f'{weight.name}: there is an adapter "{adapter}" on this weight already; '
-                    "choose another name, or remove that one first"
-                )
+            taken = isinstance(entry, Delta) and entry.adapter == adapter
+            if taken and weight.overlaps(entry.rows):
+                there = f'there is an adapter "{adapter}" on this weight already'
+                fix = "choose another name, or remove that one first"
+                raise AdapterError(f"{weight.name}: {there}; {fix}")
 
 
 def check_droppable(weights: Sequence[Weight]) -> None:
@@ -129,12 +124,11 @@ def _reasons(weight: Weight) -> Iterator[str]:
         name = '"parametrizations", where torch keeps these'
         yield f"its module has something of its own called {name}"
     yield from _norms(module, weight.tensor)
-    if not chain and tensor is None:
-        none = weight.tensor in module._parameters
-        fix = "give the module a Parameter" if none else "make it one"
-        what = "None" if none else "no Parameter of its module"
-        yield f"it is {what}; {fix}"
-    for unfit, rule in TENSOR_RULES if tensor is not None else ():
+    if not chain and tensor is None and weight.tensor in module._parameters:
+        yield "it is None; give the module a Parameter"
+    elif not chain and tensor is None:
+        yield "it is no Parameter of its module; make it one"
+    for unfit, rule in TENSOR_RULES:
         if tensor is not None and unfit(tensor):
             yield rule.format(tensor, type(tensor).__name__, show_dtypes(tensor.dtype))
     try:

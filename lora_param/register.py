@@ -52,8 +52,8 @@ def register_lora(
 
     Args:
         model: Any module; the model itself may be the layer.
-        rank: An integer from 1 to the smaller side of the weight's matrix view, or a mapping from
-            pattern to integer; the first pattern that matches a weight decides.
+        rank: From 1 to the smaller side of the weight's matrix view, or a mapping from pattern to
+            such an integer; the first pattern that matches a weight decides.
         alpha: A finite number or a mapping from pattern to number; `None` means `rank`.
         target: What to adapt: a glob over a parameter's full name, over its module's path, or over
             a dotted suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a
@@ -99,8 +99,9 @@ def register_lora(
     found = walk(model, "register_lora")
     check_model(found, "register_lora")
     check_adapter(adapter)
-    options = {"dropout": dropout, "init": init, "generator": generator, "dtype": dtype}
-    cls = _kind(kind, {"rank": rank, "alpha": alpha, **options})
+    given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
+    given |= {"init": init, "generator": generator, "dtype": dtype}
+    cls = _kind(kind, given)
     weights = resolve(found, target, exclude, cls.least_dimensions)
     check_weights(weights, adapter)
     if target is None:
@@ -110,9 +111,9 @@ def register_lora(
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
     pairs = []
-    for weight, r, a in zip(weights, ranks, alphas, strict=True):
-        given = {"rank": r, "alpha": a, **options}
-        own = {name: given[name] for name in cls.options}
+    for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
+        own = given | {"rank": own_rank, "alpha": own_alpha}
+        own = {name: own[name] for name in cls.options}
         try:
             delta = cls.make(weight.like, weight.view, adapter=adapter, **own)
         except LoRAError as error:
@@ -157,7 +158,7 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> enable_lora(model)
     """
     with all_or_nothing() as undo:
-        _switch(deltas_called(walk(model, "enable_lora"), adapter), True, undo)
+        _switch(walk(model, "enable_lora"), adapter, True, undo)
 
 
 def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -175,7 +176,7 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         True
     """
     with all_or_nothing() as undo:
-        _switch(deltas_called(walk(model, "disable_lora"), adapter), False, undo)
+        _switch(walk(model, "disable_lora"), adapter, False, undo)
 
 
 @contextmanager
@@ -193,12 +194,12 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         ...     base_output = model(torch.ones(1, 3))
     """
     with ExitStack() as undo:
-        _switch(deltas_called(walk(model, "lora_disabled"), adapter), False, undo)
+        _switch(walk(model, "lora_disabled"), adapter, False, undo)
         yield
 
 
-def _switch(pairs: Sequence[tuple[Weight, Delta]], enabled: bool, undo: ExitStack) -> None:
-    for _, delta in pairs:
+def _switch(walk: Walk, adapter: str | None, enabled: bool, undo: ExitStack) -> None:
+    for _, delta in deltas_called(walk, adapter):
         undo.callback(setattr, delta, "enabled", delta.enabled)
         delta.enabled = enabled
 
@@ -206,8 +207,8 @@ def _switch(pairs: Sequence[tuple[Weight, Delta]], enabled: bool, undo: ExitStac
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
     """Take adapters off; without its last adapter the model is as it was before `register_lora`.
 
-    Class, parameter objects and their order, `requires_grad`, state-dict keys and bits are what
-    they were. Parametrizations of others stay.
+    Class, parameters and their order, `requires_grad`, state-dict keys and bits are what they were;
+    others' parametrizations stay.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -221,8 +222,7 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
-    found = walk(model, "remove_lora")
-    check_model(found, "remove_lora")
+    check_model(found := walk(model, "remove_lora"), "remove_lora")
     with all_or_nothing() as undo:
         if adapter is None and not found.deltas and is_frozen(found):
             thaw(found, undo)  # the adapters went with a submodule, or torch took them off

@@ -46,13 +46,12 @@ class Weight:
     @property
     def whole(self) -> Weight:
         """The tensor of which it is a block."""
-        return replace(self, rows=None)
+        return self if self.rows is None else replace(self, rows=None)
 
     def overlaps(self, rows: slice | None) -> bool:
         """Say whether it has one of these rows of the tensor, of which `None` means all."""
-        if self.rows is None or rows is None:
-            return True
-        return bool(self.rows.start < rows.stop and rows.start < self.rows.stop)
+        own = self.rows
+        return not own or not rows or bool(own.start < rows.stop and rows.start < own.stop)
 
     @property
     def layer(self) -> Layer:
