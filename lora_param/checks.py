@@ -14,7 +14,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
-from .weight import Walk, Weight, memory_of, merged_for_now
+from .weight import Walk, Weight, merged_for_now
 
 FIXED = {
     "DistributedDataParallel": "it synchronises the parameters it was given; register before "
@@ -63,8 +63,8 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
         for reason in _reasons(weight):
             raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
         for entry in weight.chain:
-            taken = isinstance(entry, Delta) and entry.adapter == adapter
-            if taken and weight.overlaps(entry.rows):
+            ours = isinstance(entry, Delta) and weight.overlaps(entry.rows)
+            if ours and entry.adapter == adapter:
                 there = f'there is an adapter "{adapter}" on this weight already'
                 fix = "choose another name, or remove that one first"
                 raise AdapterError(f"{weight.name}: {there}; {fix}")
@@ -81,27 +81,20 @@ def check_droppable(weights: Sequence[Weight]) -> None:
             )
 
 
-def _partners(walk: Walk, weight: Weight) -> list[Weight]:
-    """List the others that are the same Parameter."""
-    same = walk.shared.get(memory_of(weight.original), []) if walk.shared else []
-    return [other for other in same if other.name != weight.whole.name]
-
-
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
     """Raise for the first weight whose Parameter is another module's too."""
     for weight in weights if walk.shared else ():
-        if others := _partners(walk, weight):
-            raise TargetError(
-                f"{weight.name}: {_names(others)} is the same Parameter, and {consequence}; give "
-                "each place a Parameter of its own, or exclude this weight"
-            )
+        if others := walk.partners(weight):
+            fix = "give each place a Parameter of its own, or exclude this weight"
+            same = f"{_names(others)} is the same Parameter"
+            raise TargetError(f"{weight.name}: {same}, and {consequence}; {fix}")
 
 
 def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
     """Leave out, with a warning that names them, the weights that are tied to an embedding."""
     tied = {}
     for weight in weights if walk.shared else ():
-        others = _partners(walk, weight)
+        others = walk.partners(weight)
         if any(isinstance(other.module, (nn.Embedding, nn.EmbeddingBag)) for other in others):
             tied[weight] = f"{weight.name} (is {_names(others)})"
     if tied:
@@ -145,11 +138,9 @@ def _norms(module: nn.Module, tensor: str) -> Iterator[str]:
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
         torchs = type(hook).__module__.startswith("torch.nn.utils.")
         if torchs and name and tensor in (name, f"{name}_g", f"{name}_v", f"{name}_orig"):
-            yield (
-                f"the forward hook {type(hook).__name__} sets this tensor before every forward; "
-                "make it permanent (remove_weight_norm, remove_spectral_norm, prune.remove), or "
-                "use torch.nn.utils.parametrizations"
-            )
+            fix = "make it permanent (remove_weight_norm, remove_spectral_norm, prune.remove)"
+            found = f"the forward hook {type(hook).__name__} sets this tensor before every forward"
+            yield f"{found}; {fix}, or use torch.nn.utils.parametrizations"
 
 
 def _cant_be_added_to(tensor: Tensor) -> bool:

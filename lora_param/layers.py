@@ -68,34 +68,22 @@ def _without_copy(base: Any) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        kind: The type, or where importing it would be too much, its `module.qualname`.
-        tensors: Globs over the names of the module's own tensors, or a child's tensor by path.
-        view: From a weight's shape to the shape of its matrix view.
-        transposed: Whether its weight is stored `(in, out)`, so that `lora_B` meets the input.
-        run: `(module, x, transposed, in_place)` to the layer at work on `x`, in activation space,
-            whose result may be changed in place or not; `None` where it stays in weight space.
-        suits: Whether `run` is right for one module of the type; `None` where it always is.
-        drops: Whether dropout can act on its input.
-        default: Whether `target=None` adapts it.
-        refusal: From a module to why it can't be adapted, or `None`.
-        rereads: Whether its forward reads one weight several times.
-        overrides: Methods that an adapted module has in place of its own, made from its class.
-    """
-
-    kind: type[nn.Module] | str
-    tensors: tuple[str, ...] = ("weight",)
-    view: Callable[[Shape], Shape] = rows_by_rest
-    transposed: bool = False
+    kind: type[nn.Module] | str  # or where importing it would be too much, its `module.qualname`
+    tensors: tuple[str, ...] = ("weight",)  # globs over own tensors, or a child's tensor by path
+    view: Callable[[Shape], Shape] = rows_by_rest  # from a shape to that of the matrix view
+    transposed: bool = False  # stored `(in, out)`, so that `lora_B` meets the input
     run: Callable[[Any, Any, bool, bool], Any] | None = None
-    suits: Callable[[Any], bool] | None = None
-    drops: bool = True
-    default: bool = True
-    refusal: Callable[[nn.Module], str | None] = lambda module: None
-    rereads: bool = False
+    """`(module, x, transposed, in_place)` to the layer at work on `x`, in activation space, whose
+    result may be changed in place or not; `None` where it stays in weight space."""
+    suits: Callable[[Any], bool] | None = None  # whether `run` is right for one module of the type
+    drops: bool = True  # whether dropout can act on its input
+    default: bool = True  # whether `target=None` adapts it
+    refusal: Callable[[nn.Module], str | None] = lambda module: None  # why it can't be adapted
+    rereads: bool = False  # whether its forward reads one weight several times
     overrides: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Methods that an adapted module has in place of its own, made from its class."""
 
 
 CONV1D = "transformers.pytorch_utils.Conv1D"

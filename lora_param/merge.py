@@ -21,9 +21,8 @@ from .weight import Weight, merged_for_now, walk, without_side_effects
 def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     """Fold adapters into their weights for good, and take them off.
 
-    The new weight is what reading the weight gave, rounded once to its dtype, so the output stays
-    what it was; within rounding, where only some of a weight's adapters are merged. All new weights
-    are computed before the first is set.
+    The new weight is what reading the weight gave, rounded once to its dtype; where only some of a
+    weight's adapters are merged, within rounding.
 
     Raises:
         AdapterError: There is no such adapter, or it is disabled on some weight.
@@ -48,10 +47,8 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     pairs = deltas_called(found, adapter)
     for weight, delta in pairs:
         if not delta.enabled:
-            raise AdapterError(
-                f"{weight.name}: adapter {delta.adapter!r} is disabled, so merging would change "
-                "the output; enable it, or remove it"
-            )
+            reason = f"adapter {delta.adapter!r} is disabled, so merging would change the output"
+            raise AdapterError(f"{weight.name}: {reason}; enable it, or remove it")
     weights = {weight.whole.name: weight.whole for weight, _ in pairs}.values()
     check_unshared(found, list(weights), "merging would change it there too")
     merging = {delta for _, delta in pairs}
@@ -67,10 +64,10 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
 def lora_merged(model: nn.Module) -> Iterator[None]:
     """Run a block at the base's own speed: inside, each weight is plain and has its present value.
 
-    Nothing is added and subtracted: after the block, also one that raises, every module has its
-    originals and adapters back, the same objects with the same bits. For inference: in the block
-    other verbs raise a `LoRAError`, and what is done to the merged weights is lost. They take as
-    much memory again as the adapted weights. Disabled adapters stay out.
+    After the block, also one that raises, every module has its originals and adapters back, the
+    same objects with the same bits. For inference: in the block other verbs raise a `LoRAError`,
+    and what is done to the merged weights, which take memory of their own, is lost. Disabled
+    adapters stay out.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -123,18 +120,16 @@ def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
     others = [entry for entry in applied if entry not in merging]
     kept = {delta for delta in weight.deltas if delta not in merging}
     if others and not kept.isdisjoint(chain[: chain.index(others[-1])]):
-        raise LoRAError(
-            f"{weight.name}: {type(others[-1]).__name__} stands between the adapters, so one can't "
-            "be merged without the other; merge all"
-        )
+        reason = f"{type(others[-1]).__name__} stands between the adapters"
+        fix = "so one can't be merged without the other; merge all"
+        raise LoRAError(f"{weight.name}: {reason}, {fix}")
     with without_side_effects(chain):
         value = run_through(applied, originals)
         finite = value.is_meta or value.isfinite().all()
         if not finite and all(original.isfinite().all() for original in originals):
-            raise LoRAError(
-                f"{weight.name}: the merged weight would not be finite in {value.dtype}; "
-                "the adapter has diverged or overflows this dtype"
-            )
+            rule = f"the merged weight would not be finite in {value.dtype}"
+            cause = "the adapter has diverged or overflows this dtype"
+            raise LoRAError(f"{weight.name}: {rule}; {cause}")
         new = _inverted(weight, others, value) if others else [value]
     return list(zip(originals, new, strict=True))
 

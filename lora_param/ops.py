@@ -1,12 +1,9 @@
 """Activation space: a layer at work on one input, where an update acts and no weight is formed.
 
 A run is one module on one input. It gives what the stock forward gives, for the weight beneath the
-deltas (`base`), for a pair's inner factor in that weight's place (`down`), and adds what the outer
-factor makes of it (`up`); gradients included, and nothing of the weight's size is kept for
-backward. All is composed of torch's own operations, so that it compiles, exports, runs under vmap
-and differentiates twice; a custom autograd function gained 0 to 3 %.
-
-Source: Hu et al., arXiv:2106.09685, section 4.1, equation 3.
+deltas (`base`), for a pair's inner factor in its place (`down`), and adds what the outer factor
+makes of that (`up`). All is composed of torch's own operations: it compiles, exports, runs under
+vmap and differentiates twice; a custom autograd function gained 0 to 3 %.
 """
 
 from __future__ import annotations

@@ -23,13 +23,9 @@ from .undo import in_order, keep_entries
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of one module of a model, or a block of its rows.
+    """One tensor of one module of a model, or a block of its `rows`.
 
-    Attributes:
-        path: The module's path in the plain model; the model's own is empty.
-        module: The module.
-        tensor: What the module calls it.
-        rows: The block of its first dimension; `None` for the whole tensor.
+    `path` is the module's in the plain model, of which the model's own is empty.
     """
 
     path: str
@@ -219,10 +215,8 @@ merged_for_now: WeakSet[nn.Module] = WeakSet()
 class Walk:
     """One walk over a model: what every verb takes and passes on.
 
-    Attributes:
-        places: Paths and modules of the base, a shared one at each of its places.
-        owners: Every module once, with the path that it has without deltas: those of the base, and
-            the parametrizations of others.
+    `places` are paths and modules of the base, a shared one at each of its places; `owners` is
+    every module, others' parametrizations too, with the path that it has without deltas.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -302,8 +296,13 @@ class Walk:
         """The parameters that several modules hold, by where their memory begins."""
         places: dict[int, list[Weight]] = {}
         for weight, tensor in self.parameters:
-            places.setdefault(memory_of(tensor), []).append(weight)
+            places.setdefault(_memory_of(tensor), []).append(weight)
         return {memory: weights for memory, weights in places.items() if len(weights) > 1}
+
+    def partners(self, weight: Weight) -> list[Weight]:
+        """List the others that are the same Parameter."""
+        same = self.shared.get(_memory_of(weight.original), []) if self.shared else []
+        return [other for other in same if other.name != weight.whole.name]
 
 
 def walk(model: object, call: str) -> Walk:
@@ -318,7 +317,7 @@ def join(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def memory_of(tensor: Tensor | None) -> int:
+def _memory_of(tensor: Tensor | None) -> int:
     """Identify a Parameter by where its bytes begin, if it has bytes of its own."""
     if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
         return tensor.data_ptr() or id(tensor)

@@ -13,17 +13,8 @@ from .protocol import Delta, Shape
 class DenseDelta(Delta):
     """Add a tensor to a weight, `W + D`: training it whole, with the original left alone.
 
-    `D`, a Parameter, is zero at first. Weight decay on `D` pulls the weight towards the original.
-
-    Args:
-        shape: The weight's shape, of one dimension or more.
-        adapter: The adapter's name, by which `enable_lora` and the like find it.
-        device: Device of `D`.
-        dtype: Dtype of `D`, one of float16, bfloat16, float32 and float64.
-
-    Raises:
-        LoRAError: `dtype` is unknown.
-        AdapterError: `adapter` is no usable name.
+    `D`, a Parameter of the weight's shape, is zero at first. Weight decay on `D` pulls the weight
+    towards the original.
 
     Example:
         >>> import torch
@@ -65,7 +56,7 @@ class DenseDelta(Delta):
         """Return `W + D`, computed in the wider dtype and rounded once to `W`'s."""
         return (weight + self.D).to(weight.dtype)
 
-    def block(self, start: int, stop: int) -> DenseDelta:
+    def block(self, start: int, stop: int) -> Delta:
         """Return the delta of some of the weight's rows."""
         return self.restore({"D": self.D[start:stop]}, {})
 

@@ -22,8 +22,9 @@ class LoRAParametrization(Delta):
     """Add a low-rank update to a weight: `W + (B @ A).view_as(W) * scale`, `scale = alpha / rank`.
 
     `W` is any tensor that reads as a matrix `(fan_out, fan_in)` in row-major order, or with `batch`
-    as a stack of such matrices. There is no `right_inverse`: registering leaves the original as it
-    is, and assigning to the weight is refused.
+    as a stack of these. Registering leaves the original as it is; the weight can't be assigned to.
+    `lora_A` is `[*batch, rank, fan_in]` and `lora_B` `[*batch, fan_out, rank]`; setting `alpha` or
+    `scale` changes the update at once; while `enabled` is `False`, the weight passes untouched.
 
     Args:
         fan_out: Rows of the weight's matrix view.
@@ -33,20 +34,12 @@ class LoRAParametrization(Delta):
         batch: Leading dimensions of a stack of matrices, each of which gets a pair of its own.
         adapter: The adapter's name, by which `enable_lora` and the like find it.
         dropout: Probability, `0 <= dropout < 1`, with which entries of a layer's input are dropped
-            in front of `lora_A` in training. Weight space can't do that: in training, reading the
-            weight with a graph warns.
-        init: How `lora_A` is drawn: `"kaiming"`, uniform with a = sqrt(5), that is in
-            ±1/sqrt(fan_in), or `"gaussian"` with a standard deviation of 1/rank.
-            `lora_B` is zero, so a fresh adapter changes nothing.
+            in front of `lora_A` in training. Weight space can't: reading the weight then warns.
+        init: How `lora_A` is drawn: `"kaiming"`, uniform in ±1/sqrt(fan_in), or `"gaussian"` with a
+            standard deviation of 1/rank. `lora_B` is zero, so a fresh adapter changes nothing.
         generator: Source of the draws; the global one of the device if `None`.
         device: Device of both factors.
         dtype: Dtype of both factors, one of float16, bfloat16, float32 and float64.
-
-    Attributes:
-        lora_A: Parameter `[*batch, rank, fan_in]`.
-        lora_B: Parameter `[*batch, fan_out, rank]`.
-        scale: `alpha / rank`; setting it sets `alpha`. Either changes the update at once.
-        enabled: While `False`, the weight passes through untouched, as the same object.
 
     Raises:
         LoRAError: `rank`, `alpha` or `dropout` is out of range; `init`, `dtype` or `generator` is
@@ -67,8 +60,7 @@ class LoRAParametrization(Delta):
         True
 
     Source:
-        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
-        section 4.1, equation 3.
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, eq. 3.
     """
 
     kind = "lora"
@@ -94,10 +86,9 @@ class LoRAParametrization(Delta):
         self.rank = check_rank(rank, fan_out, fan_in)
         self._alpha = check_alpha(alpha, self.rank)
         self._dropout = check_dropout(dropout)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise LoRAError(
-                f"generator must be a torch.Generator or None, got {type(generator).__name__}"
-            )
+        if not isinstance(generator, (torch.Generator, type(None))):
+            got = type(generator).__name__
+            raise LoRAError(f"generator must be a torch.Generator or None, got {got}")
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
         source = device if generator is None else generator.device
@@ -117,9 +108,7 @@ class LoRAParametrization(Delta):
         return cls(fan_out, fan_in, batch=tuple(batch), device=weight.device, **options)
 
     @classmethod
-    def restore(
-        cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-    ) -> LoRAParametrization:
+    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build the pair of these factors, of any rank.
 
         Raises:
@@ -203,11 +192,12 @@ class LoRAParametrization(Delta):
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
             A, B = run.factors(self.lora_A, self.lora_B)
             return run.up(y, run.down(x, A), B, self.scale)
-        pairs = [self, *others]
-        dropping = [pair for pair in pairs if pair._dropout and pair.training]
-        for pair in dropping:
-            y = pair.act(y, x, run, ())
-        same = [pair for pair in pairs if pair not in dropping]
+        same = []
+        for pair in (self, *others):
+            if pair._dropout and pair.training:
+                y = pair.act(y, x, run, ())
+            else:
+                same.append(pair)
         if same:
             A, B = run.factors(
                 torch.cat([pair.lora_A for pair in same]),  # [sum of ranks, fan_in]
@@ -216,7 +206,7 @@ class LoRAParametrization(Delta):
             y = run.up(y, run.down(x, A), B, 1.0)
         return y
 
-    def lowered(self, rank: int) -> LoRAParametrization:
+    def lowered(self, rank: int) -> Delta:
         """Return the same update, within rounding, as a pair whose rank is the smaller side."""
         tall = self.lora_B.shape[-2] > self.lora_A.shape[-1]
         product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
@@ -226,7 +216,7 @@ class LoRAParametrization(Delta):
         numbers = self.numbers | {"rank": rank, "alpha": self.scale * rank}
         return self.restore({"lora_A": A, "lora_B": B}, numbers)
 
-    def block(self, start: int, stop: int) -> LoRAParametrization:
+    def block(self, start: int, stop: int) -> Delta:
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""
         A = self.lora_A[start:stop] if self.lora_A.ndim > 2 else self.lora_A
         return self.restore({"lora_A": A, "lora_B": self.lora_B[start:stop]}, self.numbers)

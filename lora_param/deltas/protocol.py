@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
 Shape = tuple[int, ...]
-SomeDelta = TypeVar("SomeDelta", bound="Delta")
 
 
 class Delta(nn.Module):
@@ -23,12 +22,8 @@ class Delta(nn.Module):
 
     A kind is a subclass in a file of its own and a row in `KINDS`. It says what the weight becomes
     (`value`) and, where that can be had without forming the weight, how the layer's output changes
-    (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state.
-
-    Attributes:
-        adapter: The adapter's name, by which `enable_lora` and the like find it.
-        enabled: While `False`, the weight passes through untouched, as the same object.
-        rows: The rows of the weight that change, all of them for `None`.
+    (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state. `rows`
+    are those of the weight that change, all of them for `None`.
     """
 
     kind: ClassVar[str]
@@ -54,18 +49,13 @@ class Delta(nn.Module):
         self.adapter = adapter
 
     @classmethod
-    def make(cls: type[SomeDelta], weight: Tensor, view: Shape, **options: Any) -> SomeDelta:
+    def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
         """Build a fresh delta, which changes nothing yet, for a weight of this matrix view."""
         raise NotImplementedError
 
     @classmethod
-    def restore(
-        cls: type[SomeDelta], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-    ) -> SomeDelta:
-        """Build the delta of these tensors, of which none is copied, and numbers.
-
-        Raises a `StateDictError` where they don't belong together.
-        """
+    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+        """Build the delta of these tensors, of which none is copied, or raise `StateDictError`."""
         delta = cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
         for name in list(delta._parameters):
             own = tensors[name]
@@ -95,7 +85,7 @@ class Delta(nn.Module):
         """Return the adapted weight, in the weight's shape and dtype."""
         raise NotImplementedError
 
-    def block(self: SomeDelta, start: int, stop: int) -> SomeDelta:
+    def block(self, start: int, stop: int) -> Delta:
         """Return the delta of some of the weight's rows; its tensors are views of these."""
         raise NotImplementedError
 
@@ -119,10 +109,7 @@ class Delta(nn.Module):
             return weight
         if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
             with torch.autocast(weight.device.type, enabled=False):
-                return self._of_rows(weight)
-        return self._of_rows(weight)
-
-    def _of_rows(self, weight: Tensor) -> Tensor:
+                return self.forward(weight)
         if self.rows is None:
             return self.value(weight)
         start, stop, _ = self.rows.indices(len(weight))
@@ -142,8 +129,9 @@ class Delta(nn.Module):
         except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError):
             said = None
         if not isinstance(said, dict):
-            got = type(state).__name__
-            raise StateDictError(f"must hold a delta's kind and numbers, got {got}")
+            raise StateDictError(
+                f"must hold a delta's kind and numbers, got {type(state).__name__}"
+            )
         rows = None if self.rows is None else [self.rows.start, self.rows.stop]
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
@@ -159,9 +147,8 @@ class Delta(nn.Module):
 def check_adapter(adapter: object) -> None:
     """Raise unless `adapter` can be an adapter's name."""
     if not isinstance(adapter, str) or not adapter or "." in adapter:
-        raise AdapterError(
-            f"an adapter's name must be a non-empty string without dots, got {adapter!r}"
-        )
+        rule = "a non-empty string without dots"
+        raise AdapterError(f"an adapter's name must be {rule}, got {adapter!r}")
 
 
 def check_dtype(dtype: object) -> None:
