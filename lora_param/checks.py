@@ -74,11 +74,12 @@ def check_droppable(weights: Sequence[Weight]) -> None:
     """Raise for the first weight whose input a delta doesn't meet."""
     for weight in weights:
         if not (acts(weight.module, weight.tensor) and weight.layer.drops):
-            raise TargetError(
-                f"{weight.name}: dropout needs a layer that computes in activation space, and an "
-                f"input to drop from, which a {type_before(weight.module).__name__} has not; use "
-                "dropout=0, or exclude this weight"
+            rule = (
+                "dropout needs a layer that computes in activation space, and an input to drop from"
             )
+            finding = f"which a {type_before(weight.module).__name__} has not"
+            fix = "use dropout=0, or exclude this weight"
+            raise TargetError(f"{weight.name}: {rule}, {finding}; {fix}")
 
 
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:

@@ -90,9 +90,8 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         lora_param.errors.FrozenError: 1 of 2 originals changed: bias
     """
     if not isinstance(fingerprint, Mapping) or not fingerprint:
-        raise LoRAError(
-            "assert_frozen takes what fingerprint(model) returned, got nothing to compare"
-        )
+        rule = "assert_frozen takes what fingerprint(model) returned"
+        raise LoRAError(f"{rule}, got nothing to compare")
     now = _originals(model, buffers=True)
     gone = [name for name in fingerprint if name not in now]
     there = {name: digest for name, digest in fingerprint.items() if name in now}
@@ -147,10 +146,9 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
     if plain and not tensor.is_meta:
         tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not plain or tensor.is_meta or (size and not tensor.data_ptr()):
-        raise LoRAError(
-            f"{name}: a {type(tensor).__name__} of {tensor.layout} on {tensor.device} has no bytes "
-            "of its own; do this before the model is sharded or converted"
-        )
+        what = f"a {type(tensor).__name__} of {tensor.layout} on {tensor.device}"
+        fix = "do this before the model is sharded or converted"
+        raise LoRAError(f"{name}: {what} has no bytes of its own; {fix}")
     if not size:
         return b""
     content: Any = (ctypes.c_char * size).from_address(tensor.data_ptr())

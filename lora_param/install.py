@@ -57,13 +57,13 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         if not issubclass(meta, type(base)):
             meta = type(meta.__name__, (meta, type(base)), {})
         layer = layer_of(base)
-        makers = (
-            METHODS | dict(layer.overrides) | ({"forward": _reading_once} if layer.rereads else {})
-        )
+        makers = METHODS | layer.overrides
         # The module's name too, by which torch.fx decides what is a leaf.
         body: dict[str, Any] = {"__module__": base.__module__}
         body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
-        if layer.run and computes_as_its_row(base):
+        if layer.rereads:
+            body["forward"] = _reading_once(base)
+        elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
         body |= {name: _weight_property(name) for name in names}
         cls = _classes[key] = meta(f"Parametrized{base.__name__}", (base,), body)

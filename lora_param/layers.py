@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ def _is_ungrouped(module: Any) -> bool:
 
 
 def _is_plain_lookup(module: Any) -> bool:
-    return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
+    return not (module.scale_grad_by_freq or _embedding_rule(module))
 
 
 def _without_slices(base: Any) -> Callable[..., Any]:
@@ -82,7 +82,7 @@ class Layer:
     default: bool = True  # whether `target=None` adapts it
     refusal: Callable[[nn.Module], str | None] = lambda module: None  # why it can't be adapted
     rereads: bool = False  # whether its forward reads one weight several times
-    overrides: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """Methods that an adapted module has in place of its own, made from its class."""
 
 

@@ -88,22 +88,17 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     found = walk(model, "lora_merged")
     check_structure(found, "lora_merged")
     weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
-    values = [_own_value(weight) for weight in weights]
+    values = [weight.value for weight in weights]
     with ExitStack() as undo:
         for weight, value in zip(weights, values, strict=True):
             module, chains = weight.module, weight.module._modules["parametrizations"]
             undo.callback(_follow, chains, module, module.training)
             undo.callback(merged_for_now.discard, module)
             merged_for_now.add(module)
-            weight.make_plain(nn.Parameter(value, requires_grad=False), undo)
+            shared = any(value.data_ptr() == each.data_ptr() for each in weight.originals)
+            own = value.clone() if shared else value
+            weight.make_plain(nn.Parameter(own, requires_grad=False), undo)
         yield
-
-
-def _own_value(weight: Weight) -> Tensor:
-    """Return what reading a weight gives, in memory of its own."""
-    value = weight.value
-    shared = any(value.data_ptr() == original.data_ptr() for original in weight.originals)
-    return value.clone() if shared else value
 
 
 def _follow(chains: Any, module: nn.Module, training: bool) -> None:

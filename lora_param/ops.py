@@ -39,7 +39,8 @@ class LinearRun(_Run):
     """`Linear`, from `[..., in]` to `[..., out]`; also with its weight stored `(in, out)`."""
 
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
-        self.bias, self.transposed, self.in_place, self.x = module.bias, transposed, in_place, x
+        self.transposed, self.in_place = transposed, in_place
+        self.bias, self.x = module.bias, x
         # As torch does it, which otherwise wouldn't give a fresh delta's output the base's bits.
         if x.dim() > 2 and x.is_contiguous():
             self.lead, self.x = x.shape[:-1], x.flatten(0, -2)  # [tokens, in]
@@ -100,7 +101,8 @@ class EmbeddingRun(_Run):
 
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
         self.transposed, self.in_place = transposed, in_place
-        self.lead, self.pad, self.x = x.shape, module.padding_idx, x.reshape(-1)  # [lookups]
+        self.lead, self.pad = x.shape, module.padding_idx
+        self.x = x.reshape(-1)  # [lookups]
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[lookups, width]`."""

@@ -215,13 +215,12 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
     """
     check_model(found := walk(model, "remove_lora"), "remove_lora")
     with all_or_nothing() as undo:
-        if adapter is None and not found.deltas and is_frozen(found):
-            thaw(found, undo)  # the adapters went with a submodule, or torch took them off
-        else:
-            take_off(found, deltas_called(found, adapter), undo)
+        # The adapters may have gone with a submodule, or torch may have taken them off.
+        gone = adapter is None and not found.deltas and is_frozen(found)
+        take_off(found, [] if gone else deltas_called(found, adapter), undo)
 
 
-def take_off(walk: Walk, pairs: list[tuple[Weight, Delta]], undo: ExitStack) -> None:
+def take_off(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], undo: ExitStack) -> None:
     """Detach deltas; with the last one of the model, give the base its flags back."""
     for weight, delta in pairs:
         weight.detach(delta, undo)

@@ -64,8 +64,8 @@ def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, T
     """Return the adapters' state: tensors, detached and not copied, and numbers.
 
     Returns:
-        Tensors by the names of `named_lora_parameters`, and for each weight `_extra_state`, which
-        says its kind, rank, alpha and dropout, as JSON in a tensor of bytes.
+        Tensors by the names of `named_lora_parameters`, and for each weight `_extra_state`: kind,
+        rank, alpha and dropout, as JSON in a tensor of bytes.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -160,11 +160,9 @@ def _fault(value: object, parameter: nn.Parameter) -> str | None:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict that the model would have without adapters: keys, order and bits.
+    """Return what `model.state_dict()` gives after `remove_lora(model)`: keys, order and bits.
 
-    Returns:
-        What `model.state_dict()` gives after `remove_lora(model)`: tensors detached and not copied.
-        The model, plain or adapted, is left as it is.
+    Tensors are detached and not copied; the model, plain or adapted, is left as it is.
 
     Raises:
         LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.

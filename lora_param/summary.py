@@ -78,7 +78,7 @@ class LoRASummary:
         header = ("weight", "shape", "space", "adapter", "kind", *NUMERIC[:2], "state", NUMERIC[2])
         rows = [header, *(weight._row() for weight in self.weights)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sides = ["<>"[title in NUMERIC] for title in header]
+        sides = [">" if title in NUMERIC else "<" for title in header]
         lines = []
         for row in rows:
             cells = zip(row, sides, widths, strict=True)

@@ -249,10 +249,8 @@ class Walk:
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Paths and modules of the base, each once."""
-        first: dict[nn.Module, str] = {}
-        for path, module in self.places:
-            first.setdefault(module, path)
-        return [(path, module) for module, path in first.items()]
+        first = {module: path for path, module in reversed(self.places)}
+        return [(first.pop(module), module) for _, module in self.places if module in first]
 
     @cached_property
     def weights(self) -> list[Weight]:

@@ -129,9 +129,8 @@ class Delta(nn.Module):
         except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError):
             said = None
         if not isinstance(said, dict):
-            raise StateDictError(
-                f"must hold a delta's kind and numbers, got {type(state).__name__}"
-            )
+            got = type(state).__name__
+            raise StateDictError(f"must hold a delta's kind and numbers, got {got}")
         rows = None if self.rows is None else [self.rows.start, self.rows.stop]
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
