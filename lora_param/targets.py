@@ -29,7 +29,6 @@ def resolve(
 
     What names a module names the tensors of its row, or of an unlisted module every tensor of at
     least `least` dimensions. A glob that also covers biases and norms takes the weights among them.
-    Raises a `TargetError` where a selector matches nothing, or nothing of so many dimensions.
     """
     weights = {weight.name: weight for weight in walk.weights}
     if target is None:
@@ -58,10 +57,7 @@ def resolve(
 def number_for_each(
     option: str, value: Number | Mapping[str, Number], weights: Sequence[Weight]
 ) -> list[Number]:
-    """Give each weight its number: the one for all, or that of the first pattern to match it.
-
-    Raises a `TargetError` where a pattern decides for no weight, or a weight has no pattern.
-    """
+    """Give each weight its number: the one for all, or that of the first pattern to match it."""
     if not isinstance(value, Mapping):
         return [value] * len(weights)
     names = {weight.name: weight for weight in weights}
