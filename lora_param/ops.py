@@ -23,12 +23,12 @@ class _Run:
     lead: Sequence[int] | None = None  # the output's dimensions in front, where `x` has one instead
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a stored weight's factors as `[rank, in]` and `[out, rank]`."""
-        return (B.t(), A.t()) if self.transposed else (A, B)
+        """Return a stored weight's factors as `down` and `up` take them."""
+        return (B.t(), A) if self.transposed else (A, B.t())
 
-    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return `y + low B^T * scale`."""
-        return plus(y, low, B.t(), scale, self.in_place)
+    def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
+        """Return `y + low outer * scale`."""
+        return plus(y, low, outer, scale, self.in_place)
 
     def result(self, y: Tensor) -> Tensor:
         """Return `y` in the shape of the module's output."""
@@ -49,9 +49,9 @@ class LinearRun(_Run):
         """Return `[tokens, out]`."""
         return F.linear(self.x, weight.t() if self.transposed else weight, self.bias)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def down(self, x: Tensor, inner: Tensor) -> Tensor:
         """Return `[tokens, rank]`."""
-        return F.linear(x, A.to(x.dtype))
+        return F.linear(x, inner.to(x.dtype))
 
 
 class ConvolutionRun(_Run):
@@ -69,9 +69,13 @@ class ConvolutionRun(_Run):
         """Return `[batch, out, *sizes]`."""
         return self._convolve(self.x, weight, self.module.bias)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both as they are, `[rank, in * kernel]` and `[out, rank]`."""
+        return A, B
+
+    def down(self, x: Tensor, inner: Tensor) -> Tensor:
         """Return `[batch, rank, *sizes]`."""
-        kernel = A.to(x.dtype).view(-1, self.module.in_channels, *self.module.kernel_size)
+        kernel = inner.to(x.dtype).view(-1, self.module.in_channels, *self.module.kernel_size)
         return self._convolve(x, kernel, None)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,9 +84,9 @@ class ConvolutionRun(_Run):
         y: Tensor = convolve(x, weight, bias, module.stride, self.padding, module.dilation)
         return y
 
-    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return `y + B low * scale` over the channels."""
-        B, sizes = B.to(y.dtype), len(self.module.kernel_size)
+    def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
+        """Return `y + outer low * scale` over the channels."""
+        B, sizes = outer.to(y.dtype), len(self.module.kernel_size)
         if not y.is_contiguous():  # channels last
             y, low = y.movedim(-sizes - 1, -1), low.movedim(-sizes - 1, -1)
             return plus(y, low, B.t(), scale, self.in_place).movedim(-1, -sizes - 1)
@@ -108,22 +112,26 @@ class EmbeddingRun(_Run):
         """Return `[lookups, width]`."""
         return F.embedding(self.x, weight, self.pad)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
-        """Return `[lookups, rank]`."""
-        return F.embedding(x, A.t(), self.pad)
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `[rows, rank]` and `[rank, width]`."""
+        return B, A
 
-    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return `y + low B^T * scale`, in the lookup's dtype, which autocast leaves alone."""
+    def down(self, x: Tensor, inner: Tensor) -> Tensor:
+        """Return `[lookups, rank]`."""
+        return F.embedding(x, inner, self.pad)
+
+    def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
+        """Return `y + low outer * scale`, in the lookup's dtype, which autocast leaves alone."""
         if torch.is_autocast_enabled(y.device.type):
             with torch.autocast(y.device.type, enabled=False):
-                return self.up(y, low, B, scale)
+                return self.up(y, low, outer, scale)
         if self.pad is not None:
             # Padding's own part in columns apart, past which no gradient flows.
             padded = (self.x == self.pad).unsqueeze(1)
             own = low.detach().masked_fill(~padded, 0)
             low = torch.cat([low.masked_fill(padded, 0), own], 1)  # [lookups, 2 rank]
-            B = torch.cat([B, B.detach()], 1)
-        return plus(y, low.to(y.dtype), B.t(), scale, self.in_place)
+            outer = torch.cat([outer, outer.detach()])
+        return plus(y, low.to(y.dtype), outer, scale, self.in_place)
 
 
 def plus(y: Tensor, low: Tensor, up: Tensor, scale: float, in_place: bool) -> Tensor:

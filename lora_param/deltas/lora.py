@@ -190,8 +190,8 @@ class LoRAParametrization(Delta):
         """
         if not others:
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
-            A, B = run.factors(self.lora_A, self.lora_B)
-            return run.up(y, run.down(x, A), B, self.scale)
+            inner, outer = run.factors(self.lora_A, self.lora_B)
+            return run.up(y, run.down(x, inner), outer, self.scale)
         same = []
         for pair in (self, *others):
             if pair._dropout and pair.training:
@@ -199,11 +199,11 @@ class LoRAParametrization(Delta):
             else:
                 same.append(pair)
         if same:
-            A, B = run.factors(
+            inner, outer = run.factors(
                 torch.cat([pair.lora_A for pair in same]),  # [sum of ranks, fan_in]
                 torch.cat([pair.lora_B * pair.scale for pair in same], 1),  # [fan_out, the same]
             )
-            y = run.up(y, run.down(x, A), B, 1.0)
+            y = run.up(y, run.down(x, inner), outer, 1.0)
         return y
 
     def lowered(self, rank: int) -> Delta:

@@ -71,7 +71,7 @@ class Delta(nn.Module):
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
-        if numbers.keys() != self.numbers.keys():
+        if numbers.keys() != self.numbers.keys() or None in numbers.values():
             own, got = list(self.numbers), list(numbers)
             raise StateDictError(f"a {self.kind} delta has {own}, got {got}"[:300])
         for name in self.numbers:
@@ -138,8 +138,8 @@ class Delta(nn.Module):
         self.numbers = said
 
     def extra_repr(self) -> str:
-        """Name, numbers and state, for `print(model)`; a zero goes without saying."""
-        numbers = [f"{name}={value:g}" for name, value in self.numbers.items() if value]
+        """Name, numbers and state, for `print(model)`."""
+        numbers = [f"{name}={value:g}" for name, value in self.numbers.items()]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 
