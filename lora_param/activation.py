@@ -107,14 +107,14 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
 
 def _plan(chain: Any, layer: Layer) -> Plan:
     entries = tuple(chain._modules.values())
-    first = next((i for i, each in enumerate(entries) if isinstance(each, Delta)), len(entries))
+    ours = [isinstance(entry, Delta) for entry in entries]
+    first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []
     possible = True
     for each in entries[first:]:
         if isinstance(each, Delta) and not each.enabled:
             continue
-        # By its own `act`: a subclass, or a kind with parametrized tensors, may compute otherwise.
-        can_act = isinstance(each, Delta) and vars(type(each)).get("act") and each.rows is None
+        can_act = isinstance(each, Delta) and each.acts and each.rows is None
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):
