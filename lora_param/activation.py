@@ -76,8 +76,8 @@ def acts(module: nn.Module, name: str) -> bool:
 
 def _acting(module: nn.Module, layer: Layer, traced: bool) -> tuple[Tensor, Runs] | None:
     """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
-    chain: Any = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
-    if chain is None:
+    chains: Any = module._modules.get("parametrizations")  # gone, where a shallow copy's twin left
+    if chains is None or (chain := chains._modules.get("weight")) is None:
         return None
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
@@ -106,6 +106,7 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
 
 
 def _plan(chain: Any, layer: Layer) -> Plan:
+    switched = Delta.switched  # before any switch is looked at, which may change meanwhile
     entries = tuple(chain._modules.values())
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)
@@ -121,7 +122,7 @@ def _plan(chain: Any, layer: Layer) -> Plan:
             runs[-1] += (each,)
         else:
             runs.append((each,))
-    return Plan(Delta.switched, entries, entries[:first], tuple(runs), possible)
+    return Plan(switched, entries, entries[:first], tuple(runs), possible)
 
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:

@@ -82,6 +82,18 @@ def check_droppable(weights: Sequence[Weight]) -> None:
             raise TargetError(f"{weight.name}: {rule}, {finding}; {fix}")
 
 
+def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Raise for the first delta that would take another's dropout away, having no `act`."""
+    for weight, delta in pairs:
+        for other in weight.deltas if weight.chain and not delta.acts else ():
+            if other.numbers.get("dropout"):
+                raise TargetError(
+                    f"{weight.name}: adapter {other.adapter!r} drops entries of the input, which a "
+                    f"{delta.kind} delta beside it would end; set its dropout to 0, or exclude "
+                    "this weight"
+                )
+
+
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
     """Raise for the first weight whose Parameter is another module's too."""
     for weight in weights if walk.shared else ():

@@ -72,7 +72,8 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str) -> property:
     def read(self: Any) -> Any:
-        chain = self._modules["parametrizations"]._modules.get(name)
+        chains = self._modules.get("parametrizations")
+        chain = None if chains is None else chains._modules.get(name)
         if chain is None:  # torch has taken it off this module
             for table in (self._parameters, self._buffers, self.__dict__):
                 if name in table:
@@ -177,9 +178,11 @@ def _accept_base_keys(
         states: dict[str, Any] = {}
         for index, delta in deltas.items():
             states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
+        # By parameters, because others' parametrizations may have an extra state too.
+        said = any(isinstance(states[key], nn.Parameter) for key in states.keys() & state_dict)
         if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
             state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
-        elif not others or not states.keys().isdisjoint(state_dict):
+        elif not others or said:
             continue
         for plain, index in reversed(list(enumerate(others))):
             for key in [key for key in state_dict if key.startswith(f"{stem}{plain}.")]:

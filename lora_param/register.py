@@ -107,7 +107,7 @@ def register_lora(
         try:
             delta = cls.make(weight.like, weight.view, adapter=adapter, **own)
         except LoRAError as error:
-            raise LoRAError(f"{weight.name}: {error} or exclude this weight") from None
+            raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
         pairs.append((weight, delta))
     return install(found, pairs, freeze)
 
@@ -116,6 +116,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     """Attach deltas to weights that `check_weights` has passed, all or none; return the names."""
     weights = [weight for weight, _ in pairs]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
+    checks.check_dropping(pairs)
     with all_or_nothing() as undo:
         if freeze:
             freeze_base(walk, undo)
@@ -130,7 +131,8 @@ def _kind(kind: object, given: Mapping[str, Any]) -> type[Delta]:
         raise LoRAError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
     defaults = inspect.signature(register_lora).parameters
     for name in given.keys() - set(KINDS[kind].options):
-        if given[name] != defaults[name].default:
+        default = defaults[name].default
+        if type(given[name]) is not type(default) or given[name] != default:
             raise LoRAError(f"a {kind} delta takes no {name}, got {given[name]!r:.60}; drop it")
     return KINDS[kind]
 

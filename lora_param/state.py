@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chains import chains_of
 from .checks import check_structure, deltas_called
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
-from .undo import all_or_nothing, in_order
-from .weight import tensor_names, walk
+from .undo import all_or_nothing
+from .weight import Walk, walk
 
 NUMBERS = "_extra_state"
 """What torch calls the part of a state dict that holds no parameter: a delta's kind and numbers."""
@@ -176,28 +175,23 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
     check_structure(walk(model, "base_state_dict"), "base_state_dict")
-    state = model.state_dict()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if any(isinstance(entry, Delta) for chain in chains_of(module).values() for entry in chain):
-            state = _without_deltas(state, f"{path}." if path else "", module)
-    return state
+    twin = _twin(model, {})
+    with ExitStack() as undo:
+        for weight, delta in Walk(twin).deltas:
+            weight.detach(delta, undo)
+        return twin.state_dict()
 
 
-def _without_deltas(state: dict[str, Any], prefix: str, module: nn.Module) -> dict[str, Any]:
-    """Give one module's entries the keys and the order that they have without deltas."""
-    names: dict[str, str | None] = {}
-    for tensor, chain in chains_of(module).items():
-        stem = f"{prefix}parametrizations.{tensor}."
-        others = [str(i) for i, entry in enumerate(chain) if not isinstance(entry, Delta)]
-        for key in [key for key in state if key.startswith(stem)]:
-            number, _, inside = key.removeprefix(stem).partition(".")
-            if number in others:
-                names[key] = f"{stem}{others.index(number)}.{inside}"
-            elif inside or not others:
-                names[key] = None if inside else f"{prefix}{tensor}"
-    renamed = {name: each for key, each in state.items() if (name := names.get(key, key))}
-    # The module's own tensors stand where its first entry stood, in their old order.
-    keys = list(renamed)
-    first = next(index for index, key in enumerate(keys) if key.startswith(prefix))
-    own = [f"{prefix}{name}" for name in tensor_names(module)]
-    return in_order(renamed, [*keys[:first], *own, *keys[first:]])
+def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Copy a tree of modules, but no tensor and no delta: what is taken off it isn't the model's."""
+    if isinstance(module, Delta):
+        return module
+    if module not in twins:
+        twin = twins[module] = object.__new__(type(module))
+        children = dict(module._modules)
+        tables = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
+        twin.__dict__.update({**module.__dict__, **tables, "_modules": children})
+        twin.__dict__.pop("_flat_weights", None)  # a recurrent layer's, which detaching rebuilds
+        for name, child in module._modules.items():
+            children[name] = None if child is None else _twin(child, twins)
+    return twins[module]

@@ -34,9 +34,14 @@ def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Iterable[str]])
 
     def put_back() -> None:
         for table, entries, order in kept:
-            content = in_order({**table, **entries}, order)
-            table.clear()
-            table.update({name: each for name, each in content.items() if each is not GONE})
+            for name, entry in entries.items():
+                if entry is GONE:
+                    table.pop(name, None)
+                else:
+                    table[name] = entry
+            if "_parameters" not in table:  # a module's own attributes have no order
+                for name in in_order(table, order):
+                    table[name] = table.pop(name)
 
     undo.callback(put_back)
 

@@ -142,7 +142,7 @@ class Weight:
         del chains_of(module)[self.tensor]
         _settle(module, base)
         table[self.tensor] = tensor
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase) and "_flat_weights" in module.__dict__:
             module._init_flat_weights()  # its own list of its weights
         for name in in_order(module._parameters, order):
             module._parameters[name] = module._parameters.pop(name)

@@ -145,3 +145,16 @@ def test_one_that_is_off_leaves_a_pair_in_activation_space() -> None:
     disable_lora(layer, "whole")
     assert lora_summary(layer).weights[0].space == "activation"
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_one_beside_an_adapter_with_dropout_is_refused() -> None:
+    layer = nn.Linear(6, 5)
+    register_lora(layer, rank=1, dropout=0.5)
+    with pytest.raises(TargetError, match="weight: adapter 'default' drops entries of the input"):
+        register_lora(layer, kind="dense", target="weight", adapter="whole")
+    assert register_lora(layer, kind="dense", target="bias", adapter="whole") == ["bias"]
+
+
+def test_an_option_of_another_kind_can_be_of_any_type() -> None:
+    with pytest.raises(LoRAError, match="a dense delta takes no rank, got tensor"):
+        register_lora(nn.Linear(6, 5), kind="dense", rank=torch.tensor([1, 2]))

@@ -155,3 +155,41 @@ def test_any_numbers_come_back_to_the_bit(
     source, model = layer(alpha, dropout, rank), layer(other, 0.0, rank)
     model.load_state_dict(source.state_dict(), strict=True)
     assert numbers(model) == numbers(source) == {"rank": rank, "alpha": alpha, "dropout": dropout}
+
+
+IDIOMS = {
+    "made half": lambda state: {name: value.half() for name, value in state.items()},
+    "averaged": lambda state: {name: value * 0.5 + value * 0.5 for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_what_is_done_to_every_tensor_of_a_state_leaves_them_readable(idiom: str) -> None:
+    source, model = layer(16.1, 0.25), layer()
+    model.load_state_dict(IDIOMS[idiom](source.state_dict()), strict=True)
+    assert numbers(model) == numbers(source)
+
+
+def test_states_can_be_copied_into_each_other() -> None:
+    source, model = layer(16.1, 0.25), layer()
+    state = model.state_dict()
+    for name, value in source.state_dict().items():
+        state[name].copy_(value)
+    model.load_state_dict(state)
+    assert numbers(model) == numbers(source)
+
+
+def test_torch_names_the_weight_whose_numbers_do_not_fit() -> None:
+    model, other = nn.Sequential(layer(rank=2)), nn.Sequential(layer(rank=1))
+    with pytest.raises(
+        RuntimeError, match=r"0\.parametrizations\.weight\.0\._extra_state: its rank"
+    ):
+        model.load_state_dict(other.state_dict())
+
+
+def test_numbers_taken_over_before_a_fault_are_given_back() -> None:
+    model, source = (nn.Sequential(layer(alpha), layer(alpha)) for alpha in (2.0, 16.0))
+    state = {**lora_state_dict(source), f"1.{KEY}": spoiled(rank=1)}
+    with pytest.raises(StateDictError, match=rf"1\.{KEY}: its rank must be 2"):
+        load_lora_state_dict(model, state)
+    assert [numbers(each)["alpha"] for each in model] == [2.0, 2.0]

@@ -55,6 +55,7 @@ class Delta(nn.Module):
         check_adapter(adapter)
         check_dtype(dtype or torch.get_default_dtype())
         self.adapter = adapter
+        self.__dict__["_enabled"] = True  # where a compiler finds it also after a switch
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
@@ -128,12 +129,17 @@ class Delta(nn.Module):
         said: dict[str, Any] = {"kind": self.kind, **self.numbers}
         if self.rows is not None:
             said["rows"] = [self.rows.start, self.rows.stop]
-        return torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+        text = json.dumps(said).encode()
+        text = text.ljust(
+            -(-len(text) // 256) * 256
+        )  # so that states can be copied into each other
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def set_extra_state(self, state: object) -> None:
         """Take over the numbers of a delta of the same kind, or raise a `StateDictError`."""
         try:
-            said = json.loads(bytes(state.cpu().tolist()))  # type: ignore[attr-defined]
+            # Also of a state dict whose every tensor has been made half, or averaged with another.
+            said = json.loads(bytes(map(int, state.cpu().tolist())))  # type: ignore[attr-defined]
         except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError):
             said = None
         if not isinstance(said, dict):
@@ -144,6 +150,12 @@ class Delta(nn.Module):
             if (theirs := said.pop(what, None)) != own:
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
         self.numbers = said
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        try:
+            super()._load_from_state_dict(*args)
+        except LoRAError as error:  # torch says it with all else that doesn't fit
+            args[-1].append(f"{args[1]}_extra_state: {error}")
 
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
