@@ -107,29 +107,34 @@ def framed(head: bytes, length: int | None = None) -> bytes:
 
 
 DAMAGES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "damaged one: its header would be longer"),
-    "text": (b"this is no safetensors file", "its header would be longer"),
-    "absurd header": (framed(b"{}", 2**63), "its header would be longer"),
-    "largest header": (framed(b"{}", 2**64 - 1), "its header would be longer"),
-    "no JSON": (framed(b"\x80\x81"), "can't decode byte"),
+    "empty": (b"", "damaged one"),
+    "text": (b"this is no safetensors file", "damaged one"),
+    "absurd header": (framed(b"{}", 2**63), "damaged one"),
+    "largest header": (framed(b"{}", 2**64 - 1), "damaged one"),
+    "no JSON": (framed(b"\x80\x81"), "damaged one"),
     "list": (framed(b"[]"), "damaged one"),
     "deep": (framed(b"[" * 100_000), "damaged one"),
     "deep objects": (framed(b'{"a":' * 100_000), "damaged one"),
-    "key twice": (framed(b'{"a":1,"a":2}'), "a key is there twice"),
-    "NaN": (framed(b'{"a":NaN}'), "NaN is no JSON"),
+    "key twice": (
+        framed(
+            b"{" + b",".join([b'"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'] * 2) + b"}"
+        ),
+        "a key is there twice",
+    ),
+    "NaN": (framed(b'{"a":NaN}'), "damaged one"),
     "number": (framed(b'{"a":' + b"9" * 10_000 + b"}"), "damaged one"),
-    "metadata of numbers": (framed(b'{"__metadata__":{"a":1}}'), "its metadata are no strings"),
+    "metadata of numbers": (framed(b'{"__metadata__":{"a":1}}'), "damaged one"),
     "offsets": (
         framed(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'),
-        "a has no place in it",
+        "damaged one",
     ),
     "huge offsets": (
         framed(b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}'),
-        "a has no place in it",
+        "damaged one",
     ),
     "negative": (
         framed(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,0]}}'),
-        "a has no place in it",
+        "damaged one",
     ),
     "overlap": (
         framed(
@@ -137,15 +142,15 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
             b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
         )
         + b"\0" * 4,
-        "its tensors overlap, or leave bytes to nobody",
+        "damaged one",
     ),
     "bytes of nobody": (
         framed(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}') + b"\0" * 8,
-        "its tensors overlap, or leave bytes to nobody",
+        "damaged one",
     ),
     "dimensions": (
         framed(b'{"a":{"dtype":"F32","shape":[' + b"9," * 800_000 + b'9],"data_offsets":[0,0]}}'),
-        "a has no place in it",
+        "damaged one",
     ),
     "long name": (
         framed(b'{"' + b"a." * 501 + b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
@@ -153,7 +158,7 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     ),
     "float": (
         framed(b'{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,0]}}'),
-        "a has no place in it",
+        "damaged one",
     ),
     "no tensors": (framed(b"{}"), "of no known format"),
     "of others": (
@@ -323,7 +328,7 @@ def test_forged_tensors_load_whole_or_not_at_all(
     loads_whole_or_not_at_all(file)
 
 
-def test_a_large_header_is_parsed_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_is_parsed_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed, parse = [], tensors.strict_json
 
     def counting(text: str) -> Any:
@@ -333,7 +338,7 @@ def test_a_large_header_is_parsed_once(saved: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tensors, "strict_json", counting)
     monkeypatch.setattr(native, "strict_json", counting)
     for content, times in (
-        (framed(b"[" + b" " * 1000), 1),
+        (framed(b"[" + b" " * 1000), 0),
         (saved.read_bytes().replace(b"0.weight", b"1.weight"), 2),  # and the record in it
     ):
         parsed.clear()

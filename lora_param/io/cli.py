@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import LoRAError
-from .checkpoint import check_checkpoint, merge_checkpoint
-from .convert import convert_file
+from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .formats import WRITTEN
 from .summary import FileSummary, file_summary
 

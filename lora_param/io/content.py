@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,25 +26,15 @@ CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "ada
 
 @dataclass(frozen=True)
 class About:
-    """What a file says besides its deltas, as far as its format has a place for it.
-
-    Attributes:
-        adapter: The adapter's name.
-        model: What the base is called on a hub.
-        cls: The base's class.
-        base: SHA-256 digests of the base's parameters, as `fingerprint` gives them.
-        shapes: Shapes of the base's parameters.
-        layers: Facts of the adapted modules by their paths, as `outline_of_tensors` takes them.
-        metadata: Strings of whoever saved it.
-    """
+    """What a file says besides its deltas, as far as its format has a place for it."""
 
     adapter: str = "default"
-    model: str = ""
-    cls: str = ""
-    base: Mapping[str, str] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""  # what the base is called on a hub
+    cls: str = ""  # the base's class
+    base: Mapping[str, str] = field(default_factory=dict)  # its fingerprint
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # its parameters'
+    layers: Mapping[str, Config] = field(default_factory=dict)  # facts of the adapted modules
+    metadata: Mapping[str, str] = field(default_factory=dict)  # strings of whoever saved it
 
     @property
     def base_name(self) -> str:
@@ -79,21 +69,20 @@ class OpenFile:
 @contextmanager
 def open_file(path: Path) -> Iterator[OpenFile]:
     """Open a file, or the file of tensors in a folder of PEFT's, for a block."""
-    with ExitStack() as stack:
-        try:
-            if folder := path if path.is_dir() else None:
-                path = next((p for n in (SAFE, PICKLED) if (p := folder / n).exists()), folder)
-            if path == folder:
-                raise FileError(f"{path}: is of no known format: it has no {SAFE}")
-            check_regular(path)
-            file = stack.enter_context(open(path, "rb"))
-            header = read_header(file)
-        except FileError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            reason = getattr(error, "strerror", None) or error
-            raise FileError(f"{path}: can't be read: {reason}") from None
-        yield OpenFile(path, folder, file, header)
+    try:
+        if folder := path if path.is_dir() else None:
+            path = next((p for n in (SAFE, PICKLED) if (p := folder / n).exists()), folder)
+        if path == folder:
+            raise FileError(f"{path}: is of no known format: it has no {SAFE}")
+        check_regular(path)
+        file = open(path, "rb")  # noqa: SIM115, because the block's errors aren't the file's
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path}: can't be read: {reason}") from None
+    with file:
+        yield OpenFile(path, folder, file, read_header(path, file))
 
 
 def check_regular(path: Path) -> None:
@@ -140,10 +129,10 @@ def write_content(path: Path, content: Content) -> None:
         save_tensors(path / SAFE, tensors, metadata)
 
 
-def check_apart(out: Path, *inputs: Path | None) -> None:
+def check_apart(out: Path, *inputs: Path) -> None:
     """Raise if what is going to be written is also read, itself or beside it."""
     written = [out, *out.iterdir()] if out.is_dir() else [out] * out.exists()
-    for path in filter(None, inputs):
+    for path in inputs:
         inside = [*path.iterdir()] if path.is_dir() else []
         for read in [path, path.parent / CONFIG, *inside]:
             if read.exists() and any(map(read.samefile, written)):

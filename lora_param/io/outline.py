@@ -27,6 +27,9 @@ LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """What a module's `weight` of so many dimensions is taken for."""
 
+NUMBERS: dict[str, Any] = {"groups": int, "dilation": (list, tuple), "padding_mode": str}
+"""What is to be known of a convolution."""
+
 
 def kind_name(layer: Layer) -> str:
     """Return what a row's kind is called in a file."""
@@ -41,32 +44,15 @@ NOTHING = Layer("nothing", tensors=(), view=stack)
 
 @dataclass(frozen=True)
 class ModuleOutline:
-    """What is known of one module: by default, nothing.
-
-    Attributes:
-        path: Its path.
-        layer: Its row of the table.
-        tensors: The names of its own tensors, in their order.
-        known: Whether that is so, and no guess from names and shapes.
-        class_name: What its class is called.
-        groups, dilation, padding_mode: A convolution's.
-        is_transposed: Whether it says that its stacks are stored `(in, out)`, as some of
-            transformers' experts do; `None` where that isn't known.
-        own_forward: Whether it is a linear layer whose class computes otherwise than `nn.Linear`.
-        shared: Whether the model has it in several places.
-    """
+    """What is known of one module: by default, nothing."""
 
     path: str
     layer: Layer = NOTHING
-    tensors: tuple[str, ...] = ()
-    known: bool = False
+    tensors: tuple[str, ...] = ()  # the names of its own, in their order
     class_name: str = "module"
-    groups: int = 1
-    dilation: tuple[int, ...] = ()
-    padding_mode: str = "zeros"
-    is_transposed: bool | None = None
-    own_forward: bool = False
-    shared: bool = False
+    facts: Facts = field(default_factory=dict)  # for another outline, in JSON; of a guess, none
+    own_forward: bool = False  # whether it is linear and computes otherwise than `nn.Linear`
+    shared: bool = False  # whether the model has it in several places
 
     @property
     def is_plain(self) -> bool:
@@ -74,18 +60,15 @@ class ModuleOutline:
         return self.layer.kind in LINEARS + CONVOLUTIONS
 
     @property
-    def computes_otherwise(self) -> bool:
-        """Whether it does otherwise than a plain layer of its kind without dilation or padding."""
-        dilated = any(each != 1 for each in self.dilation)
-        return self.own_forward or dilated or self.padding_mode != "zeros"
+    def is_transposed(self) -> bool | None:
+        """Whether its stacks are stored `(in, out)`, as some of transformers' experts'."""
+        return self.facts.get("is_transposed")
 
     @property
-    def facts(self) -> Facts:
-        """What another outline needs to know of it, for JSON; of a guess, nothing."""
-        names = ["groups", "dilation", "padding_mode"] * (self.layer.kind in CONVOLUTIONS)
-        names += ["is_transposed"] * (self.layer is UNLISTED)
-        facts = {"type": kind_name(self.layer)} | {name: getattr(self, name) for name in names}
-        return facts if self.known else {}
+    def computes_otherwise(self) -> bool:
+        """Whether it does otherwise than a plain layer of its kind without dilation or padding."""
+        dilated = any(each != 1 for each in self.facts.get("dilation", ()))
+        return self.own_forward or dilated or self.facts.get("padding_mode", "zeros") != "zeros"
 
 
 @dataclass(frozen=True)
@@ -156,21 +139,17 @@ class Outline:
 
     def weight(self, name: str) -> WeightOutline | None:
         """Return what is known of a weight or a block of its rows; `None` if there is none."""
-        block = None if name in self.weights else re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
-        if block is None and self.unknown:
-            path, _, tensor = name.rpartition(".")
-            return WeightOutline(ModuleOutline(path), tensor)
-        weight = self.weights.get(block[1] if block else name)
-        return (
-            replace(weight, rows=slice(*map(int, block.groups()[1:])))
-            if weight and block
-            else weight
-        )
+        if name in self.weights:
+            return self.weights[name]
+        if block := re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name):
+            weight = self.weights.get(block[1])
+            return weight and replace(weight, rows=slice(int(block[2]), int(block[3])))
+        path, _, tensor = name.rpartition(".")
+        return WeightOutline(ModuleOutline(path), tensor) if self.unknown else None
 
-    def has_weight(self, path: str) -> bool:
-        """Say whether there may be a module at a path that has a tensor called `weight`."""
-        module = self.module(path)
-        return module is not None and (self.unknown or "weight" in module.tensors)
+    def first(self, *paths: str) -> str | None:
+        """Return the first path at which there may be a module with a tensor called `weight`."""
+        return next((path for path in paths if self.weight(join(path, "weight"))), None)
 
     def nearest(self, name: str) -> str:
         """Quote up to three names of weights that are the most like one."""
@@ -189,10 +168,14 @@ def outline_of_model(walk: Walk) -> Outline:
     modules = {}
     for path, module in walk.modules:
         cls = type_before(module)
+        layer, facts = layer_of(cls), dict[str, Any]()
+        if isinstance(module, CONVOLUTIONS):
+            facts = {name: getattr(module, name) for name in NUMBERS}
+        elif layer is UNLISTED:
+            facts = {"is_transposed": bool(getattr(module, "is_transposed", False))}
         modules[path] = ModuleOutline(
-            *(path, layer_of(cls), tuple(tensor_names(module)), True, cls.__name__),
-            *_convolution(vars(module) if isinstance(module, CONVOLUTIONS) else {}),
-            is_transposed=bool(getattr(module, "is_transposed", False)),
+            *(path, layer, tuple(tensor_names(module)), cls.__name__),
+            facts={"type": kind_name(layer), **facts},
             own_forward=issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward,
             shared=slots[id(module)] > 1,
         )
@@ -216,9 +199,14 @@ def outline_of_tensors(
         path, _, tensor = name.rpartition(".")
         own[path][tensor] = tuple(source.shape) if isinstance(source, Tensor) else source
     parents = [each for path in own for each in accumulate(path.split("."), "{}.{}".format)]
-    modules = {
-        path: _known(path, own.get(path, {}), facts) for path in dict.fromkeys(["", *parents])
-    }
+    modules = {}
+    for path in dict.fromkeys(["", *parents]):
+        layer, said = _layer(path, own.get(path, {}), facts), facts.get(path, {})
+        kinds = {"type": str, "is_transposed": bool} | NUMBERS
+        sound = {name: fact for name, fact in said.items() if isinstance(fact, kinds.get(name, ()))}
+        modules[path] = ModuleOutline(
+            *(path, layer, tuple(own.get(path, ())), kind_name(layer).rpartition(".")[2], sound)
+        )
     weights = {}
     for name, source in tensors.items():
         path, _, tensor = name.rpartition(".")
@@ -227,32 +215,15 @@ def outline_of_tensors(
     return Outline(modules, weights, values, values)
 
 
-def _known(path: str, own: Mapping[str, Shape], facts: Mapping[str, Facts]) -> ModuleOutline:
-    """Return what is said of a module, or what its tensors' shapes look like."""
-    said, weight, bias = facts.get(path, {}), own.get("weight", ()), own.get("bias", ())
-    # Another's attention has a plain layer behind it.
-    behind = facts.get(join(path, "out_proj"), {}).get("type", kind_name(TABLE[0]))
-    if "type" in said:
-        layer = ROWS.get(str(said["type"]), UNLISTED)
-    elif "in_proj_weight" in own:
-        layer = layer_of(nn.MultiheadAttention) if behind == kind_name(TABLE[0]) else UNLISTED
-    elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
-        layer = ROWS[CONV1D]
-    else:
-        layer = layer_of(GUESSES.get(len(weight), nn.Module))
-    transposed = said.get("is_transposed")
-    return ModuleOutline(
-        *(path, layer, tuple(own), "type" in said, kind_name(layer).rpartition(".")[2]),
-        *_convolution(said if layer.kind in CONVOLUTIONS else {}),
-        is_transposed=transposed if isinstance(transposed, bool) else None,
-    )
-
-
-def _convolution(facts: Facts) -> tuple[int, tuple[int, ...], str]:
-    """Return a convolution's groups, dilation and padding mode, as far as they are any."""
-    groups, dilation, mode = map(facts.get, ("groups", "dilation", "padding_mode"))
-    return (
-        groups if isinstance(groups, int) else 1,
-        tuple(dilation) if isinstance(dilation, (list, tuple)) else (),
-        mode if isinstance(mode, str) else "zeros",
-    )
+def _layer(path: str, own: Mapping[str, Shape], facts: Mapping[str, Facts]) -> Layer:
+    """Return the row that is said of a module, or that its tensors' shapes look like."""
+    said = facts.get(path, {}).get("type")
+    weight, bias = own.get("weight", ()), own.get("bias", ())
+    if said is not None:
+        return ROWS.get(str(said), UNLISTED)
+    if "in_proj_weight" in own:  # another's attention has a plain layer behind it
+        behind = facts.get(join(path, "out_proj"), {}).get("type", kind_name(TABLE[0]))
+        return layer_of(nn.MultiheadAttention) if behind == kind_name(TABLE[0]) else UNLISTED
+    if len(weight) == 2 and bias == weight[1:] != weight[:1]:
+        return ROWS[CONV1D]
+    return layer_of(GUESSES.get(len(weight), nn.Module))

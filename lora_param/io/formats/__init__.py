@@ -19,7 +19,7 @@ from ...deltas import Delta, LoRAParametrization
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
 from ..content import About, Config, Content, OpenFile, open_file, shortened, write_content
-from ..outline import UNKNOWN, Outline, WeightOutline, outline_of_tensors
+from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
 from ..progress import progress
 from . import diffusers, kohya, loralib, native, peft
 
@@ -34,17 +34,12 @@ def _describe(file: OpenFile) -> tuple[Config, About]:
 
 @dataclass(frozen=True)
 class Format:
-    """One row of the table.
+    """One row of the table: from tensors to deltas, and back where the format is written.
 
-    Attributes:
-        name: What `save_lora(..., format=name)` takes.
-        recognises: `(file) -> bool`, from names, suffixes and header keys; unpickles nothing.
-        parse: `(tensors, config, weights, *, options)` to pairs of a weight's name and its delta.
-            Raises a `FileError` that lists all that is wrong, without the file's name.
-        render: `(deltas, weights, about, *, options) -> Content`; `None` where it isn't written.
-        describe: `(file) -> (config, about)`, what `parse` needs beside tensors, and all else.
-        any_kind: Whether it has a place for every kind of delta, and for blocks of rows.
-        silent: The numbers of a delta that its files don't say.
+    `recognises` unpickles nothing, `describe` returns what `parse` needs beside tensors, and all
+    else. `parse(tensors, config, weights, *, options)` gives pairs of a weight's name and its
+    delta, or raises a `FileError` that lists all that is wrong, without the file's name;
+    `render(deltas, weights, about, *, options)` goes the other way.
     """
 
     name: str
@@ -52,8 +47,8 @@ class Format:
     parse: Callable[..., list[tuple[str, Any]]]
     render: Callable[..., Content] | None = None
     describe: Callable[[OpenFile], tuple[Config, About]] = _describe
-    any_kind: bool = False
-    silent: tuple[str, ...] = ()
+    any_kind: bool = False  # whether it has a place for every kind of delta, and for blocks of rows
+    silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
 FORMATS: tuple[Format, ...] = (
@@ -89,13 +84,16 @@ class AdapterFile:
 
     def parse(self, weights: Outline, /, **options: Any) -> Deltas:
         """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
-        _check_options(self.format, self.format.parse, options)
+        _check_options(self.format.name, self.format.parse, options)
         tensors = self.file.tensors
         try:
             pairs = self.format.parse(tensors, self.config, weights, **options)
             times = Counter(name for name, _ in pairs)
             faults = [f"{n}: there are {k} updates of it" for n, k in times.items() if k > 1]
-            faults += [*faults_of(dict(pairs)), *self._contradictions(dict(pairs))]
+            faults += faults_of(dict(pairs))
+            for name, delta in {} if self.outline.unknown else dict(pairs).items():
+                if fault := _misfit(delta, self.outline.weight(name)):
+                    faults.append(f"{name}: its tensors aren't of the shape said: {fault}")
         except FileError as error:
             raise FileError(f"{self.path}: {error}") from None
         except LoRAError:
@@ -107,13 +105,6 @@ class AdapterFile:
         if faults:
             raise FileError(f"{self.path}: {shortened(faults)}")
         return dict(pairs)
-
-    def _contradictions(self, deltas: Deltas) -> Iterator[str]:
-        """Yield deltas that aren't of the shapes that the file itself says."""
-        for name, delta in {} if self.outline.unknown else deltas.items():
-            weight = self.outline.weight(name)
-            if fault := "it isn't said" if weight is None else _misfit(delta, weight):
-                yield f"{name}: its tensors aren't of the shape said: {fault}"
 
     def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
         """Read the deltas and hold them against a model's weights, in model order.
@@ -134,20 +125,18 @@ class AdapterFile:
         order = {name: place for place, name in enumerate(weights.weights)}
         names = sorted(found, key=lambda name: order[found[name].name])
         misfits = {name: _misfit(deltas[name], found[name]) for name in names}
-        self._refuse_shapes([f"{name}: {fault}" for name, fault in misfits.items() if fault])
-        fitting = {name: _within_rank(deltas[name], found[name]) for name in names}
-        if lowered := {name: each for name, each in fitting.items() if each is not deltas[name]}:
-            self._refuse_shapes([*faults_of(lowered)])
+        faults = [f"{name}: {fault}" for name, fault in misfits.items() if fault]
+        fitting = {} if faults else {n: _within_rank(deltas[n], found[n].view) for n in names}
+        lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
+        if faults := faults or list(faults_of(lowered)) * bool(lowered):
+            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
+        if lowered:
             warnings.warn(
                 f"{self.path}: rank lowered to the weight's smaller side, the same update within "
                 f"rounding: {shortened([*lowered])}",
                 stacklevel=3,
             )
         return fitting
-
-    def _refuse_shapes(self, faults: list[str]) -> None:
-        if faults:
-            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
 
 
 @contextmanager
@@ -171,7 +160,7 @@ def write_adapter(
     row = next((row for row in FORMATS if row.render and row.name == format), None)
     if row is None or row.render is None:
         raise LoRAError(f"format must be one of {WRITTEN}, got {format!r}")
-    _check_options(row, row.render, options)
+    _check_options(format, row.render, options)
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
@@ -186,11 +175,11 @@ def write_adapter(
     write_content(path, content)
 
 
-def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def _check_options(name: str, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(call).parameters.values()
     known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     if unknown := sorted(options.keys() - known):
-        raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")
+        raise LoRAError(f"the format {name} takes {sorted(known)}, got {', '.join(unknown)}")
     if not isinstance(options.get("prefix", ""), str):
         raise LoRAError(f"prefix must be a string, got {options['prefix']!r}")
 
@@ -220,15 +209,17 @@ def _check_adaptable(weights: list[WeightOutline], adapter: str) -> None:
             raise TargetError(f"{weight.name}: its dtype must be one of {allowed}, got {got}")
 
 
-def _misfit(delta: Delta, weight: WeightOutline) -> str | None:
+def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
+    if weight is None:
+        return "it isn't said"
     if delta.rows != weight.rows:
         return f"its rows are {delta.rows}, by its name {weight.rows}"
     return delta.misfit(weight.shape or (), weight.view)
 
 
-def _within_rank(delta: Delta, weight: WeightOutline) -> Delta:
+def _within_rank(delta: Delta, view: Shape) -> Delta:
     """Return a delta, or one of the same update whose rank is the weight's smaller side."""
-    limit = min(weight.view[-2:], default=0)
-    if not isinstance(delta, LoRAParametrization) or delta.rank <= limit:
-        return delta
-    return delta.lowered(limit)
+    limit = min(view[-2:], default=0)
+    if isinstance(delta, LoRAParametrization) and delta.rank > limit:
+        return delta.lowered(limit)
+    return delta

@@ -72,7 +72,7 @@ def parse(
     factors, rest = shared.group_factors(chosen, *KEYS)
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
-    paths = {name: next(filter(weights.has_weight, _paths(name)), None) for name in factors}
+    paths = {name: weights.first(*_paths(name)) for name in factors}
     deltas = shared.read_layers(factors, paths, weights, shared.plain_factors)
     complaints = []
     for name, (_, delta) in zip(factors, deltas, strict=True):

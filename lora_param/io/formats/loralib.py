@@ -46,9 +46,7 @@ def parse(
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
     factors, rest = shared.group_factors(tensors, *KEYS)
     # A ConvLoRA has its layer inside.
-    paths = {
-        name: next(filter(weights.has_weight, (name, join(name, "conv"))), None) for name in factors
-    }
+    paths = {name: weights.first(name, join(name, "conv")) for name in factors}
     base = {_name_in_base(key, paths): tensor for key, tensor in rest.items()}
     shared.refuse(shared.tensors_of_another_base(base, weights))
 

@@ -178,7 +178,7 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
         return version < (0, 19, 0) or module.is_transposed == (version > (0, 19, 0))
-    guessed = module.layer is not NOTHING and not module.known
+    guessed = module.layer is not NOTHING and not module.facts
     if place.kind == "layer" and guessed and len(shape) == 2:
         square = shape[0] == shape[1]
         return (None if vague else False) if square else A.shape[1] == shape[0]

@@ -106,13 +106,13 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
         yield f"{name}: PEFT has no place for this tensor of a {module.class_name}"
     elif "." not in name:
         yield f"{name}: PEFT adapts what is inside a model, not the model itself"
-    elif module.groups > 1:
+    elif module.facts.get("groups", 1) > 1:
         yield f"{name}: PEFT's update of a grouped convolution is no change of its weight"
     elif place.kind == "alone" and not idle:
         yield f"{name}: PEFT never applies an adapter of an attention's out_proj alone"
     elif written and place.stack and module.is_transposed is None:
         yield f"{name}: PEFT's layout of a stack depends on the module, and this is an outline"
-    elif written and dimensions > 2 and not module.known:
+    elif written and dimensions > 2 and not module.facts:
         yield (
             f"{name}: no checkpoint says how a convolution is grouped; load this file on the model "
             'and call save_lora(..., format="peft")'
