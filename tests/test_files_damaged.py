@@ -67,17 +67,17 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "no kind": (lambda r, t: r["weights"]["0.weight"].pop("kind"), "damaged metadata: KeyError 'kind'"),
     "number": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(tau=1), "0.weight: .*tau"),
     "dropout": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(dropout=1.0), "0.weight: dropout must satisfy"),
-    "rows": (lambda r, t: r["weights"]["0.weight"].update(rows=[0]), "damaged metadata: spec of 0.weight"),
+    "rows": (lambda r, t: r["weights"]["0.weight"].update(rows=[0]), "damaged metadata: weights of 0.weight"),
     "no weights": (lambda r, t: (r["weights"].clear(), t.clear()), "there is no adapter in it"),
     "field gone": (lambda r, t: r.pop("base"), "damaged metadata: KeyError 'base'"),
     "weights a list": (lambda r, t: r.update(weights=[]), "damaged metadata: AttributeError"),
-    "base of numbers": (lambda r, t: r["base"].update({"0.bias": 1}), r"metadata: 0\.bias"),
+    "base of numbers": (lambda r, t: r["base"].update({"0.bias": 1}), r"metadata: base of 0\.bias"),
     "alpha text": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(alpha="3"), "0.weight: alpha must be a finite"),
     "alpha true": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(alpha=True), "0.weight: alpha must be a finite"),
     "alpha huge": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(alpha=10**400), "0.weight: alpha must be a finite"),
     "rank": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(rank=3), "0.weight: its rank must be 2"),
     "shape": (lambda r, t: r["shapes"].update({"0.weight": [5, 7]}), "aren't of the shape said"),
-    "shape text": (lambda r, t: r["shapes"].update({"0.weight": ["5"]}), "shape of 0.weight"),
+    "shape text": (lambda r, t: r["shapes"].update({"0.weight": ["5"]}), "shapes of 0.weight"),
     "adapter": (lambda r, t: r.update(adapter="a.b"), "string without dots, got 'a.b'"),
     "rows by another name": (lambda r, t: r["weights"]["0.weight"].update(rows=[0, 2]), "its rows are slice"),
     "missing": (lambda r, t: t.pop(A), "missing: 0.weight.lora_A"),
@@ -124,18 +124,12 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "NaN": (framed(b'{"a":NaN}'), "damaged one"),
     "number": (framed(b'{"a":' + b"9" * 10_000 + b"}"), "damaged one"),
     "metadata of numbers": (framed(b'{"__metadata__":{"a":1}}'), "damaged one"),
-    "offsets": (
-        framed(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'),
-        "damaged one",
-    ),
+    "offsets": (framed(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'), "damaged one"),
     "huge offsets": (
         framed(b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}'),
         "damaged one",
     ),
-    "negative": (
-        framed(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,0]}}'),
-        "damaged one",
-    ),
+    "negative": (framed(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,0]}}'), "damaged one"),
     "overlap": (
         framed(
             b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'

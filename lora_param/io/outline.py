@@ -147,9 +147,10 @@ class Outline:
         path, _, tensor = name.rpartition(".")
         return WeightOutline(ModuleOutline(path), tensor) if self.unknown else None
 
-    def first(self, *paths: str) -> str | None:
-        """Return the first path at which there may be a module with a tensor called `weight`."""
-        return next((path for path in paths if self.weight(join(path, "weight"))), None)
+    def layer_weight(self, *paths: str) -> WeightOutline | None:
+        """Return what is known of the `weight` of the first module that there may be."""
+        found = (self.weight(join(path, "weight")) for path in paths)
+        return next(filter(None, found), None)
 
     def nearest(self, name: str) -> str:
         """Quote up to three names of weights that are the most like one."""

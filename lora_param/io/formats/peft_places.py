@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -19,16 +21,12 @@ WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
 class Place(NamedTuple):
     """Where PEFT keeps the update of a weight.
 
-    Attributes:
-        name: The middle of its keys.
-        key: What the config's patterns are held against.
-        weight: The weight.
-        kind: A layer's weight, a part of an attention, or a parameter by itself; `"alone"` is an
-            attention's `out_proj` where PEFT wraps it without the attention.
+    Its `kind` is a layer's weight, a part of an attention, or a parameter by itself; `"alone"` is
+    an attention's `out_proj` where PEFT wraps it without the attention.
     """
 
-    name: str
-    key: str
+    name: str  # the middle of its keys
+    key: str  # what the config's patterns are held against
     weight: WeightOutline
     kind: Literal["layer", "in_proj", "out_proj", "alone", "parameter"] = "layer"
 
@@ -36,12 +34,6 @@ class Place(NamedTuple):
     def module(self) -> ModuleOutline:
         """The weight's module."""
         return self.weight.module
-
-    @property
-    def can_drop(self) -> bool:
-        """Whether dropout can act here where it does in PEFT."""
-        layer = self.module.layer
-        return self.weight.drops or layer is NOTHING or not layer.drops
 
     @property
     def stack(self) -> Shape | None:
@@ -98,8 +90,7 @@ def place_of_weight(
 
 def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iterator[str]:
     """Yield why PEFT has no place for an update, or doesn't use it; an idle one has no effect."""
-    module, weight, name = place.module, place.weight, place.weight.name
-    dimensions = len(weight.shape or ())
+    module, name = place.module, place.weight.name
     if module.layer is NOTHING:
         return
     if not _has_place(place):
@@ -112,7 +103,7 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
         yield f"{name}: PEFT never applies an adapter of an attention's out_proj alone"
     elif written and place.stack and module.is_transposed is None:
         yield f"{name}: PEFT's layout of a stack depends on the module, and this is an outline"
-    elif written and dimensions > 2 and not module.facts:
+    elif written and len(place.weight.shape or ()) > 2 and not module.facts:
         yield (
             f"{name}: no checkpoint says how a convolution is grouped; load this file on the model "
             'and call save_lora(..., format="peft")'
@@ -120,10 +111,30 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
 
 
 def _has_place(place: Place) -> bool:
-    module, shape = place.module, place.weight.shape
-    if shape is None:
-        return False
+    kind, shape = place.module.layer.kind, place.weight.shape
     if place.kind == "parameter":
-        return module.layer.kind in (UNLISTED.kind, *LINEARS) and len(shape) in (2, 3)
-    known = module.is_plain or module.layer.kind in (nn.Embedding, CONV1D)
-    return place.kind != "layer" or (known and place.weight.tensor == "weight")
+        return kind in (UNLISTED.kind, *LINEARS) and len(shape or ()) in (2, 3)
+    known = place.module.is_plain or kind in (nn.Embedding, CONV1D)
+    return shape is not None and (
+        place.kind != "layer" or (known and place.weight.tensor == "weight")
+    )
+
+
+def warn(places: Iterable[Place], twice: str = "", dropout: float = 0.0) -> None:
+    """Warn where PEFT computes something else than the formula, with what of `twice` follows."""
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for place in places:
+        module, name = place.module, place.weight.name
+        if module.computes_otherwise:
+            how = "by other maths: it knows no dilation, padding_mode or forward of a layer's own"
+            reasons[how].append(name)
+        if module.shared:
+            how = "in one of the places where its module is found, and here it is adapted in all"
+            reasons[how].append(name)
+        if twice and place.kind == "out_proj":
+            reasons[f"twice, and {twice}"].append(name)
+        able = place.weight.drops or module.layer is NOTHING or not module.layer.drops
+        if dropout and place.kind == "layer" and not able:
+            reasons["with dropout, and here there is none"].append(name)
+    for reason, names in reasons.items():
+        warnings.warn(f"PEFT adapts {', '.join(names)} {reason}", stacklevel=5)
