@@ -10,10 +10,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Record:
-    """What a module remembers, as `_lora`, while it has deltas.
+    """What a module remembers, as `_lora`: its class and order of parameters before, and a plan.
 
-    Its class and the order of its parameters before, and the last plan of how its weight is
-    computed. A copy has neither class nor plan: torch makes a class for one module alone.
+    A copy has neither class nor plan, because torch makes a class for one module alone.
     """
 
     def __init__(self, type: type[nn.Module] | None = None, order: tuple[str, ...] = ()) -> None:
@@ -36,12 +35,12 @@ def chains_of(module: nn.Module) -> MutableMapping[str, Any]:
     """
     if "parametrizations" not in module._modules:
         return {}
-    chains = module._modules["parametrizations"]
-    if not isinstance(chains, nn.ModuleDict) or not all(
-        isinstance(chain, ParametrizationList) for chain in chains._modules.values()
-    ):
-        return {}
-    return cast("MutableMapping[str, Any]", chains._modules)
+    holder = module._modules["parametrizations"]
+    chains: Any = holder._modules if isinstance(holder, nn.ModuleDict) else {}
+    for chain in chains.values():
+        if not isinstance(chain, ParametrizationList):
+            return {}
+    return chains  # type: ignore[no-any-return]
 
 
 def originals_of(chain: Any) -> list[Tensor]:

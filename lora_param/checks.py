@@ -14,7 +14,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
-from .weight import Walk, Weight, memory_of, merged_for_now
+from .weight import Walk, Weight, merged_for_now
 
 FIXED = {
     "DistributedDataParallel": "it synchronises the parameters it was given; register before "
@@ -29,25 +29,21 @@ FIXED = {
 def check_structure(walk: Walk, call: str) -> None:
     """Raise unless the structure of a model can be changed."""
     for module, path in walk.owners.items():
+        refusal = f"{path or 'model'}: {call} can't be called"
         if module in merged_for_now:
-            raise LoRAError(
-                f"{path or 'model'}: {call} can't be called in a lora_merged block, in which there "
-                "are no adapters; call it after the block"
-            )
+            where = "in a lora_merged block, in which there are no adapters"
+            raise LoRAError(f"{refusal} {where}; call it after the block")
         for base in type(module).__mro__:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
-                reason = f"{call} can't be called on a {base.__name__}: {FIXED[base.__name__]}"
-                raise LoRAError(f"{path or 'model'}: {reason}")
+                raise LoRAError(f"{refusal} on a {base.__name__}: {FIXED[base.__name__]}")
 
 
 def check_model(walk: Walk, call: str) -> None:
     """Raise unless the structure of a model can be changed for good, here and now."""
     check_structure(walk, call)
     if torch.is_inference_mode_enabled():
-        raise LoRAError(
-            f"{call} can't be called in torch.inference_mode: what is made there never gets a "
-            "gradient; call it outside"
-        )
+        reason = "what is made there never gets a gradient; call it outside"
+        raise LoRAError(f"{call} can't be called in torch.inference_mode: {reason}")
 
 
 def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]:
@@ -69,44 +65,37 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
         for entry in weight.chain:
             ours = isinstance(entry, Delta) and weight.overlaps(entry.rows)
             if ours and entry.adapter == adapter:
-                raise AdapterError(
-                    f'{weight.name}: there is an adapter "{adapter}" on this weight already; '
-                    "choose another name, or remove that one first"
-                )
+                there = f'there is an adapter "{adapter}" on this weight already'
+                fix = "choose another name, or remove that one first"
+                raise AdapterError(f"{weight.name}: {there}; {fix}")
 
 
 def check_droppable(weights: Sequence[Weight]) -> None:
     """Raise for the first weight whose input a delta doesn't meet."""
     for weight in weights:
         if not (acts(weight.module, weight.tensor) and weight.layer.drops):
-            raise TargetError(
-                f"{weight.name}: dropout needs a layer that computes in activation space, and an "
-                f"input to drop from, which a {type_before(weight.module).__name__} has not; use "
-                "dropout=0, or exclude this weight"
+            rule = (
+                "dropout needs a layer that computes in activation space, and an input to drop from"
             )
-
-
-def _partners(walk: Walk, weight: Weight) -> list[Weight]:
-    """List the others that are the same Parameter."""
-    same = walk.shared.get(memory_of(weight.original), []) if walk.shared else []
-    return [other for other in same if other.name != weight.whole.name]
+            finding = f"which a {type_before(weight.module).__name__} has not"
+            fix = "use dropout=0, or exclude this weight"
+            raise TargetError(f"{weight.name}: {rule}, {finding}; {fix}")
 
 
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
     """Raise for the first weight whose Parameter is another module's too."""
     for weight in weights if walk.shared else ():
-        if others := _partners(walk, weight):
-            raise TargetError(
-                f"{weight.name}: {_names(others)} is the same Parameter, and {consequence}; give "
-                "each place a Parameter of its own, or exclude this weight"
-            )
+        if others := walk.partners(weight):
+            fix = "give each place a Parameter of its own, or exclude this weight"
+            same = f"{_names(others)} is the same Parameter"
+            raise TargetError(f"{weight.name}: {same}, and {consequence}; {fix}")
 
 
 def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
     """Leave out, with a warning that names them, the weights that are tied to an embedding."""
     tied = {}
     for weight in weights if walk.shared else ():
-        others = _partners(walk, weight)
+        others = walk.partners(weight)
         if any(isinstance(other.module, (nn.Embedding, nn.EmbeddingBag)) for other in others):
             tied[weight] = f"{weight.name} (is {_names(others)})"
     if tied:
@@ -129,12 +118,11 @@ def _reasons(weight: Weight) -> Iterator[str]:
         name = '"parametrizations", where torch keeps these'
         yield f"its module has something of its own called {name}"
     yield from _norms(module, weight.tensor)
-    if not chain and tensor is None:
-        none = weight.tensor in module._parameters
-        fix = "give the module a Parameter" if none else "make it one"
-        what = "None" if none else "no Parameter of its module"
-        yield f"it is {what}; {fix}"
-    for unfit, rule in TENSOR_RULES if tensor is not None else ():
+    if not chain and tensor is None and weight.tensor in module._parameters:
+        yield "it is None; give the module a Parameter"
+    elif not chain and tensor is None:
+        yield "it is no Parameter of its module; make it one"
+    for unfit, rule in TENSOR_RULES:
         if tensor is not None and unfit(tensor):
             yield rule.format(tensor, type(tensor).__name__, show_dtypes(tensor.dtype))
     try:
@@ -151,11 +139,9 @@ def _norms(module: nn.Module, tensor: str) -> Iterator[str]:
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
         torchs = type(hook).__module__.startswith("torch.nn.utils.")
         if torchs and name and tensor in (name, f"{name}_g", f"{name}_v", f"{name}_orig"):
-            yield (
-                f"the forward hook {type(hook).__name__} sets this tensor before every forward; "
-                "make it permanent (remove_weight_norm, remove_spectral_norm, prune.remove), or "
-                "use torch.nn.utils.parametrizations"
-            )
+            fix = "make it permanent (remove_weight_norm, remove_spectral_norm, prune.remove)"
+            found = f"the forward hook {type(hook).__name__} sets this tensor before every forward"
+            yield f"{found}; {fix}, or use torch.nn.utils.parametrizations"
 
 
 def _cant_be_added_to(tensor: Tensor) -> bool:

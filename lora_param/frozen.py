@@ -20,10 +20,7 @@ FROZEN = "_lora_frozen"
 
 
 def freeze(walk: Walk, undo: ExitStack) -> None:
-    """Freeze every parameter of the base, clear its gradient and remember its flag.
-
-    The gradient is cleared because an optimizer built earlier would still apply it.
-    """
+    """Freeze the base and clear its gradients, which an optimizer built earlier would apply."""
     flagged: dict[nn.Module, list[str]] = {}
     for weight, tensor in walk.parameters:
         if tensor.requires_grad:
@@ -52,11 +49,8 @@ def thaw(walk: Walk, undo: ExitStack) -> None:
 def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
     """Return the SHA-256 digest of each original, over its bytes, dtype and shape.
 
-    Args:
-        model: A plain or an adapted model, on any device but meta. Adapters are left out, so the
-            fingerprint is the same before `register_lora`, after it and after `remove_lora`.
-        buffers: Include buffers, such as the running statistics of a batch norm, which move
-            whenever the model runs in training mode.
+    Adapters are left out: it is the same before `register_lora`, after it and after `remove_lora`.
+    `buffers` includes buffers, such as a batch norm's statistics, which training mode moves.
 
     Returns:
         Hexadecimal digests by the parameters' names in the plain model, `"linear1.weight"`.
@@ -96,21 +90,18 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         lora_param.errors.FrozenError: 1 of 2 originals changed: bias
     """
     if not isinstance(fingerprint, Mapping) or not fingerprint:
-        raise LoRAError(
-            "assert_frozen takes what fingerprint(model) returned, got nothing to compare"
-        )
-    now, changed, gone = _originals(model, buffers=True), [], []
-    for name, digest in fingerprint.items():
-        if name not in now:
-            gone.append(name)
-        elif digest_of(name, now[name]) != digest:
-            changed.append(name)
-    complaints = [
+        rule = "assert_frozen takes what fingerprint(model) returned"
+        raise LoRAError(f"{rule}, got nothing to compare")
+    now = _originals(model, buffers=True)
+    gone = [name for name in fingerprint if name not in now]
+    there = {name: digest for name, digest in fingerprint.items() if name in now}
+    changed = [name for name, digest in there.items() if digest_of(name, now[name]) != digest]
+    faults = {"changed": changed, "are gone": gone}
+    if complaints := [
         f"{len(names)} of {len(fingerprint)} originals {what}: {', '.join(names)}"
-        for names, what in ((changed, "changed"), (gone, "are gone"))
+        for what, names in faults.items()
         if names
-    ]
-    if complaints:
+    ]:
         raise FrozenError("; ".join(complaints))
 
 
@@ -148,17 +139,16 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
     """Return a tensor's bytes, to hash or write, without a copy, and without numpy.
 
     Raises:
-        LoRAError: It has none of its own: on the meta device, sparse, sharded, wrapped.
+        LoRAError: It has none of its own.
     """
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
     size = tensor.numel() * tensor.element_size() if plain else 0
     if plain and not tensor.is_meta:
         tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not plain or tensor.is_meta or (size and not tensor.data_ptr()):
-        raise LoRAError(
-            f"{name}: a {type(tensor).__name__} of {tensor.layout} on {tensor.device} has no bytes "
-            "of its own; do this before the model is sharded or converted"
-        )
+        what = f"a {type(tensor).__name__} of {tensor.layout} on {tensor.device}"
+        fix = "do this before the model is sharded or converted"
+        raise LoRAError(f"{name}: {what} has no bytes of its own; {fix}")
     if not size:
         return b""
     content: Any = (ctypes.c_char * size).from_address(tensor.data_ptr())
@@ -168,8 +158,7 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
 
 def digest_of(name: str, tensor: Tensor) -> str:
     """Return the SHA-256 digest of a tensor, over its bytes, dtype and shape."""
-    content = bytes_of(name, tensor)
-    found = digest(tensor.dtype, tensor.shape)
+    content, found = bytes_of(name, tensor), digest(tensor.dtype, tensor.shape)
     found.update(content)
     return found.hexdigest()
 

@@ -1,10 +1,8 @@
 """The class of a module with parametrized tensors, one for all modules that are alike.
 
-`torch.nn.utils.parametrize` gives every module a class of its own, with properties that close over
-the module. Copies then share a class that belongs to one of them, nothing can be pickled, and a
-compiler sees a new type at every layer. Here a module's class depends on its original class and on
-the names of its parametrized tensors alone; its properties close over nothing, and pickling names
-the original class.
+Torch gives every module a class of its own, with properties that close over the module: copies
+share the class of one of them, nothing can be pickled, and a compiler sees a new type at every
+layer. Here a class depends on the original class and the names of parametrized tensors alone.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ Method = Callable[..., Any]
 
 
 def properties_of(cls: type) -> set[str]:
-    """Return the names of the properties that a class itself defines."""
+    """Name the properties that a class itself defines."""
     return {name for name, value in vars(cls).items() if isinstance(value, property)}
 
 
@@ -59,15 +57,13 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         if not issubclass(meta, type(base)):
             meta = type(meta.__name__, (meta, type(base)), {})
         layer = layer_of(base)
-        makers = {
-            **METHODS,
-            **layer.overrides,
-            **({"forward": _reading_once} if layer.rereads else {}),
-        }
+        makers = METHODS | layer.overrides
         # The module's name too, by which torch.fx decides what is a leaf.
         body: dict[str, Any] = {"__module__": base.__module__}
         body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
-        if layer.run and computes_as_its_row(base):
+        if layer.rereads:
+            body["forward"] = _reading_once(base)
+        elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
         body |= {name: _weight_property(name) for name in names}
         cls = _classes[key] = meta(f"Parametrized{base.__name__}", (base,), body)
@@ -137,10 +133,8 @@ def _reading_once(base: Any) -> Method:
 
 def _refusing_reset(base: Any) -> Method:
     def reset_parameters(self: nn.Module) -> None:
-        raise LoRAError(
-            f"a {base.__name__} with an adapter can't be reset: the draws would go into a "
-            "temporary sum and be lost; call remove_lora first"
-        )
+        reason = "the draws would go into a temporary sum and be lost; call remove_lora first"
+        raise LoRAError(f"a {base.__name__} with an adapter can't be reset: {reason}")
 
     return reset_parameters
 
@@ -155,10 +149,9 @@ def _registering(base: Any) -> Method:
 
 def _check_assignable(module: nn.Module, name: str) -> None:
     if any(isinstance(entry, Delta) for entry in chains_of(module).get(name, ())):
-        raise LoRAError(
-            f"{name}: can't assign to an adapted weight, which is original + update; assign to "
-            f"parametrizations.{name}.original under no_grad, or call remove_lora first"
-        )
+        rule = "can't assign to an adapted weight, which is original + update"
+        fix = f"assign to parametrizations.{name}.original under no_grad, or call remove_lora first"
+        raise LoRAError(f"{name}: {rule}; {fix}")
 
 
 def _loading(base: Any) -> Method:
@@ -196,18 +189,19 @@ def _accept_base_keys(
 
 
 def _reduction(base: Any) -> Method:
-    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         # Recurrent layers read their weights into their state, and a graph can't be copied.
         with torch.no_grad():
             reduced = base.__reduce_ex__(self, max(protocol, 2))
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            raise pickle.PicklingError(
-                f"{base.__name__} pickles itself in a way of its own, which can't be followed "
-                "while it is adapted; save its state dict, or call remove_lora first"
+            reason = (
+                "pickles itself in a way of its own, which can't be followed while it is adapted"
             )
+            fix = "save its state dict, or call remove_lora first"
+            raise pickle.PicklingError(f"{base.__name__} {reason}; {fix}")
         return _rebuild, (base, tuple(chains_of(self)), reduced[1][1:]), *reduced[2:]
 
-    return __reduce_ex__
+    return reduce
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...]) -> nn.Module:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -45,16 +45,14 @@ def _is_ungrouped(module: Any) -> bool:
 
 
 def _is_plain_lookup(module: Any) -> bool:
-    return not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
+    return not (module.scale_grad_by_freq or _embedding_rule(module))
 
 
 def _without_slices(base: Any) -> Callable[..., Any]:
     def entry(self: nn.ParameterList, index: Any) -> Any:
         if isinstance(index, slice):
-            raise LoRAError(
-                "a slice of an adapted ParameterList would hold copies without adapters; read its "
-                "entries one by one"
-            )
+            reason = "a slice of an adapted ParameterList would hold copies without adapters"
+            raise LoRAError(f"{reason}; read its entries one by one")
         return base.__getitem__(self, index)
 
     return entry
@@ -62,80 +60,53 @@ def _without_slices(base: Any) -> Callable[..., Any]:
 
 def _without_copy(base: Any) -> Callable[..., Any]:
     def copy(self: nn.ParameterDict) -> nn.ParameterDict:
-        raise LoRAError(
-            "a copy of an adapted ParameterDict would lose its adapters; use copy.deepcopy"
-        )
+        fix = "use copy.deepcopy"
+        raise LoRAError(f"a copy of an adapted ParameterDict would lose its adapters; {fix}")
 
     return copy if base.copy is nn.ParameterDict.copy else base.copy
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        kind: The type, or where importing it would be too much, its `module.qualname`.
-        tensors: Globs over the names of the module's own tensors, or a child's tensor by path.
-        view: From a weight's shape to the shape of its matrix view.
-        transposed: Whether its weight is stored `(in, out)`, so that `lora_B` meets the input.
-        run: `(module, x, transposed, in_place)` to the layer at work on `x`, in activation space,
-            whose result may be changed in place or not; `None` where it stays in weight space.
-        suits: Whether `run` is right for one module of the type; `None` where it always is.
-        drops: Whether dropout can act on its input.
-        default: Whether `target=None` adapts it.
-        refusal: From a module to why it can't be adapted, or `None`.
-        rereads: Whether its forward reads one weight several times.
-        overrides: Methods that an adapted module has in place of its own, made from its class.
-    """
-
-    kind: type[nn.Module] | str
-    tensors: tuple[str, ...] = ("weight",)
-    view: Callable[[Shape], Shape] = rows_by_rest
-    transposed: bool = False
+    kind: type[nn.Module] | str  # or where importing it would be too much, its `module.qualname`
+    tensors: tuple[str, ...] = ("weight",)  # globs over own tensors, or a child's tensor by path
+    view: Callable[[Shape], Shape] = rows_by_rest  # from a shape to that of the matrix view
+    transposed: bool = False  # stored `(in, out)`, so that `lora_B` meets the input
     run: Callable[[Any, Any, bool, bool], Any] | None = None
-    suits: Callable[[Any], bool] | None = None
-    drops: bool = True
-    default: bool = True
-    refusal: Callable[[nn.Module], str | None] = lambda module: None
-    rereads: bool = False
-    overrides: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """`(module, x, transposed, in_place)` to the layer at work on `x`, in activation space, whose
+    result may be changed in place or not; `None` where it stays in weight space."""
+    suits: Callable[[Any], bool] | None = None  # whether `run` is right for one module of the type
+    drops: bool = True  # whether dropout can act on its input
+    default: bool = True  # whether `target=None` adapts it
+    refusal: Callable[[nn.Module], str | None] = lambda module: None  # why it can't be adapted
+    rereads: bool = False  # whether its forward reads one weight several times
+    overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Methods that an adapted module has in place of its own, made from its class."""
 
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
+LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
+STACKS = Layer(nn.Module, ("*",), stack, default=False)
 
 TABLE: tuple[Layer, ...] = (
     Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
     Layer(nn.Linear, run=LinearRun),
-    Layer(nn.Conv1d, run=ConvolutionRun, suits=_is_ungrouped),
-    Layer(nn.Conv2d, run=ConvolutionRun, suits=_is_ungrouped),
-    Layer(nn.Conv3d, run=ConvolutionRun, suits=_is_ungrouped),
-    Layer(nn.ConvTranspose1d),
-    Layer(nn.ConvTranspose2d),
-    Layer(nn.ConvTranspose3d),
-    Layer(nn.Bilinear),
-    Layer(
-        nn.MultiheadAttention,
-        ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight"),
-        rereads=True,
-    ),
+    *(Layer(kind, run=ConvolutionRun, suits=_is_ungrouped) for kind in CONVOLUTIONS),
+    *(Layer(kind) for kind in (*TRANSPOSED_CONVOLUTIONS, nn.Bilinear)),
+    Layer(nn.MultiheadAttention, ATTENTION, rereads=True),
     Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, run=LinearRun),
-    Layer(
-        nn.Embedding,
-        transposed=True,
-        run=EmbeddingRun,
-        suits=_is_plain_lookup,
-        drops=False,
-        default=False,
-        refusal=_embedding_rule,
-    ),
-    Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule),
-    Layer(
-        nn.ParameterList, ("*",), stack, default=False, overrides={"__getitem__": _without_slices}
-    ),
-    Layer(nn.ParameterDict, ("*",), stack, default=False, overrides={"copy": _without_copy}),
-    Layer("torch.fx.graph_module.GraphModule", ("*",), stack, default=False, refusal=_graph_rule),
+    replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
+    LOOKUP,
+    replace(STACKS, kind=nn.ParameterList, overrides={"__getitem__": _without_slices}),
+    replace(STACKS, kind=nn.ParameterDict, overrides={"copy": _without_copy}),
+    replace(STACKS, kind="torch.fx.graph_module.GraphModule", refusal=_graph_rule),
 )
 
 UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)

@@ -14,16 +14,15 @@ from .checks import check_model, check_structure, check_unshared, deltas_called
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .register import take_off
-from .undo import all_or_nothing, set_data
+from .undo import all_or_nothing
 from .weight import Weight, merged_for_now, walk, without_side_effects
 
 
 def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     """Fold adapters into their weights for good, and take them off.
 
-    The new weight is what reading the weight gave, rounded once to its dtype, so the output stays
-    what it was; within rounding, where only some of a weight's adapters are merged. All new weights
-    are computed before the first is set.
+    The new weight is what reading the weight gave, rounded once to its dtype; where only some of a
+    weight's adapters are merged, within rounding.
 
     Raises:
         AdapterError: There is no such adapter, or it is disabled on some weight.
@@ -48,17 +47,16 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     pairs = deltas_called(found, adapter)
     for weight, delta in pairs:
         if not delta.enabled:
-            raise AdapterError(
-                f"{weight.name}: adapter {delta.adapter!r} is disabled, so merging would change "
-                "the output; enable it, or remove it"
-            )
+            reason = f"adapter {delta.adapter!r} is disabled, so merging would change the output"
+            raise AdapterError(f"{weight.name}: {reason}; enable it, or remove it")
     weights = {weight.whole.name: weight.whole for weight, _ in pairs}.values()
     check_unshared(found, list(weights), "merging would change it there too")
     merging = {delta for _, delta in pairs}
     merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing() as undo:
         for original, value in merged:
-            set_data(undo, original, value)
+            undo.callback(setattr, original, "data", original.data)
+            original.data = value
         take_off(found, pairs, undo)
 
 
@@ -66,10 +64,10 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
 def lora_merged(model: nn.Module) -> Iterator[None]:
     """Run a block at the base's own speed: inside, each weight is plain and has its present value.
 
-    Nothing is added and subtracted: after the block, also one that raises, every module has its
-    originals and adapters back, the same objects with the same bits. For inference: in the block
-    other verbs raise a `LoRAError`, and what is done to the merged weights is lost. They take as
-    much memory again as the adapted weights. Disabled adapters stay out.
+    After the block, also one that raises, every module has its originals and adapters back, the
+    same objects with the same bits. For inference: in the block other verbs raise a `LoRAError`,
+    and what is done to the merged weights, which take memory of their own, is lost. Disabled
+    adapters stay out.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -90,22 +88,17 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     found = walk(model, "lora_merged")
     check_structure(found, "lora_merged")
     weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
-    values = [_own_value(weight) for weight in weights]
+    values = [weight.value for weight in weights]
     with ExitStack() as undo:
         for weight, value in zip(weights, values, strict=True):
             module, chains = weight.module, weight.module._modules["parametrizations"]
             undo.callback(_follow, chains, module, module.training)
             undo.callback(merged_for_now.discard, module)
             merged_for_now.add(module)
-            weight.make_plain(nn.Parameter(value, requires_grad=False), undo)
+            shared = any(value.data_ptr() == each.data_ptr() for each in weight.originals)
+            own = value.clone() if shared else value
+            weight.make_plain(nn.Parameter(own, requires_grad=False), undo)
         yield
-
-
-def _own_value(weight: Weight) -> Tensor:
-    """Return what reading a weight gives, in memory of its own."""
-    value = weight.value
-    shared = any(value.data_ptr() == original.data_ptr() for original in weight.originals)
-    return value.clone() if shared else value
 
 
 def _follow(chains: Any, module: nn.Module, training: bool) -> None:
@@ -122,18 +115,16 @@ def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
     others = [entry for entry in applied if entry not in merging]
     kept = {delta for delta in weight.deltas if delta not in merging}
     if others and not kept.isdisjoint(chain[: chain.index(others[-1])]):
-        raise LoRAError(
-            f"{weight.name}: {type(others[-1]).__name__} stands between the adapters, so one can't "
-            "be merged without the other; merge all"
-        )
+        reason = f"{type(others[-1]).__name__} stands between the adapters"
+        fix = "so one can't be merged without the other; merge all"
+        raise LoRAError(f"{weight.name}: {reason}, {fix}")
     with without_side_effects(chain):
         value = run_through(applied, originals)
         finite = value.is_meta or value.isfinite().all()
         if not finite and all(original.isfinite().all() for original in originals):
-            raise LoRAError(
-                f"{weight.name}: the merged weight would not be finite in {value.dtype}; "
-                "the adapter has diverged or overflows this dtype"
-            )
+            rule = f"the merged weight would not be finite in {value.dtype}"
+            cause = "the adapter has diverged or overflows this dtype"
+            raise LoRAError(f"{weight.name}: {rule}; {cause}")
         new = _inverted(weight, others, value) if others else [value]
     return list(zip(originals, new, strict=True))
 

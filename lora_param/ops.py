@@ -1,12 +1,9 @@
 """Activation space: a layer at work on one input, where an update acts and no weight is formed.
 
 A run is one module on one input. It gives what the stock forward gives, for the weight beneath the
-deltas (`base`), for a pair's inner factor in that weight's place (`down`), and adds what the outer
-factor makes of it (`up`); gradients included, and nothing of the weight's size is kept for
-backward. All is composed of torch's own operations, so that it compiles, exports, runs under vmap
-and differentiates twice; a custom autograd function gained 0 to 3 %.
-
-Source: Hu et al., arXiv:2106.09685, section 4.1, equation 3.
+deltas (`base`), for a pair's inner factor in its place (`down`), and adds what the outer factor
+makes of that (`up`). All is composed of torch's own operations: it compiles, exports, runs under
+vmap and differentiates twice; a custom autograd function gained 0 to 3 %.
 """
 
 from __future__ import annotations
@@ -20,15 +17,22 @@ from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 
 class _Run:
-    """What all runs share."""
-
     x: Tensor
     transposed: bool
     in_place: bool
+    lead: Sequence[int] | None = None  # the output's dimensions in front, where `x` has one instead
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a stored weight's factors as `[rank, in]` and `[out, rank]`."""
-        return (B.t(), A.t()) if self.transposed else (A, B)
+        """Return a stored weight's factors as `down` and `up` take them."""
+        return (B.t(), A) if self.transposed else (A, B.t())
+
+    def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
+        """Return `y + low outer * scale`."""
+        return plus(y, low, outer, scale, self.in_place)
+
+    def result(self, y: Tensor) -> Tensor:
+        """Return `y` in the shape of the module's output."""
+        return y if self.lead is None else shaped(y, (*self.lead, y.shape[-1]))
 
 
 class LinearRun(_Run):
@@ -36,25 +40,18 @@ class LinearRun(_Run):
 
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
         self.transposed, self.in_place = transposed, in_place
-        self.bias, self.shape = module.bias, x.shape
+        self.bias, self.x = module.bias, x
         # As torch does it, which otherwise wouldn't give a fresh delta's output the base's bits.
-        self.x = x.flatten(0, -2) if x.dim() > 2 and x.is_contiguous() else x  # [tokens, in]
+        if x.dim() > 2 and x.is_contiguous():
+            self.lead, self.x = x.shape[:-1], x.flatten(0, -2)  # [tokens, in]
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[tokens, out]`."""
         return F.linear(self.x, weight.t() if self.transposed else weight, self.bias)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def down(self, x: Tensor, inner: Tensor) -> Tensor:
         """Return `[tokens, rank]`."""
-        return F.linear(x, A.to(x.dtype))
-
-    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return `y + low B^T * scale`."""
-        return plus(y, low, B.t(), scale, self.in_place)
-
-    def result(self, y: Tensor) -> Tensor:
-        """Return `[..., out]`."""
-        return y if y.dim() == len(self.shape) else shaped(y, (*self.shape[:-1], y.shape[-1]))
+        return F.linear(x, inner.to(x.dtype))
 
 
 class ConvolutionRun(_Run):
@@ -72,9 +69,13 @@ class ConvolutionRun(_Run):
         """Return `[batch, out, *sizes]`."""
         return self._convolve(self.x, weight, self.module.bias)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both as they are, `[rank, in * kernel]` and `[out, rank]`."""
+        return A, B
+
+    def down(self, x: Tensor, inner: Tensor) -> Tensor:
         """Return `[batch, rank, *sizes]`."""
-        kernel = A.to(x.dtype).view(-1, self.module.in_channels, *self.module.kernel_size)
+        kernel = inner.to(x.dtype).view(-1, self.module.in_channels, *self.module.kernel_size)
         return self._convolve(x, kernel, None)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,9 +84,9 @@ class ConvolutionRun(_Run):
         y: Tensor = convolve(x, weight, bias, module.stride, self.padding, module.dilation)
         return y
 
-    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return `y + B low * scale` over the channels."""
-        B, sizes = B.to(y.dtype), len(self.module.kernel_size)
+    def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
+        """Return `y + outer low * scale` over the channels."""
+        B, sizes = outer.to(y.dtype), len(self.module.kernel_size)
         if not y.is_contiguous():  # channels last
             y, low = y.movedim(-sizes - 1, -1), low.movedim(-sizes - 1, -1)
             return plus(y, low, B.t(), scale, self.in_place).movedim(-1, -sizes - 1)
@@ -98,44 +99,39 @@ class ConvolutionRun(_Run):
         add = torch.baddbmm if batched else torch.addmm
         return shaped(add(flat, B, low, alpha=scale), y.shape)
 
-    def result(self, y: Tensor) -> Tensor:
-        """Return it as it is."""
-        return y
-
 
 class EmbeddingRun(_Run):
     """`Embedding`, from `[...]` to `[..., width]`; the padding row gets no gradient."""
 
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
         self.transposed, self.in_place = transposed, in_place
-        self.shape, self.pad = x.shape, module.padding_idx
+        self.lead, self.pad = x.shape, module.padding_idx
         self.x = x.reshape(-1)  # [lookups]
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[lookups, width]`."""
         return F.embedding(self.x, weight, self.pad)
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
-        """Return `[lookups, rank]`."""
-        return F.embedding(x, A.t(), self.pad)
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `[rows, rank]` and `[rank, width]`."""
+        return B, A
 
-    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return `y + low B^T * scale`, in the lookup's dtype, which autocast leaves alone."""
+    def down(self, x: Tensor, inner: Tensor) -> Tensor:
+        """Return `[lookups, rank]`."""
+        return F.embedding(x, inner, self.pad)
+
+    def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
+        """Return `y + low outer * scale`, in the lookup's dtype, which autocast leaves alone."""
         if torch.is_autocast_enabled(y.device.type):
             with torch.autocast(y.device.type, enabled=False):
-                return self.up(y, low, B, scale)
+                return self.up(y, low, outer, scale)
         if self.pad is not None:
             # Padding's own part in columns apart, past which no gradient flows.
             padded = (self.x == self.pad).unsqueeze(1)
-            low = torch.cat(
-                [low.masked_fill(padded, 0), low.detach().masked_fill(~padded, 0)], 1
-            )  # [lookups, 2 rank]
-            B = torch.cat([B, B.detach()], 1)
-        return plus(y, low.to(y.dtype), B.t(), scale, self.in_place)
-
-    def result(self, y: Tensor) -> Tensor:
-        """Return `[..., width]`."""
-        return shaped(y, (*self.shape, y.shape[-1]))
+            own = low.detach().masked_fill(~padded, 0)
+            low = torch.cat([low.masked_fill(padded, 0), own], 1)  # [lookups, 2 rank]
+            outer = torch.cat([outer, outer.detach()])
+        return plus(y, low.to(y.dtype), outer, scale, self.in_place)
 
 
 def plus(y: Tensor, low: Tensor, up: Tensor, scale: float, in_place: bool) -> Tensor:

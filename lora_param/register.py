@@ -10,14 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checks import (
-    check_droppable,
-    check_model,
-    check_unshared,
-    check_weights,
-    deltas_called,
-    without_tied,
-)
+from . import checks
+from .checks import check_model, deltas_called
 from .deltas import KINDS, Delta
 from .deltas.lora import Init, check_dropout
 from .deltas.protocol import check_adapter
@@ -46,41 +40,37 @@ def register_lora(
 ) -> list[str]:
     """Adapt a model in place: each chosen weight reads `W + (B @ A).view_as(W) * alpha / rank`.
 
-    Modules keep their names and stay instances of their types, originals stay the same objects with
-    the same bits, and the output is equal to the frozen model's until `lora_B` has been trained. An
-    optimizer built earlier doesn't know the adapters: give it `lora_parameters(model)`.
+    Modules stay instances of their types, originals the same objects with the same bits, and the
+    output is equal to the model's own until `lora_B` has been trained. An optimizer built earlier
+    doesn't know the adapters: give it `lora_parameters(model)`.
 
     Args:
         model: Any module; the model itself may be the layer.
-        rank: An integer from 1 to the smaller side of the weight's matrix view, or a mapping from
-            pattern to integer; the first pattern that matches a weight decides.
+        rank: From 1 to the smaller side of the weight's matrix view, or a mapping from pattern to
+            such an integer; the first pattern that matches a weight decides.
         alpha: A finite number or a mapping from pattern to number; `None` means `rank`.
-        target: What to adapt: a glob over a parameter's full name, over its module's path, or over
-            a dotted suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a
-            predicate `(module's path, module) -> bool`; or several of these. `None` means every
-            weight that multiplies activations: linear, convolution, bilinear, attention and
-            recurrent layers. Embeddings and other parameters are adapted only when named.
+        target: What to adapt: a glob over a parameter's full name, its module's path, or a dotted
+            suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a predicate
+            `(module's path, module) -> bool`; or several of these. `None` means every weight that
+            multiplies activations: of linear, convolution, bilinear, attention and recurrent
+            layers. Embeddings and other parameters are adapted only when named.
         exclude: The same, for what is left out.
         adapter: The adapter's name, without dots. Several adapters on one weight add up.
         freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
             gives the flags back. `False` leaves them as they are.
-        kind: What is registered: `"lora"`, or another row of `lora_param.deltas.KINDS`, which may
-            take fewer of the options.
-        dropout: Probability with which entries of a layer's input are dropped in front of `lora_A`
-            in training; every weight must be one that is computed in activation space.
+        kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
+        dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
         init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
         generator: Source of the draws, made in model order; the global one if `None`.
-        dtype: The factors' dtype; `None` means each weight's own. With float32 factors on a
-            bfloat16 or float16 weight, weight space computes the update in float32 and rounds the
-            sum once; activation space casts the factors to the input's dtype.
+        dtype: The factors' dtype; `None` means each weight's own. Weight space computes in the
+            wider dtype and rounds once; activation space casts factors to the input's dtype.
 
     Returns:
         The adapted parameters' names in model order, such as `["linear1.weight"]`.
 
     Raises:
-        LoRAError: `rank`, `alpha`, `kind`, `dropout`, `init` or `dtype` is out of range, or not for
-            this kind; the model is wrapped or sharded; or the call is made in
-            `torch.inference_mode`.
+        LoRAError: An option is out of range, or not for this kind; the model is wrapped or sharded;
+            or the call is made in `torch.inference_mode`.
         TargetError: A pattern matches nothing, or a weight can't be adapted.
         AdapterError: The adapter's name is unusable, or taken on one of the weights.
 
@@ -99,20 +89,21 @@ def register_lora(
     found = walk(model, "register_lora")
     check_model(found, "register_lora")
     check_adapter(adapter)
-    options = {"dropout": dropout, "init": init, "generator": generator, "dtype": dtype}
-    cls = _kind(kind, {"rank": rank, "alpha": alpha, **options})
+    given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
+    given |= {"init": init, "generator": generator, "dtype": dtype}
+    cls = _kind(kind, given)
     weights = resolve(found, target, exclude, cls.least_dimensions)
-    check_weights(weights, adapter)
+    checks.check_weights(weights, adapter)
     if target is None:
-        weights = without_tied(found, weights)
+        weights = checks.without_tied(found, weights)
     if check_dropout(dropout):
-        check_droppable(weights)
+        checks.check_droppable(weights)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
     pairs = []
-    for weight, r, a in zip(weights, ranks, alphas, strict=True):
-        given = {"rank": r, "alpha": a, **options}
-        own = {name: given[name] for name in cls.options}
+    for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
+        own = given | {"rank": own_rank, "alpha": own_alpha}
+        own = {name: own[name] for name in cls.options}
         try:
             delta = cls.make(weight.like, weight.view, adapter=adapter, **own)
         except LoRAError as error:
@@ -123,13 +114,14 @@ def register_lora(
 
 def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
     """Attach deltas to weights that `check_weights` has passed, all or none; return the names."""
-    check_unshared(walk, [weight for weight, _ in pairs], "an adapter here would not act there")
+    weights = [weight for weight, _ in pairs]
+    checks.check_unshared(walk, weights, "an adapter here would not act there")
     with all_or_nothing() as undo:
         if freeze:
             freeze_base(walk, undo)
         for weight, delta in pairs:
             weight.attach(delta, undo)
-        return [weight.name for weight, _ in pairs]
+        return [weight.name for weight in weights]
 
 
 def _kind(kind: object, given: Mapping[str, Any]) -> type[Delta]:
@@ -157,7 +149,7 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> enable_lora(model)
     """
     with all_or_nothing() as undo:
-        _switch(deltas_called(walk(model, "enable_lora"), adapter), True, undo)
+        _switch(walk(model, "enable_lora"), adapter, True, undo)
 
 
 def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -175,7 +167,7 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         True
     """
     with all_or_nothing() as undo:
-        _switch(deltas_called(walk(model, "disable_lora"), adapter), False, undo)
+        _switch(walk(model, "disable_lora"), adapter, False, undo)
 
 
 @contextmanager
@@ -193,12 +185,12 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         ...     base_output = model(torch.ones(1, 3))
     """
     with ExitStack() as undo:
-        _switch(deltas_called(walk(model, "lora_disabled"), adapter), False, undo)
+        _switch(walk(model, "lora_disabled"), adapter, False, undo)
         yield
 
 
-def _switch(pairs: Sequence[tuple[Weight, Delta]], enabled: bool, undo: ExitStack) -> None:
-    for _, delta in pairs:
+def _switch(walk: Walk, adapter: str | None, enabled: bool, undo: ExitStack) -> None:
+    for _, delta in deltas_called(walk, adapter):
         undo.callback(setattr, delta, "enabled", delta.enabled)
         delta.enabled = enabled
 
@@ -206,8 +198,8 @@ def _switch(pairs: Sequence[tuple[Weight, Delta]], enabled: bool, undo: ExitStac
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
     """Take adapters off; without its last adapter the model is as it was before `register_lora`.
 
-    Class, parameter objects and their order, `requires_grad`, state-dict keys and bits are what
-    they were. Parametrizations of others stay.
+    Class, parameters and their order, `requires_grad`, state-dict keys and bits are what they were;
+    others' parametrizations stay.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -221,16 +213,14 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
-    found = walk(model, "remove_lora")
-    check_model(found, "remove_lora")
+    check_model(found := walk(model, "remove_lora"), "remove_lora")
     with all_or_nothing() as undo:
-        if adapter is None and not found.deltas and is_frozen(found):
-            thaw(found, undo)  # the adapters went with a submodule, or torch took them off
-        else:
-            take_off(found, deltas_called(found, adapter), undo)
+        # The adapters may have gone with a submodule, or torch may have taken them off.
+        gone = adapter is None and not found.deltas and is_frozen(found)
+        take_off(found, [] if gone else deltas_called(found, adapter), undo)
 
 
-def take_off(walk: Walk, pairs: list[tuple[Weight, Delta]], undo: ExitStack) -> None:
+def take_off(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], undo: ExitStack) -> None:
     """Detach deltas; with the last one of the model, give the base its flags back."""
     for weight, delta in pairs:
         weight.detach(delta, undo)

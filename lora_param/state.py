@@ -13,7 +13,7 @@ from .chains import chains_of
 from .checks import check_structure, deltas_called
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
-from .undo import all_or_nothing, copy_into, in_order
+from .undo import all_or_nothing, in_order
 from .weight import tensor_names, walk
 
 NUMBERS = "_extra_state"
@@ -23,11 +23,10 @@ NUMBERS = "_extra_state"
 def named_lora_parameters(
     model: nn.Module, adapter: str | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the adapters' parameters with names that don't depend on what else is registered.
+    """Yield the adapters' parameters, in model order, with names that depend on nothing else.
 
     Yields:
-        `("<weight>.<adapter>.lora_A", A)` and `("<weight>.<adapter>.lora_B", B)` in model order,
-        such as `"linear1.weight.default.lora_A"`.
+        `("<weight>.<adapter>.lora_A", A)`, and so on.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -58,16 +57,15 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
         >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
     """
-    for _, parameter in named_lora_parameters(model, adapter):
-        yield parameter
+    yield from (parameter for _, parameter in named_lora_parameters(model, adapter))
 
 
 def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """Return the adapters' state: tensors, detached and not copied, and numbers.
 
     Returns:
-        Tensors by the names of `named_lora_parameters`, and for each weight `_extra_state`, which
-        says its kind, rank, alpha and dropout, as JSON in a tensor of bytes.
+        Tensors by the names of `named_lora_parameters`, and for each weight `_extra_state`: kind,
+        rank, alpha and dropout, as JSON in a tensor of bytes.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -89,15 +87,10 @@ def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, T
 def load_lora_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], adapter: str | None = None
 ) -> None:
-    """Load the adapters of a model that has them registered: all of them or none.
+    """Load one adapter of a model that has it registered, or all: as a whole or not at all.
 
-    Tensors are copied, and numbers taken over, so that an alpha or a dropout is what it was.
-
-    Args:
-        model: An adapted model.
-        state_dict: What `lora_state_dict` returned, for the same weights, ranks and names. Values
-            are converted to the adapters' dtype and device.
-        adapter: The adapter to load; `None` means all, and the state dict has to hold all.
+    The state dict is what `lora_state_dict` returned for the same weights, ranks and names. Its
+    tensors are copied, into the adapters' dtype and device, and its numbers are taken over.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -122,10 +115,10 @@ def load_lora_state_dict(
 def load_deltas(
     deltas: Mapping[str, Delta], state_dict: Mapping[str, Any], undo: ExitStack
 ) -> None:
-    """Load deltas from their states, whose keys begin with what the deltas are called.
+    """Load deltas from their states, by prefix, or raise an error that lists all that doesn't fit.
 
     Raises:
-        StateDictError: Lists all that doesn't fit; nothing was loaded.
+        StateDictError: Nothing was loaded.
     """
     expected = {key for prefix, each in deltas.items() for key in each.state_dict(prefix=prefix)}
     complaints = [f"missing: {name}" for name in sorted(expected) if name not in state_dict]
@@ -145,11 +138,11 @@ def load_deltas(
         except LoRAError as error:
             complaints.append(f"{prefix}{NUMBERS}: {error}")
     if complaints:
-        raise StateDictError(
-            f"the state dict doesn't fit, nothing was loaded: {'; '.join(complaints)}"
-        )
+        listing = "; ".join(complaints)
+        raise StateDictError(f"the state dict doesn't fit, nothing was loaded: {listing}")
     for parameter, value in copies:
-        copy_into(undo, parameter, value)
+        undo.callback(parameter.detach().copy_, parameter.detach().clone())
+        parameter.detach().copy_(value)
 
 
 def _fault(value: object, parameter: nn.Parameter) -> str | None:
@@ -167,11 +160,9 @@ def _fault(value: object, parameter: nn.Parameter) -> str | None:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict that the model would have without adapters: keys, order and bits.
+    """Return what `model.state_dict()` gives after `remove_lora(model)`: keys, order and bits.
 
-    Returns:
-        What `model.state_dict()` gives after `remove_lora(model)`: tensors detached and not copied.
-        The model, plain or adapted, is left as it is.
+    Tensors are detached and not copied; the model, plain or adapted, is left as it is.
 
     Raises:
         LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.
@@ -197,14 +188,13 @@ def _without_deltas(state: dict[str, Any], prefix: str, module: nn.Module) -> di
     names: dict[str, str | None] = {}
     for tensor, chain in chains_of(module).items():
         stem = f"{prefix}parametrizations.{tensor}."
-        others = [entry for entry in chain if not isinstance(entry, Delta)]
-        if not others:
-            names[f"{stem}original"] = f"{prefix}{tensor}"
-        for index, entry in enumerate(chain):
-            for key in [key for key in state if key.startswith(f"{stem}{index}.")]:
-                inside = key.removeprefix(f"{stem}{index}.")
-                plain = entry in others
-                names[key] = f"{stem}{others.index(entry)}.{inside}" if plain else None
+        others = [str(i) for i, entry in enumerate(chain) if not isinstance(entry, Delta)]
+        for key in [key for key in state if key.startswith(stem)]:
+            number, _, inside = key.removeprefix(stem).partition(".")
+            if number in others:
+                names[key] = f"{stem}{others.index(number)}.{inside}"
+            elif inside or not others:
+                names[key] = None if inside else f"{prefix}{tensor}"
     renamed = {name: each for key, each in state.items() if (name := names.get(key, key))}
     # The module's own tensors stand where its first entry stood, in their old order.
     keys = list(renamed)

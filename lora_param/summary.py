@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
 
 from .activation import acts
 from .checks import deltas_called
-from .weight import walk
+from .deltas import Delta
+from .weight import Weight, walk
 
 NUMERIC = ("rank", "alpha", "parameters")
 """Columns that are aligned to the right."""
@@ -25,16 +27,16 @@ class AdapterSummary:
     enabled: bool
     kind: str
 
+    def _cells(self) -> tuple[str, ...]:
+        numbers = ("-" if each is None else f"{each:g}" for each in (self.rank, self.alpha))
+        return self.name, self.kind, *numbers, "on" if self.enabled else "off"
+
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One adapted weight.
+    """One adapted weight, by its name in the plain model, with its adapters in their order.
 
-    Attributes:
-        name: The weight's name in the plain model.
-        shape: Its shape.
-        space: `"activation"` where its layer never forms the adapted weight, or `"weight"`.
-        adapters: Its adapters, in the order in which they were registered.
+    Its space is `"activation"` where its layer never forms the adapted weight, or `"weight"`.
     """
 
     name: str
@@ -43,17 +45,7 @@ class WeightSummary:
     adapters: tuple[AdapterSummary, ...]
 
     def _row(self) -> tuple[str, ...]:
-        cells = [
-            (
-                each.name,
-                each.kind,
-                "-" if each.rank is None else str(each.rank),
-                "-" if each.alpha is None else f"{each.alpha:g}",
-                "on" if each.enabled else "off",
-            )
-            for each in self.adapters
-        ]
-        columns = map(", ".join, zip(*cells, strict=True))
+        columns = map(", ".join, zip(*(each._cells() for each in self.adapters), strict=True))
         size = sum(each.parameters for each in self.adapters)
         return self.name, "x".join(map(str, self.shape)), self.space, *columns, f"{size:,}"
 
@@ -62,11 +54,8 @@ class WeightSummary:
 class LoRASummary:
     """What `lora_summary` returns; `print` it for the table.
 
-    Attributes:
-        weights: One entry per adapted weight, in model order.
-        base_parameters: Number of elements of the model without adapters, shared ones once.
-        lora_parameters: Number of elements of all adapters.
-        trainable_parameters: Number of elements that require a gradient, of both.
+    The adapted weights in model order, and numbers of elements: of the model without adapters,
+    shared tensors once; of all adapters; and of all that requires a gradient.
     """
 
     weights: tuple[WeightSummary, ...]
@@ -89,13 +78,11 @@ class LoRASummary:
         header = ("weight", "shape", "space", "adapter", "kind", *NUMERIC[:2], "state", NUMERIC[2])
         rows = [header, *(weight._row() for weight in self.weights)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        sides = [">" if title in NUMERIC else "<" for title in header]
         lines = []
         for row in rows:
-            cells = zip(header, row, widths, strict=True)
-            padded = [
-                text.rjust(w) if title in NUMERIC else text.ljust(w) for title, text, w in cells
-            ]
-            lines.append("  ".join(padded).rstrip())
+            cells = zip(row, sides, widths, strict=True)
+            lines.append("  ".join(f"{text:{side}{width}}" for text, side, width in cells).rstrip())
         rule = "-" * max(map(len, lines))
         totals = (
             f"base {self.base_parameters:,} + LoRA {self.lora_parameters:,} = "
@@ -128,25 +115,25 @@ def lora_summary(model: nn.Module) -> LoRASummary:
     """
     found = walk(model, "lora_summary")
     pairs = deltas_called(found, None)
-    adapters: dict[str, list[AdapterSummary]] = {}
+    deltas: defaultdict[str, list[Delta]] = defaultdict(list)
     for weight, delta in pairs:
+        deltas[weight.name].append(delta)
+    weights = {weight.name: _summarised(weight, deltas[weight.name]) for weight, _ in pairs}
+    base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
+    return LoRASummary(
+        tuple(weights.values()),
+        sum(base.values()),
+        sum(adapter.parameters for weight in weights.values() for adapter in weight.adapters),
+        sum(each.numel() for each in model.parameters() if each.requires_grad),
+    )
+
+
+def _summarised(weight: Weight, deltas: list[Delta]) -> WeightSummary:
+    adapters = []
+    for delta in deltas:
         size = sum(parameter.numel() for parameter in delta.parameters())
         rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
         summary = AdapterSummary(delta.adapter, rank, alpha, size, delta.enabled, delta.kind)
-        adapters.setdefault(weight.name, []).append(summary)
-    weights = {weight.name: weight for weight, _ in pairs}
-    base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
-    return LoRASummary(
-        tuple(
-            WeightSummary(
-                name,
-                tuple(weight.like.shape),
-                "activation" if acts(weight.module, weight.tensor) else "weight",
-                tuple(adapters[name]),
-            )
-            for name, weight in weights.items()
-        ),
-        sum(base.values()),
-        sum(each.parameters for several in adapters.values() for each in several),
-        sum(each.numel() for each in model.parameters() if each.requires_grad),
-    )
+        adapters.append(summary)
+    space = "activation" if acts(weight.module, weight.tensor) else "weight"
+    return WeightSummary(weight.name, tuple(weight.like.shape), space, tuple(adapters))

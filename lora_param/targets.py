@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -28,30 +29,26 @@ def resolve(
 
     What names a module names the tensors of its row, or of an unlisted module every tensor of at
     least `least` dimensions. A glob that also covers biases and norms takes the weights among them.
-    Raises a `TargetError` where a selector matches nothing, or nothing of so many dimensions.
     """
     weights = {weight.name: weight for weight in walk.weights}
     if target is None:
         defaults = [(path, m) for path, m in walk.modules if layer_of(type(m)).default]
         chosen = {join(path, name) for path, m in defaults for name in _row_tensors(m, least)}
         if not chosen:
-            raise TargetError(
-                "target=None finds no linear, convolution, attention or recurrent layer; name the "
-                f"weights, for example {nearest('', weights)}"
-            )
+            none = "target=None finds no linear, convolution, attention or recurrent layer"
+            raise TargetError(f"{none}; name the weights, for example {nearest('', weights)}")
     places = [] if target is None and exclude is None else _places(walk, least)
     if target is not None:
         chosen = set()
         for selector in _selectors("target", target):
-            hits = _hits("target", selector, places)
+            hits = _hits("target", selector, places, weights)
             broad = {name for name in hits if not is_flat(weights[name].original, least)}
             if not broad:
-                raise TargetError(_unmatched("target", selector, hits, weights, places))
+                said = f"target {_show(selector)} matches only {', '.join(sorted(hits))}"
+                raise TargetError(f"{said}: an adapter needs a tensor of two or more dimensions")
             chosen |= broad
     for selector in _selectors("exclude", exclude) if exclude is not None else ():
-        if not (hits := _hits("exclude", selector, places)):
-            raise TargetError(_unmatched("exclude", selector, hits, weights, places))
-        chosen -= hits
+        chosen -= _hits("exclude", selector, places, weights)
     if not chosen:
         raise TargetError("exclude leaves nothing to adapt; narrow it, or drop the call")
     return [weight for name, weight in weights.items() if name in chosen]
@@ -60,10 +57,7 @@ def resolve(
 def number_for_each(
     option: str, value: Number | Mapping[str, Number], weights: Sequence[Weight]
 ) -> list[Number]:
-    """Give each weight its number: the one for all, or that of the first pattern to match it.
-
-    Raises a `TargetError` where a pattern decides for no weight, or a weight has no pattern.
-    """
+    """Give each weight its number: the one for all, or that of the first pattern to match it."""
     if not isinstance(value, Mapping):
         return [value] * len(weights)
     names = {weight.name: weight for weight in weights}
@@ -71,18 +65,14 @@ def number_for_each(
         if not isinstance(pattern, str):
             raise TargetError(f"{option}: a pattern must be a string, got {pattern!r}")
         if not any(_matches(pattern, weight) for weight in weights):
-            raise TargetError(_unmatched(option, pattern, set(), names, []))
+            raise TargetError(_unmatched(option, pattern, names, []))
     deciders = [next((p for p in value if _matches(p, weight)), None) for weight in weights]
     if None in deciders:
-        name = weights[deciders.index(None)].name
-        raise TargetError(
-            f'{option}: no pattern matches "{name}"; end the mapping with "*" for the rest'
-        )
+        unmatched = f'no pattern matches "{weights[deciders.index(None)].name}"'
+        raise TargetError(f'{option}: {unmatched}; end the mapping with "*" for the rest')
     if idle := [pattern for pattern in value if pattern not in deciders]:
-        raise TargetError(
-            f'{option}: "{idle[0]}" decides nothing, because earlier patterns match all its '
-            "weights; put it in front of them, or drop it"
-        )
+        reason = f'"{idle[0]}" decides nothing, because earlier patterns match all its weights'
+        raise TargetError(f"{option}: {reason}; put it in front of them, or drop it")
     return [value[pattern] for pattern in deciders if pattern is not None]
 
 
@@ -118,35 +108,40 @@ def _places(walk: Walk, least: int) -> list[_Place]:
     return places
 
 
-def _hits(option: str, selector: Selector, places: Sequence[_Place]) -> set[str]:
-    """Return the names of the weights that a selector names."""
-    if isinstance(selector, str) and "[" in selector:  # also a name that looks like a glob
-        literal = {place.own[selector] for place in places if selector in place.own}
-        literal |= {name for place in places if selector == place.path for name in place.named}
-        if literal:
-            return literal
+def _hits(
+    option: str, selector: Selector, places: Sequence[_Place], weights: Mapping[str, Weight]
+) -> set[str]:
+    """Return the names of the weights that a selector names, or raise if it names none."""
     hits: set[str] = set()
-    for place in places:
-        if isinstance(selector, str):
-            hits |= {name for alias, name in place.own.items() if _glob(selector, alias)}
-        if _selects(option, selector, place):
-            hits |= place.named
+    if not isinstance(selector, str):
+        hits = hits.union(*(each.named for each in places if _selects(option, selector, each)))
+    else:
+        if "[" in selector:  # also a name that looks like a glob
+            hits = _matched(operator.eq, selector, places)
+        hits = hits or _matched(_glob, selector, places)
+    if not hits:
+        raise TargetError(_unmatched(option, selector, weights, places))
     return hits
 
 
-def _selects(option: str, selector: Selector, place: _Place) -> bool:
-    """Say whether a selector names a module as a whole."""
-    if isinstance(selector, str):
-        return _glob(selector, place.path)
+def _matched(
+    matches: Callable[[str, str], bool], pattern: str, places: Sequence[_Place]
+) -> set[str]:
+    names = [
+        name for place in places for alias, name in place.own.items() if matches(pattern, alias)
+    ]
+    return set(names).union(*(place.named for place in places if matches(pattern, place.path)))
+
+
+def _selects(option: str, selector: type[nn.Module] | Predicate, place: _Place) -> bool:
     if isinstance(selector, type):
         return isinstance(place.module, selector)
     try:
         return bool(selector(place.path, place.module))
     except Exception as error:
-        raise TargetError(
-            f'{option}: the predicate {_show(selector)} failed at "{place.path}" with {error!r}; '
-            "it takes (path, module) and returns a bool"
-        ) from error
+        fault = f'the predicate {_show(selector)} failed at "{place.path}" with {error!r}'
+        fix = "it takes (path, module) and returns a bool"
+        raise TargetError(f"{option}: {fault}; {fix}") from error
 
 
 def _selectors(option: str, target: Target) -> list[Selector]:
@@ -154,23 +149,17 @@ def _selectors(option: str, target: Target) -> list[Selector]:
     if isinstance(target, (str, type)) or (callable(target) and not isinstance(target, Iterable)):
         target = [target]
     if not isinstance(target, Iterable) or isinstance(target, (nn.Module, Mapping)):
-        raise TargetError(
-            f"{option} must be a pattern, a module type, a predicate or several of these, "
-            f"got {type(target).__name__}"
-        )
-    selectors = list(target)
-    if not selectors:
-        raise TargetError(
-            f"{option} is empty; give None, or at least one pattern, type or predicate"
-        )
+        rule = "a pattern, a module type, a predicate or several of these"
+        raise TargetError(f"{option} must be {rule}, got {type(target).__name__}")
+    if not (selectors := list(target)):
+        fix = "give None, or at least one pattern, type or predicate"
+        raise TargetError(f"{option} is empty; {fix}")
     for selector in selectors:
         is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         is_predicate = callable(selector) and not isinstance(selector, (type, nn.Module))
         if not (isinstance(selector, str) or is_type or is_predicate):
-            raise TargetError(
-                f"{option}: a selector must be a pattern, a subclass of torch.nn.Module or a "
-                f"predicate (path, module) -> bool, got {selector!r}"
-            )
+            rule = "a pattern, a subclass of torch.nn.Module or a predicate (path, module) -> bool"
+            raise TargetError(f"{option}: a selector must be {rule}, got {selector!r}")
     return selectors
 
 
@@ -193,17 +182,10 @@ def is_flat(tensor: Tensor | None, least: int = 2) -> bool:
 
 
 def _unmatched(
-    option: str,
-    selector: Selector,
-    hits: set[str],
-    weights: Mapping[str, Weight],
-    places: Sequence[_Place],
+    option: str, selector: Selector, weights: Mapping[str, Weight], places: Sequence[_Place]
 ) -> str:
     """Say why a selector comes to nothing, and what is near."""
     said = f"{option} {_show(selector)}"
-    if hits:
-        names = ", ".join(sorted(hits))
-        return f"{said} matches only {names}: an adapter needs a tensor of two or more dimensions"
     if not isinstance(selector, str):
         return f"{said} matches no weight; there are {nearest('', weights)}"
     parts = [weight.path.split(".") for weight in weights.values()]

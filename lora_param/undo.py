@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 GONE: Any = object()
@@ -32,14 +31,14 @@ def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Iterable[str]])
         for name in names:
             entries[name] = table.get(name, GONE)
         kept.append((table, entries, tuple(table)))
-    undo.callback(_put_back, kept)
 
+    def put_back() -> None:
+        for table, entries, order in kept:
+            content = in_order({**table, **entries}, order)
+            table.clear()
+            table.update({name: each for name, each in content.items() if each is not GONE})
 
-def _put_back(kept: Iterable[tuple[dict[str, Any], dict[str, Any], Sequence[str]]]) -> None:
-    for table, entries, order in kept:
-        content = in_order({**table, **entries}, order)
-        table.clear()
-        table.update({name: each for name, each in content.items() if each is not GONE})
+    undo.callback(put_back)
 
 
 def in_order(table: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
@@ -59,20 +58,3 @@ def _set_flags(states: Iterable[tuple[Tensor, bool, Tensor | None]]) -> None:
         if tensor.requires_grad != requires_grad:
             tensor.requires_grad_(requires_grad)
         tensor.grad = grad
-
-
-def set_data(undo: ExitStack, tensor: Tensor, value: Tensor) -> None:
-    """Put another value in the place of a tensor's, which stays the same object."""
-    undo.callback(setattr, tensor, "data", tensor.data)
-    tensor.data = value
-
-
-def copy_into(undo: ExitStack, tensor: Tensor, value: Tensor) -> None:
-    """Copy a value into a tensor."""
-    undo.callback(_copy, tensor, tensor.detach().clone())
-    _copy(tensor, value)
-
-
-def _copy(tensor: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(value)

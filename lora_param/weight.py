@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 from weakref import WeakSet
@@ -17,19 +17,15 @@ from .chains import Record, chains_of, originals_of, record_of, run_through, typ
 from .deltas.protocol import Delta, Shape
 from .errors import LoRAError
 from .install import parametrized_class, properties_of
-from .layers import UNLISTED, Layer, layer_of, listed_tensors
+from .layers import Layer, layer_of, listed_tensors
 from .undo import in_order, keep_entries
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of one module of a model, or a block of its rows.
+    """One tensor of one module of a model, or a block of its `rows`.
 
-    Attributes:
-        path: The module's path in the plain model; the model's own is empty.
-        module: The module.
-        tensor: What the module calls it.
-        rows: The block of its first dimension; `None` for the whole tensor.
+    `path` is the module's in the plain model, of which the model's own is empty.
     """
 
     path: str
@@ -46,13 +42,12 @@ class Weight:
     @property
     def whole(self) -> Weight:
         """The tensor of which it is a block."""
-        return self if self.rows is None else Weight(self.path, self.module, self.tensor)
+        return self if self.rows is None else replace(self, rows=None)
 
     def overlaps(self, rows: slice | None) -> bool:
         """Say whether it has one of these rows of the tensor, of which `None` means all."""
-        if self.rows is None or rows is None:
-            return True
-        return bool(self.rows.start < rows.stop and rows.start < self.rows.stop)
+        own = self.rows
+        return not own or not rows or bool(own.start < rows.stop and rows.start < own.stop)
 
     @property
     def layer(self) -> Layer:
@@ -75,11 +70,9 @@ class Weight:
     def original(self) -> Tensor | None:
         """The tensor beneath any parametrization; `None` if it isn't one tensor."""
         module, name = self.module, self.tensor
-        tensor: Tensor | None
-        if name in module._parameters:
-            tensor = module._parameters[name]
-        elif name in module._buffers:
-            tensor = module._buffers[name]
+        table: Any = module._parameters if name in module._parameters else module._buffers
+        if name in table:
+            tensor: Tensor | None = table[name]
         else:
             tensor = getattr(chains_of(module).get(name), "original", None)
         return tensor if tensor is None or self.rows is None else tensor[self.rows]
@@ -222,10 +215,8 @@ merged_for_now: WeakSet[nn.Module] = WeakSet()
 class Walk:
     """One walk over a model: what every verb takes and passes on.
 
-    Attributes:
-        places: Paths and modules of the base, a shared one at each of its places.
-        owners: Every module once, with the path that it has without deltas: those of the base, and
-            the parametrizations of others.
+    `places` are paths and modules of the base, a shared one at each of its places; `owners` is
+    every module, others' parametrizations too, with the path that it has without deltas.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -258,28 +249,24 @@ class Walk:
     @cached_property
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Paths and modules of the base, each once."""
-        first: dict[nn.Module, str] = {}
-        for path, module in self.places:
-            first.setdefault(module, path)
-        return [(path, module) for module, path in first.items()]
+        first = {module: path for path, module in reversed(self.places)}
+        return [(first.pop(module), module) for _, module in self.places if module in first]
 
     @cached_property
     def weights(self) -> list[Weight]:
         """Every parameter of the base, and every tensor that its row expects, there or not."""
         weights = []
         for path, module in self.modules:
-            present, layer = tensor_names(module), layer_of(type(module))
-            expected = listed_tensors(layer, present) if layer is not UNLISTED else ()
-            for name in dict.fromkeys([*expected, *present]):
-                if "." not in name:
-                    weights.append(Weight(path, module, name))
+            present = tensor_names(module)
+            names = dict.fromkeys([*listed_tensors(layer_of(type(module)), present), *present])
+            weights += [Weight(path, module, name) for name in names if "." not in name]
         return weights
 
     @cached_property
     def deltas(self) -> list[tuple[Weight, Delta]]:
         """Every delta with its weight, in model order and chain order."""
         return [
-            (Weight(weight.path, weight.module, weight.tensor, delta.rows), delta)
+            (replace(weight, rows=delta.rows), delta)
             for weight in self.weights
             for delta in (weight.deltas if "parametrizations" in weight.module._modules else ())
         ]
@@ -290,11 +277,12 @@ class Walk:
         tensors = []
         for module, path in self.owners.items():
             for name in (*tensor_names(module), *module._buffers):
+                weight = Weight(path, module, name)
                 # A chain's one original goes by its owner's name.
-                if name != "original" or not isinstance(module, ParametrizationList):
-                    weight = Weight(path, module, name)
-                    tensors.append((weight, weight.original))
-        return [(weight, tensor) for weight, tensor in tensors if tensor is not None]
+                twice = name == "original" and isinstance(module, ParametrizationList)
+                if not twice and (tensor := weight.original) is not None:
+                    tensors.append((weight, tensor))
+        return tensors
 
     @cached_property
     def parameters(self) -> list[tuple[Weight, nn.Parameter]]:
@@ -306,8 +294,13 @@ class Walk:
         """The parameters that several modules hold, by where their memory begins."""
         places: dict[int, list[Weight]] = {}
         for weight, tensor in self.parameters:
-            places.setdefault(memory_of(tensor), []).append(weight)
+            places.setdefault(_memory_of(tensor), []).append(weight)
         return {memory: weights for memory, weights in places.items() if len(weights) > 1}
+
+    def partners(self, weight: Weight) -> list[Weight]:
+        """List the others that are the same Parameter."""
+        same = self.shared.get(_memory_of(weight.original), []) if self.shared else []
+        return [other for other in same if other.name != weight.whole.name]
 
 
 def walk(model: object, call: str) -> Walk:
@@ -322,7 +315,7 @@ def join(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def memory_of(tensor: Tensor | None) -> int:
+def _memory_of(tensor: Tensor | None) -> int:
     """Identify a Parameter by where its bytes begin, if it has bytes of its own."""
     if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
         return tensor.data_ptr() or id(tensor)
@@ -331,10 +324,10 @@ def memory_of(tensor: Tensor | None) -> int:
 
 def tensor_names(module: nn.Module) -> list[str]:
     """List the names of a module's own parameters, in the order they had before any delta."""
-    present = dict.fromkeys(module._parameters)
+    present = []
     for name, value in module._parameters.items():
-        if value is None:
-            del present[name]
+        if value is not None:
+            present.append(name)
     if "parametrizations" in module._modules and (chains := chains_of(module)):
-        present = in_order({**present, **dict.fromkeys(chains)}, record_of(module).order)
-    return list(present)
+        return list(in_order(dict.fromkeys([*present, *chains]), record_of(module).order))
+    return present

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .protocol import Delta, Shape, as_parameter, check_dtype
+from .protocol import Delta, Shape
 
 
 class DenseDelta(Delta):
     """Add a tensor to a weight, `W + D`: training it whole, with the original left alone.
 
-    `D` is zero at first. Weight decay on `D` pulls the weight towards the original.
-
-    Args:
-        shape: The weight's shape, of one dimension or more.
-        adapter: The adapter's name, by which `enable_lora` and the like find it.
-        device: Device of `D`.
-        dtype: Dtype of `D`, one of float16, bfloat16, float32 and float64.
-
-    Attributes:
-        D: Parameter of the weight's shape.
-
-    Raises:
-        LoRAError: `dtype` is unknown.
-        AdapterError: `adapter` is no usable name.
+    `D`, a Parameter of the weight's shape, is zero at first. Weight decay on `D` pulls the weight
+    towards the original.
 
     Example:
         >>> import torch
@@ -51,8 +38,7 @@ class DenseDelta(Delta):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(adapter)
-        check_dtype(dtype or torch.get_default_dtype())
+        super().__init__(adapter, dtype)
         self.D = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
     @classmethod
@@ -60,14 +46,6 @@ class DenseDelta(Delta):
         """Build a `D` of zeros on the weight's device and, unless told otherwise, of its dtype."""
         options["dtype"] = options.get("dtype") or weight.dtype
         return cls(tuple(weight.shape), device=weight.device, **options)
-
-    @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> DenseDelta:
-        """Build the delta whose `D` this tensor is; it has no numbers."""
-        delta = cls((0,))
-        delta.numbers = dict(numbers)
-        delta.D = as_parameter(tensors["D"])
-        return delta
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say that `D` has another shape than the weight, if it has."""
@@ -78,19 +56,12 @@ class DenseDelta(Delta):
         """Return `W + D`, computed in the wider dtype and rounded once to `W`'s."""
         return (weight + self.D).to(weight.dtype)
 
-    def block(self, start: int, stop: int) -> DenseDelta:
+    def block(self, start: int, stop: int) -> Delta:
         """Return the delta of some of the weight's rows."""
         return self.restore({"D": self.D[start:stop]}, {})
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of `D` as a matrix of its first dimension by all the others."""
         matrix = self.D.detach().double()
-        values: Tensor = torch.linalg.svdvals(
-            matrix.flatten(1) if matrix.ndim > 1 else matrix[None]
-        )
-        return values
-
-    def extra_repr(self) -> str:
-        """Name, shape and state, for `print(model)`."""
-        state = "enabled" if self.enabled else "disabled"
-        return f"{self.adapter!r}, {tuple(self.D.shape)}, {state}"
+        matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix[None]
+        return cast("Tensor", torch.linalg.svdvals(matrix))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from ..errors import LoRAError, StateDictError
-from .protocol import Delta, Run, Shape, as_parameter, check_dtype
+from .protocol import Delta, Shape
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -22,8 +22,9 @@ class LoRAParametrization(Delta):
     """Add a low-rank update to a weight: `W + (B @ A).view_as(W) * scale`, `scale = alpha / rank`.
 
     `W` is any tensor that reads as a matrix `(fan_out, fan_in)` in row-major order, or with `batch`
-    as a stack of such matrices. There is no `right_inverse`: registering leaves the original as it
-    is, and assigning to the weight is refused.
+    as a stack of these. Registering leaves the original as it is; the weight can't be assigned to.
+    `lora_A` is `[*batch, rank, fan_in]` and `lora_B` `[*batch, fan_out, rank]`; setting `alpha` or
+    `scale` changes the update at once; while `enabled` is `False`, the weight passes untouched.
 
     Args:
         fan_out: Rows of the weight's matrix view.
@@ -33,23 +34,12 @@ class LoRAParametrization(Delta):
         batch: Leading dimensions of a stack of matrices, each of which gets a pair of its own.
         adapter: The adapter's name, by which `enable_lora` and the like find it.
         dropout: Probability, `0 <= dropout < 1`, with which entries of a layer's input are dropped
-            in front of `lora_A` in training. Weight space can't do that: in training, reading the
-            weight with a graph warns.
-        init: How `lora_A` is drawn: `"kaiming"`, uniform with a = sqrt(5), that is in
-            ±1/sqrt(fan_in), or `"gaussian"` with a standard deviation of 1/rank.
-            `lora_B` is zero, so a fresh adapter changes nothing.
+            in front of `lora_A` in training. Weight space can't: reading the weight then warns.
+        init: How `lora_A` is drawn: `"kaiming"`, uniform in ±1/sqrt(fan_in), or `"gaussian"` with a
+            standard deviation of 1/rank. `lora_B` is zero, so a fresh adapter changes nothing.
         generator: Source of the draws; the global one of the device if `None`.
         device: Device of both factors.
         dtype: Dtype of both factors, one of float16, bfloat16, float32 and float64.
-
-    Attributes:
-        lora_A: Parameter `[*batch, rank, fan_in]`.
-        lora_B: Parameter `[*batch, fan_out, rank]`.
-        rank: The rank.
-        alpha: The numerator of the scale; setting it changes the update at once.
-        scale: `alpha / rank`; setting it sets `alpha`.
-        dropout: The probability.
-        enabled: While `False`, the weight passes through untouched, as the same object.
 
     Raises:
         LoRAError: `rank`, `alpha` or `dropout` is out of range; `init`, `dtype` or `generator` is
@@ -70,8 +60,7 @@ class LoRAParametrization(Delta):
         True
 
     Source:
-        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
-        section 4.1, equation 3.
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, eq. 3.
     """
 
     kind = "lora"
@@ -93,17 +82,15 @@ class LoRAParametrization(Delta):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(adapter)
+        super().__init__(adapter, dtype)
         self.rank = check_rank(rank, fan_out, fan_in)
         self._alpha = check_alpha(alpha, self.rank)
         self._dropout = check_dropout(dropout)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise LoRAError(
-                f"generator must be a torch.Generator or None, got {type(generator).__name__}"
-            )
+        if not isinstance(generator, (torch.Generator, type(None))):
+            got = type(generator).__name__
+            raise LoRAError(f"generator must be a torch.Generator or None, got {got}")
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
-        check_dtype(dtype or torch.get_default_dtype())
         source = device if generator is None else generator.device
         A = torch.empty(*batch, self.rank, fan_in, device=source, dtype=dtype)
         if init == "kaiming":  # with a = sqrt(5), as torch draws a Linear's weight
@@ -115,16 +102,14 @@ class LoRAParametrization(Delta):
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> LoRAParametrization:
-        """Build a fresh pair for a weight, on its device and, unless told otherwise, of its dtype."""
+        """Build a fresh pair on the weight's device and, unless told otherwise, of its dtype."""
         *batch, fan_out, fan_in = view
         options["dtype"] = options.get("dtype") or weight.dtype
         return cls(fan_out, fan_in, batch=tuple(batch), device=weight.device, **options)
 
     @classmethod
-    def restore(
-        cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-    ) -> LoRAParametrization:
-        """Build the pair of these factors, of which none is copied; any rank will do.
+    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+        """Build the pair of these factors, of any rank.
 
         Raises:
             StateDictError: The factors are no pair, or the numbers aren't theirs.
@@ -132,11 +117,7 @@ class LoRAParametrization(Delta):
         A, B = tensors["lora_A"], tensors["lora_B"]
         if min(A.ndim, B.ndim) < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1]:
             raise StateDictError(f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no pair")
-        delta = cls(1, 1, 1, device="meta")  # draws nothing
-        delta.rank = B.shape[-1]
-        delta.lora_A, delta.lora_B = (as_parameter(each) for each in (A, B))
-        delta.numbers = dict(numbers)
-        return delta
+        return super().restore(tensors, numbers)
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -145,8 +126,9 @@ class LoRAParametrization(Delta):
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
-        if (rank := numbers.get("rank", self.rank)) != self.rank or type(rank) is not int:
-            raise StateDictError(f"its rank must be {self.rank}, got {rank!r:.40}")
+        own = self.lora_B.shape[-1]
+        if (rank := numbers.get("rank", own)) != own or type(rank) is not int:
+            raise StateDictError(f"its rank must be {own}, got {rank!r:.40}")
         Delta.numbers.__set__(self, numbers)  # type: ignore[attr-defined]
 
     @property
@@ -201,93 +183,84 @@ class LoRAParametrization(Delta):
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
 
-    def act(self, y: Tensor, x: Tensor, run: Run, others: Sequence[LoRAParametrization]) -> Tensor:
+    def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
 
         Those of `others` that meet the same input, and so drop nothing of it, are one product.
         """
         if not others:
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
-            A, B = run.factors(self.lora_A, self.lora_B)
-            return run.up(y, run.down(x, A), B, self.scale)
-        pairs = [self, *others]
-        dropping = [pair for pair in pairs if pair._dropout and pair.training]
-        for pair in dropping:
-            y = pair.act(y, x, run, ())
-        same = [pair for pair in pairs if pair not in dropping]
+            inner, outer = run.factors(self.lora_A, self.lora_B)
+            return run.up(y, run.down(x, inner), outer, self.scale)
+        same = []
+        for pair in (self, *others):
+            if pair._dropout and pair.training:
+                y = pair.act(y, x, run, ())
+            else:
+                same.append(pair)
         if same:
-            A, B = run.factors(
+            inner, outer = run.factors(
                 torch.cat([pair.lora_A for pair in same]),  # [sum of ranks, fan_in]
                 torch.cat([pair.lora_B * pair.scale for pair in same], 1),  # [fan_out, the same]
             )
-            y = run.up(y, run.down(x, A), B, 1.0)
+            y = run.up(y, run.down(x, inner), outer, 1.0)
         return y
 
-    def lowered(self, rank: int) -> LoRAParametrization:
+    def lowered(self, rank: int) -> Delta:
         """Return the same update, within rounding, as a pair whose rank is the smaller side."""
         tall = self.lora_B.shape[-2] > self.lora_A.shape[-1]
         product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
         eye = torch.eye(rank, dtype=product.dtype, device=product.device)
         eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
-        left, right = (product, eye) if tall else (eye, product)
-        tensors: dict[str, Tensor] = {"lora_A": right, "lora_B": left}
-        numbers = {"rank": rank, "alpha": self.scale * rank, "dropout": self.dropout}
-        return self.restore(tensors, numbers)
+        A, B = (eye, product) if tall else (product, eye)
+        numbers = self.numbers | {"rank": rank, "alpha": self.scale * rank}
+        return self.restore({"lora_A": A, "lora_B": B}, numbers)
 
-    def block(self, start: int, stop: int) -> LoRAParametrization:
+    def block(self, start: int, stop: int) -> Delta:
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""
         A = self.lora_A[start:stop] if self.lora_A.ndim > 2 else self.lora_A
         return self.restore({"lora_A": A, "lora_B": self.lora_B[start:stop]}, self.numbers)
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
-        A, B = (
-            torch.linalg.qr(each.detach().double())[1] for each in (self.lora_A.mT, self.lora_B)
-        )
-        values: Tensor = torch.linalg.svdvals(B @ A.mT)
-        return values * abs(self.scale)
-
-    def extra_repr(self) -> str:
-        """Name, rank, scale and state, for `print(model)`."""
-        state = "enabled" if self.enabled else "disabled"
-        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
-        return f"{self.adapter!r}, rank={self.rank}, alpha={self.alpha:g}{dropout}, {state}"
+        sides = self.lora_A.mT, self.lora_B
+        A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
+        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale))
 
 
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
     """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
     limit = min(fan_out, fan_in)
-    number: Any = rank
     whole = type(rank) is int or (isinstance(rank, Integral) and not isinstance(rank, bool))
-    if not whole or not 1 <= int(number) <= limit:
-        too_high = whole and int(number) > limit
-        fix = "lower the rank" if too_high else "give an integer from 1 up"
-        raise LoRAError(
-            f"rank must satisfy 1 <= rank <= min({fan_out}, {fan_in}) = {limit}, got {rank!r}; "
-            f"{fix}"
-        )
-    return int(number)
+    number = int(cast(Any, rank)) if whole else 0
+    if not 1 <= number <= limit:
+        fix = "lower the rank" if number > limit else "give an integer from 1 up"
+        bounds = f"1 <= rank <= min({fan_out}, {fan_in}) = {limit}"
+        raise LoRAError(f"rank must satisfy {bounds}, got {rank!r}; {fix}")
+    return number
 
 
 def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
     """Return `alpha` as a finite float, `rank` for `None`, or raise."""
     if alpha is None and name == "alpha":
         return float(rank)
-    try:
-        value = float(cast(Any, alpha)) if isinstance(alpha, Real) else math.nan
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value) or isinstance(alpha, bool):
-        default = ", or None for the rank" if name == "alpha" else ""
-        raise LoRAError(
-            f"{name} must be a finite number{default}, got {alpha!r:.40}; give a number"
-        )
+    if not math.isfinite(value := _real(alpha)):
+        rule = "a finite number" + (", or None for the rank" if name == "alpha" else "")
+        raise LoRAError(f"{name} must be {rule}, got {alpha!r:.40}; give a number")
     return value
 
 
 def check_dropout(dropout: object) -> float:
     """Return `dropout` as a float, or raise."""
-    real = type(dropout) is float or (isinstance(dropout, Real) and not isinstance(dropout, bool))
-    if not real or not 0 <= float(dropout) < 1:  # type: ignore[arg-type]
+    if not 0 <= (value := _real(dropout)) < 1:
         raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
-    return float(dropout)  # type: ignore[arg-type]
+    return value
+
+
+def _real(value: object) -> float:
+    """Return a real number as a float, and anything else as NaN."""
+    real = isinstance(value, (float, Real)) and not isinstance(value, bool)
+    try:
+        return float(cast(Any, value)) if real else math.nan
+    except OverflowError:
+        return math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
 Shape = tuple[int, ...]
-SomeDelta = TypeVar("SomeDelta", bound="Delta")
-
-
-class Run(Protocol):
-    """A layer at work on one input: all that a delta knows of it in activation space."""
-
-    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn a stored weight's factors to the one that meets the input and the other."""
-
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
-        """Run the layer on `x` with `A` for its weight, and without a bias."""
-
-    def up(self, y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Mix the channels of `low` by `B` and add them to `y`, times `scale`."""
 
 
 class Delta(nn.Module):
@@ -36,12 +22,8 @@ class Delta(nn.Module):
 
     A kind is a subclass in a file of its own and a row in `KINDS`. It says what the weight becomes
     (`value`) and, where that can be had without forming the weight, how the layer's output changes
-    (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state.
-
-    Attributes:
-        adapter: The adapter's name, by which `enable_lora` and the like find it.
-        enabled: While `False`, the weight passes through untouched, as the same object.
-        rows: The rows of the weight that change, all of them for `None`.
+    (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state. `rows`
+    are those of the weight that change, all of them for `None`.
     """
 
     kind: ClassVar[str]
@@ -50,8 +32,9 @@ class Delta(nn.Module):
 
     least_dimensions: ClassVar[int] = 1
     act: ClassVar[Any] = None
-    """`(y, x, run, others)` to the output of a run on `x` which was `y` so far and may be changed
-    in place; `others` are deltas of the kind directly behind. `None` where there is none."""
+    """`(y, x, run, others)` to a layer's output for the input `x`, which was `y` so far and may be
+    changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
+    `run`, of `ops`, is all that is known of the layer."""
 
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
@@ -59,22 +42,27 @@ class Delta(nn.Module):
     rows = cast("slice | None", None)  # not annotated, because torch.jit.script reads that
     _enabled = True
 
-    def __init__(self, adapter: str = "default") -> None:
+    def __init__(self, adapter: str, dtype: torch.dtype | None) -> None:
         super().__init__()
         check_adapter(adapter)
+        check_dtype(dtype or torch.get_default_dtype())
         self.adapter = adapter
 
     @classmethod
-    def make(cls: type[SomeDelta], weight: Tensor, view: Shape, **options: Any) -> SomeDelta:
+    def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
         """Build a fresh delta, which changes nothing yet, for a weight of this matrix view."""
         raise NotImplementedError
 
     @classmethod
-    def restore(
-        cls: type[SomeDelta], tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-    ) -> SomeDelta:
-        """Build the delta that has these tensors and numbers, or raise a `StateDictError`."""
-        raise NotImplementedError
+    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+        """Build the delta of these tensors, of which none is copied, or raise `StateDictError`."""
+        delta = cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+        for name in list(delta._parameters):
+            own = tensors[name]
+            own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
+            delta._parameters[name] = own
+        delta.numbers = dict(numbers)
+        return delta
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -83,11 +71,11 @@ class Delta(nn.Module):
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
-        if numbers.keys() != self.numbers.keys():
+        if numbers.keys() != self.numbers.keys() or None in numbers.values():
             own, got = list(self.numbers), list(numbers)
             raise StateDictError(f"a {self.kind} delta has {own}, got {got}"[:300])
-        for name, value in numbers.items():
-            setattr(self, name, value)
+        for name in self.numbers:
+            setattr(self, name, numbers[name])
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why it can't be a weight's of this shape and matrix view; `None` if it can."""
@@ -97,7 +85,7 @@ class Delta(nn.Module):
         """Return the adapted weight, in the weight's shape and dtype."""
         raise NotImplementedError
 
-    def block(self: SomeDelta, start: int, stop: int) -> SomeDelta:
+    def block(self, start: int, stop: int) -> Delta:
         """Return the delta of some of the weight's rows; its tensors are views of these."""
         raise NotImplementedError
 
@@ -121,10 +109,7 @@ class Delta(nn.Module):
             return weight
         if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
             with torch.autocast(weight.device.type, enabled=False):
-                return self._of_rows(weight)
-        return self._of_rows(weight)
-
-    def _of_rows(self, weight: Tensor) -> Tensor:
+                return self.forward(weight)
         if self.rows is None:
             return self.value(weight)
         start, stop, _ = self.rows.indices(len(weight))
@@ -152,18 +137,17 @@ class Delta(nn.Module):
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
         self.numbers = said
 
-
-def as_parameter(tensor: Tensor) -> nn.Parameter:
-    """Return a tensor as a Parameter, without a copy."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
+    def extra_repr(self) -> str:
+        """Name, numbers and state, for `print(model)`."""
+        numbers = [f"{name}={value:g}" for name, value in self.numbers.items()]
+        return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 
 def check_adapter(adapter: object) -> None:
     """Raise unless `adapter` can be an adapter's name."""
     if not isinstance(adapter, str) or not adapter or "." in adapter:
-        raise AdapterError(
-            f"an adapter's name must be a non-empty string without dots, got {adapter!r}"
-        )
+        rule = "a non-empty string without dots"
+        raise AdapterError(f"an adapter's name must be {rule}, got {adapter!r}")
 
 
 def check_dtype(dtype: object) -> None:
