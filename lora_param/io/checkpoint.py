@@ -16,11 +16,10 @@ from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
 from ..weight import WRAPPERS, join
-from .content import OpenFile, check_apart, open_file, shortened
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
 from .progress import progress
-from .tensors import AnyPath, Entry, write_blobs
+from .tensors import AnyPath, Entry, OpenFile, check_apart, open_file, shortened, write_blobs
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""
@@ -53,10 +52,10 @@ def check_checkpoint(path: AnyPath, base: AnyPath, /, **options: Any) -> int:
         **options: What the adapter's format takes.
 
     Returns:
-        The number of parameters, all of which are equal.
+        The number of parameters.
 
     Raises:
-        FileError: Another base, which is named, or a file that doesn't say its base's bits.
+        FileError: Not all are equal, or the file doesn't say its base's bits.
 
     Example:
         >>> import tempfile, torch
@@ -112,8 +111,7 @@ def merge_checkpoint(
         How many tensors have changed, and how many there are.
 
     Raises:
-        FileError: The files don't belong together, a merged weight would not be finite, or `out`
-            would be read and written.
+        FileError: The files don't belong together, or a merged weight would not be finite.
 
     Example:
         >>> import tempfile, torch
@@ -135,21 +133,22 @@ def merge_checkpoint(
         deltas: defaultdict[str, list[Delta]] = defaultdict(list)
         for name, delta in file.fit(weights, **options).items():
             deltas[name.rpartition("[")[0] if delta.rows else name].append(delta)
-        names = [
-            name
-            for key in header.tensors
-            if "parametrizations." in key
-            if (name := plain_name(key)) in deltas
-        ]
-        if names:
-            raise FileError(
-                f"{base}: parametrized: {shortened(names)}; load both, and call merge_lora"
-            )
+        hidden = {plain_name(key) for key in header.tensors if "parametrizations." in key}
+        if hidden := hidden & deltas.keys():
+            names = shortened(sorted(hidden))
+            raise FileError(f"{base}: parametrized: {names}; load both, and call merge_lora")
         digests = {} if any_base else file.about.base
         if missing := _missing(digests, weights.tensors):
             raise FileError(f"{base}: lacks {shortened(missing)}; {OTHER_BASE}")
-        if not any_base:
-            _check_twins(file, checkpoint, weights.tensors, deltas)
+        # A file that knows its base's class was saved beside the model, and has all its names.
+        known = file.about.shapes.keys() if file.about.cls else set[str]()
+        changing = [weights.tensors[name] for name in deltas]
+        others = set[str]() if any_base else weights.tensors.keys() - known - deltas.keys()
+        if twins := [n for n in others if any(_is_same(weights.tensors[n], t) for t in changing)]:
+            raise FileError(
+                f"{base}: {shortened(twins)} may be adapted weights by other names, having their "
+                "bits, and would not change; take them out, or give --any-base if they aren't"
+            )
         blocks = (
             block
             for key, entry in progress(list(header.tensors.items()), "merging")
@@ -213,24 +212,6 @@ def convert_file(
         deltas = file.fit(weights, **options or {})
         write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
     return list(deltas)
-
-
-def _check_twins(
-    file: AdapterFile,
-    checkpoint: OpenFile,
-    tensors: Mapping[str, Tensor],
-    adapted: Mapping[str, list[Delta]],
-) -> None:
-    """Raise for tensors that have the bits of an adapted one, and may be it by other names."""
-    # A file that knows its base's class was saved beside the model, and has all its names.
-    known = file.about.shapes.keys() if file.about.cls else set[str]()
-    changing = [tensors[name] for name in adapted]
-    others = tensors.keys() - known - adapted.keys()
-    if twins := [name for name in others if any(_is_same(tensors[name], e) for e in changing)]:
-        raise FileError(
-            f"{checkpoint.path}: {shortened(twins)} may be adapted weights by other names, having "
-            "their bits, and would not change; take them out, or give --any-base if they aren't"
-        )
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

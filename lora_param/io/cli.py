@@ -131,14 +131,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; those of the process if `None`.
-
-    Returns:
-        The exit status.
-    """
+    """Run the command line on the process's arguments or these, and return its status."""
     parser = _Parser(prog=PROGRAM, description="Look into, convert, check and merge adapter files.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for call, (example, names) in COMMANDS.items():

@@ -19,12 +19,11 @@ from ..register import install
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
 from ..weight import Weight, walk
-from .content import About, check_strings, shortened
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
 from .outline import Outline, outline_of_model
 from .progress import progress
-from .tensors import AnyPath
+from .tensors import About, AnyPath, check_strings, shortened
 
 Pairs = list[tuple[Weight, Delta]]
 
@@ -155,9 +154,7 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
     """Pair weights with deltas that have tensors of their own, on the weights' devices."""
     pairs = []
     for name, delta in progress(list(deltas.items()), "loading"):
-        outline = weights.weight(name)
-        if outline is None or (weight := outline.weight) is None:
-            continue
+        weight: Any = getattr(weights.weight(name), "source", None)
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{name} is on the meta device; load when the model has values")
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}

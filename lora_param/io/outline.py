@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,8 +27,14 @@ LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """What a module's `weight` of so many dimensions is taken for."""
 
-NUMBERS: dict[str, Any] = {"groups": int, "dilation": (list, tuple), "padding_mode": str}
-"""What is to be known of a convolution."""
+FACTS: dict[str, Any] = {
+    "type": str,
+    "groups": int,
+    "dilation": (list, tuple),
+    "padding_mode": str,
+    "is_transposed": bool,
+}
+"""What another outline needs to know of a module."""
 
 
 def kind_name(layer: Layer) -> str:
@@ -50,7 +56,7 @@ class ModuleOutline:
     layer: Layer = NOTHING
     tensors: tuple[str, ...] = ()  # the names of its own, in their order
     class_name: str = "module"
-    facts: Facts = field(default_factory=dict)  # for another outline, in JSON; of a guess, none
+    facts: Facts = field(default_factory=dict)  # what `FACTS` names, for JSON; of a guess, none
     own_forward: bool = False  # whether it is linear and computes otherwise than `nn.Linear`
     shared: bool = False  # whether the model has it in several places
 
@@ -88,11 +94,6 @@ class WeightOutline:
         """Its full name in the plain model, of a block that of the whole tensor."""
         return join(self.module.path, self.tensor)
 
-    @property
-    def weight(self) -> Weight | None:
-        """The model's own weight, if this is the outline of a model."""
-        return replace(self.source, rows=self.rows) if isinstance(self.source, Weight) else None
-
     @cached_property
     def shape(self) -> Shape | None:
         """Its shape; `None` if it isn't known or there is no such tensor."""
@@ -100,10 +101,7 @@ class WeightOutline:
         if isinstance(source, Weight):
             absent = not source.chain and (source.original is None or is_lazy(source.original))
             source = None if absent else source.like
-        shape = tuple(source.shape) if isinstance(source, Tensor) else source
-        if shape is None or self.rows is None:
-            return shape
-        return (len(range(*self.rows.indices(shape[0]))), *shape[1:])
+        return None if source is None else _shape(source)
 
     @property
     def view(self) -> Shape:
@@ -114,9 +112,9 @@ class WeightOutline:
     @property
     def drops(self) -> bool:
         """Whether dropout can act on its layer's input."""
-        layer = self.module.layer
-        able = layer.drops and layer.run is not None
-        return able and (self.weight is None or acts(self.weight.module, self.tensor))
+        able = self.module.layer.drops and self.module.layer.run is not None
+        source = self.source
+        return able and (not isinstance(source, Weight) or acts(source.module, self.tensor))
 
 
 @dataclass(frozen=True)
@@ -139,13 +137,21 @@ class Outline:
 
     def weight(self, name: str) -> WeightOutline | None:
         """Return what is known of a weight or a block of its rows; `None` if there is none."""
-        if name in self.weights:
-            return self.weights[name]
-        if block := re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name):
-            weight = self.weights.get(block[1])
-            return weight and replace(weight, rows=slice(int(block[2]), int(block[3])))
-        path, _, tensor = name.rpartition(".")
-        return WeightOutline(ModuleOutline(path), tensor) if self.unknown else None
+        block = None if name in self.weights else re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
+        weight = self.weights.get(block[1] if block else name)
+        if weight is not None and block:
+            rows, source = slice(int(block[2]), int(block[3])), weight.source
+            if isinstance(source, tuple):
+                source = (len(range(*rows.indices(source[0]))), *source[1:])
+            elif isinstance(source, Tensor):
+                source = source[rows]
+            elif source is not None:
+                source = replace(source, rows=rows)
+            return replace(weight, rows=rows, source=source)
+        if weight is None and self.unknown:
+            path, _, tensor = name.rpartition(".")
+            return WeightOutline(ModuleOutline(path), tensor)
+        return weight
 
     def layer_weight(self, *paths: str) -> WeightOutline | None:
         """Return what is known of the `weight` of the first module that there may be."""
@@ -169,16 +175,18 @@ def outline_of_model(walk: Walk) -> Outline:
     modules = {}
     for path, module in walk.modules:
         cls = type_before(module)
-        layer, facts = layer_of(cls), dict[str, Any]()
+        layer = layer_of(cls)
+        facts: dict[str, Any] = {"type": kind_name(layer)}
         if isinstance(module, CONVOLUTIONS):
-            facts = {name: getattr(module, name) for name in NUMBERS}
-        elif layer is UNLISTED:
-            facts = {"is_transposed": bool(getattr(module, "is_transposed", False))}
+            facts |= {
+                name: getattr(module, name) for name in ("groups", "dilation", "padding_mode")
+            }
+        if layer is UNLISTED:
+            facts["is_transposed"] = bool(getattr(module, "is_transposed", False))
+        own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
         modules[path] = ModuleOutline(
-            *(path, layer, tuple(tensor_names(module)), cls.__name__),
-            facts={"type": kind_name(layer), **facts},
-            own_forward=issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward,
-            shared=slots[id(module)] > 1,
+            *(path, layer, tuple(tensor_names(module)), cls.__name__, facts),
+            *(own_forward, slots[id(module)] > 1),
         )
     return Outline(
         modules,
@@ -195,36 +203,44 @@ def outline_of_tensors(
 
     Modules are what `facts` says of them, by their paths; the others are guessed.
     """
-    own: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
+    own: dict[str, dict[str, Tensor | Shape]] = {"": {}}
     for name, source in tensors.items():
         path, _, tensor = name.rpartition(".")
-        own[path][tensor] = tuple(source.shape) if isinstance(source, Tensor) else source
-    parents = [each for path in own for each in accumulate(path.split("."), "{}.{}".format)]
-    modules = {}
-    for path in dict.fromkeys(["", *parents]):
-        layer, said = _layer(path, own.get(path, {}), facts), facts.get(path, {})
-        kinds = {"type": str, "is_transposed": bool} | NUMBERS
-        sound = {name: fact for name, fact in said.items() if isinstance(fact, kinds.get(name, ()))}
-        modules[path] = ModuleOutline(
-            *(path, layer, tuple(own.get(path, ())), kind_name(layer).rpartition(".")[2], sound)
-        )
-    weights = {}
-    for name, source in tensors.items():
-        path, _, tensor = name.rpartition(".")
-        weights[name] = WeightOutline(modules[path], tensor, source)
+        for parent in accumulate(path.split("."), "{}.{}".format):
+            own.setdefault(parent, {})
+        own[path][tensor] = source
+    modules = {path: _module(path, inside, facts) for path, inside in own.items()}
+    weights = {
+        join(path, tensor): WeightOutline(modules[path], tensor, source)
+        for path, inside in own.items()
+        for tensor, source in inside.items()
+    }
     values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
     return Outline(modules, weights, values, values)
 
 
-def _layer(path: str, own: Mapping[str, Shape], facts: Mapping[str, Facts]) -> Layer:
-    """Return the row that is said of a module, or that its tensors' shapes look like."""
-    said = facts.get(path, {}).get("type")
-    weight, bias = own.get("weight", ()), own.get("bias", ())
-    if said is not None:
-        return ROWS.get(str(said), UNLISTED)
-    if "in_proj_weight" in own:  # another's attention has a plain layer behind it
-        behind = facts.get(join(path, "out_proj"), {}).get("type", kind_name(TABLE[0]))
-        return layer_of(nn.MultiheadAttention) if behind == kind_name(TABLE[0]) else UNLISTED
-    if len(weight) == 2 and bias == weight[1:] != weight[:1]:
-        return ROWS[CONV1D]
-    return layer_of(GUESSES.get(len(weight), nn.Module))
+def _module(
+    path: str, own: Mapping[str, Tensor | Shape], facts: Mapping[str, Facts]
+) -> ModuleOutline:
+    """Return what is said of a module, or what its tensors' shapes look like."""
+    said = {
+        name: fact
+        for name, fact in facts.get(path, {}).items()
+        if isinstance(fact, FACTS.get(name, ()))
+    }
+    weight, bias = (_shape(own.get(name, ())) for name in ("weight", "bias"))
+    linear = kind_name(TABLE[0])  # attention's
+    if "type" in said:
+        layer = ROWS.get(said["type"], UNLISTED)
+    elif "in_proj_weight" in own:  # another's attention has a plain layer behind it
+        behind = facts.get(join(path, "out_proj"), {}).get("type", linear)
+        layer = layer_of(nn.MultiheadAttention) if behind == linear else UNLISTED
+    elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
+        layer = ROWS[CONV1D]
+    else:
+        layer = layer_of(GUESSES.get(len(weight), nn.Module))
+    return ModuleOutline(path, layer, tuple(own), kind_name(layer).rpartition(".")[2], said)
+
+
+def _shape(source: Tensor | Shape) -> Shape:
+    return tuple(source.shape) if isinstance(source, Tensor) else source

@@ -1,4 +1,4 @@
-"""Safetensors files: a header that is checked, tensors that are mapped, writes that are atomic."""
+"""Files as they lie on a disk: opened and read once, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,10 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FileError
+from ..errors import FileError, LoRAError
 from ..frozen import bytes_of
 
 AnyPath = str | os.PathLike[str]
+
+Config = Mapping[str, Any]
+Content = tuple[Mapping[str, Tensor], Mapping[str, str], Config | None]
+"""What a file is going to hold: tensors, strings, and for a folder of PEFT's a config."""
+
+CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+"""What the files in a folder of PEFT's are called."""
 
 CODES = {
     torch.float64: "F64",
@@ -73,13 +81,114 @@ def read_header(path: Path, file: BinaryIO) -> Header:
     return Header(metadata, entries)
 
 
-def map_tensors(path: Path, header: Header) -> dict[str, Tensor]:
-    """Map a safetensors file's tensors into memory: they are read when they are used."""
+@dataclass(frozen=True)
+class About:
+    """What a file says besides its deltas, as far as its format has a place for it."""
+
+    adapter: str = "default"
+    model: str = ""  # what the base is called on a hub
+    cls: str = ""  # the base's class
+    base: Mapping[str, str] = field(default_factory=dict)  # its fingerprint
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # its parameters'
+    layers: Mapping[str, Config] = field(default_factory=dict)  # facts of the adapted modules
+    metadata: Mapping[str, str] = field(default_factory=dict)  # strings of whoever saved it
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base; empty if that isn't known."""
+        return self.model or self.cls
+
+
+@dataclass
+class OpenFile:
+    """An open file, whose header has been read; `folder` is PEFT's, where that was named."""
+
+    path: Path
+    folder: Path | None
+    file: BinaryIO
+    header: Header
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its tensors: a safetensors file's, mapped, or those in a pickled state dict."""
+        if self.path.suffix == ".safetensors":
+            self.check_whole()
+        if self.header.fault:
+            return _unpickled(self.path, self.file)
+        try:
+            with safe_open(self.path, "pt") as file:  # mapped: they are read when they are used
+                return {name: file.get_tensor(name) for name in self.header.tensors}
+        except DAMAGE as error:
+            text = f"{self.path}: a damaged safetensors file: {error!s:.200}"
+            raise FileError(text) from None
+
+    def check_whole(self) -> None:
+        """Raise a `FileError` unless it is a whole safetensors file."""
+        if fault := self.header.fault:
+            raise FileError(f"{self.path}: no safetensors file, or a damaged one: {fault}")
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[OpenFile]:
+    """Open a file, or the file of tensors in a folder of PEFT's, for a block."""
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in header.tensors}
-    except DAMAGE as error:
-        raise FileError(f"{path}: a damaged safetensors file: {error!s:.200}") from None
+        if folder := path if path.is_dir() else None:
+            path = next((p for n in (SAFE, PICKLED) if (p := folder / n).exists()), folder)
+        if path == folder:
+            raise FileError(f"{path}: is of no known format: it has no {SAFE}")
+        check_regular(path)
+        file = open(path, "rb")  # noqa: SIM115, because the block's errors aren't the file's
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path}: can't be read: {reason}") from None
+    with file:
+        yield OpenFile(path, folder, file, read_header(path, file))
+
+
+def check_regular(path: Path) -> None:
+    """Raise for what can't be read, or could be waited for without end, such as a pipe."""
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: can't be read: no regular file")
+
+
+def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
+    """Load a state dict with `weights_only=True`: tensors and plain containers, no code."""
+    file.seek(0)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # damage can make anything of a pickle
+        raise FileError(
+            f"{path}: no state dict that can be read safely: damaged, or more than tensors"
+        ) from None
+    if isinstance(content, dict) and set(content) == {"model_state_dict"}:
+        content = content["model_state_dict"]  # as microsoft/LoRA's own example saves it
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(value, Tensor)
+        for key, value in content.items()
+    ):
+        raise FileError(
+            f"{path}: a state dict must hold tensors by names of up to {LONGEST_NAME} characters"
+        )
+    return content
+
+
+def write_content(path: Path, content: Content) -> None:
+    """Write a file, or with a config a folder, which is made if it isn't there."""
+    tensors, metadata, config = content
+    if config is None:
+        save_tensors(path, tensors, metadata)
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path}: no folder can be made: {reason}") from None
+    with replace_file(path / CONFIG) as file:  # takes its place after the tensors have taken theirs
+        file.write(json.dumps(config, indent=2).encode())
+        file.flush()
+        save_tensors(path / SAFE, tensors, metadata)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -142,6 +251,31 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def check_apart(out: Path, *inputs: Path) -> None:
+    """Raise if what is going to be written is also read, itself or beside it."""
+    written = [out, *out.iterdir()] if out.is_dir() else [out] * out.exists()
+    for path in inputs:
+        inside = [*path.iterdir()] if path.is_dir() else []
+        for read in [path, path.parent / CONFIG, *inside]:
+            if read.exists() and any(map(read.samefile, written)):
+                raise FileError(f"{out}: would be read and written; name another")
+
+
+def check_strings(name: str, given: Any) -> Mapping[str, str]:
+    """Return what maps strings to strings, all of them fit for a file, or raise."""
+    texts = [t for item in given.items() for t in item] if isinstance(given, Mapping) else [None]
+    # A lone half of a surrogate pair has no bytes.
+    if any(type(t) is not str or t.encode("utf-8", "ignore").decode() != t for t in texts):
+        raise LoRAError(f"{name} must map strings to strings, got {given!r:.80}")
+    return dict(given)
+
+
+def shortened(items: Sequence[str]) -> str:
+    """Join the first few of many."""
+    more = f"; and {len(items) - 8:,} more" if len(items) > 8 else ""
+    return "; ".join(items[:8]) + more
 
 
 def strict_json(text: str) -> Any:

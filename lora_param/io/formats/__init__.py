@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,9 +18,10 @@ from ...checks import check_weights
 from ...deltas import Delta, LoRAParametrization
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
-from ..content import About, Config, Content, OpenFile, open_file, shortened, write_content
+from ...weight import Weight
 from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
 from ..progress import progress
+from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from . import diffusers, kohya, loralib, native, peft
 
 Deltas = dict[str, Delta]
@@ -32,38 +33,35 @@ def _describe(file: OpenFile) -> tuple[Config, About]:
     return {}, About(metadata=strings)
 
 
-@dataclass(frozen=True)
-class Format:
-    """One row of the table: from tensors to deltas, and back where the format is written.
+class Format(NamedTuple):
+    """One row of the table: a module that turns tensors to deltas, and back where it is written.
 
-    `recognises` unpickles nothing, `describe` returns what `parse` needs beside tensors, and all
-    else. `parse(tensors, config, weights, *, options)` gives pairs of a weight's name and its
-    delta, or raises a `FileError` that lists all that is wrong, without the file's name;
-    `render(deltas, weights, about, *, options)` goes the other way.
+    `recognises(file)` unpickles nothing, `describe(file)` returns what `parse` needs beside
+    tensors, and all else. `parse(tensors, config, weights, *, options)` gives pairs of a weight's
+    name and its delta, or raises a `FileError` that lists all that is wrong, without the file's
+    name; `render(deltas, weights, about, *, options)` goes the other way.
     """
 
     name: str
-    recognises: Callable[[OpenFile], bool]
-    parse: Callable[..., list[tuple[str, Any]]]
-    render: Callable[..., Content] | None = None
-    describe: Callable[[OpenFile], tuple[Config, About]] = _describe
+    module: Any
     any_kind: bool = False  # whether it has a place for every kind of delta, and for blocks of rows
     silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
-FORMATS: tuple[Format, ...] = (
-    Format("native", native.recognises, native.parse, native.render, native.describe, True),
-    Format("peft", peft.recognises, peft.parse, peft.render, peft.describe),
-    Format("kohya", kohya.recognises, kohya.parse, kohya.render, silent=("dropout",)),
-    Format(
-        *("diffusers", diffusers.recognises, diffusers.parse, None, diffusers.describe),
-        silent=("dropout",),
-    ),
-    Format("loralib", loralib.recognises, loralib.parse, silent=("dropout",)),
+FORMATS = (
+    Format("native", native, any_kind=True),
+    Format("peft", peft),
+    Format("kohya", kohya, silent=("dropout",)),
+    Format("diffusers", diffusers, silent=("dropout",)),
+    Format("loralib", loralib, silent=("dropout",)),
 )
 """A file is recognised by one row."""
 
-WRITTEN = sorted(row.name for row in FORMATS if row.render)
+WRITTEN = {
+    row.name: row
+    for row in sorted(FORMATS, key=lambda row: row.name)
+    if hasattr(row.module, "render")
+}
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,10 @@ class AdapterFile:
 
     def parse(self, weights: Outline, /, **options: Any) -> Deltas:
         """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
-        _check_options(self.format.name, self.format.parse, options)
+        _check_options(self.format.name, self.format.module.parse, options)
         tensors = self.file.tensors
         try:
-            pairs = self.format.parse(tensors, self.config, weights, **options)
+            pairs = self.format.module.parse(tensors, self.config, weights, **options)
             times = Counter(name for name, _ in pairs)
             faults = [f"{n}: there are {k} updates of it" for n, k in times.items() if k > 1]
             faults += faults_of(dict(pairs))
@@ -121,14 +119,18 @@ class AdapterFile:
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
             )
-        _check_adaptable([*found.values()], adapter)
+        _check_adaptable(found.values(), adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        names = sorted(found, key=lambda name: order[found[name].name])
-        misfits = {name: _misfit(deltas[name], found[name]) for name in names}
-        faults = [f"{name}: {fault}" for name, fault in misfits.items() if fault]
-        fitting = {} if faults else {n: _within_rank(deltas[n], found[n].view) for n in names}
+        fitting, faults = Deltas(), list[str]()
+        for name in sorted(found, key=lambda name: order[found[name].name]):
+            if fault := _misfit(deltas[name], found[name]):
+                faults.append(f"{name}: {fault}")
+            else:
+                fitting[name] = _within_rank(deltas[name], found[name].view)
         lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
-        if faults := faults or list(faults_of(lowered)) * bool(lowered):
+        if lowered and not faults:
+            faults += faults_of(lowered)
+        if faults:
             raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
         if lowered:
             warnings.warn(
@@ -143,24 +145,25 @@ class AdapterFile:
 def open_adapter(path: Path) -> Iterator[AdapterFile]:
     """Open an adapter's file for a block, and find out its format, or raise a `FileError`."""
     with open_file(path) as file:
-        rows = [row for row in FORMATS if row.recognises(file)]
+        rows = [row for row in FORMATS if row.module.recognises(file)]
         if len(rows) != 1:
             if file.path.suffix == ".safetensors":
                 file.check_whole()
             known = ", ".join(row.name for row in rows or FORMATS)
             what = "could be any of" if rows else "is of no known format:"
             raise FileError(f"{path}: {what} {known}")
-        yield AdapterFile(path, rows[0], file, *rows[0].describe(file))
+        describe = getattr(rows[0].module, "describe", _describe)
+        yield AdapterFile(path, rows[0], file, *describe(file))
 
 
 def write_adapter(
     format: str, path: Path, deltas: Deltas, weights: Outline, about: About, /, **options: Any
 ) -> None:
     """Write deltas in the format of that name, and what else it has a place for."""
-    row = next((row for row in FORMATS if row.render and row.name == format), None)
-    if row is None or row.render is None:
-        raise LoRAError(f"format must be one of {WRITTEN}, got {format!r}")
-    _check_options(format, row.render, options)
+    if format not in WRITTEN:
+        raise LoRAError(f"format must be one of {[*WRITTEN]}, got {format!r}")
+    row = WRITTEN[format]
+    _check_options(format, row.module.render, options)
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
@@ -169,7 +172,7 @@ def write_adapter(
             what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
     try:
-        content = row.render(deltas, weights, about, **options)
+        content = row.module.render(deltas, weights, about, **options)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     write_content(path, content)
@@ -200,9 +203,10 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
             yield f"{name}: its tensors must be finite"
 
 
-def _check_adaptable(weights: list[WeightOutline], adapter: str) -> None:
+def _check_adaptable(weights: Collection[WeightOutline], adapter: str) -> None:
     """Raise for the first weight that can't be adapted."""
-    check_weights([each.weight for each in weights if each.weight is not None], adapter)
+    sources = [weight.source for weight in weights]
+    check_weights([source for source in sources if isinstance(source, Weight)], adapter)
     for weight in weights:
         if isinstance(weight.source, Tensor) and weight.source.dtype not in FLOATS:
             allowed, got = show_dtypes(*FLOATS), show_dtypes(weight.source.dtype)

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import FileError
-from ..content import About, Config, OpenFile
 from ..outline import Outline
-from ..tensors import strict_json
+from ..tensors import About, Config, OpenFile, strict_json
 from . import factors as shared
 from . import peft
 from .peft_config import costly_patterns, rank_and_alpha, unsupported_fields

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0
     """Pair a weight's name with the update that its factors are, in the matrix view."""
     numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": dropout}
     try:
-        return name, LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
+        delta: Any = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
+        return name, delta
     except LoRAError as error:
         raise FileError(f"{name}: {error}") from None
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import FileError
-from ..content import About, Config, Content, OpenFile
 from ..outline import Outline
+from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
 
 PARTS = (

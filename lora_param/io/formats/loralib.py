@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...errors import FileError
 from ...layers import CONV1D
 from ...weight import join
-from ..content import PICKLED, Config, OpenFile
 from ..outline import LINEARS, Outline, Shape, WeightOutline
+from ..tensors import PICKLED, Config, OpenFile
 from . import factors as shared
 
 KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)

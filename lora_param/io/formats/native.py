@@ -14,10 +14,9 @@ from ...deltas import KINDS, Delta
 from ...errors import FileError
 from ...frozen import digest_of
 from ...state import NUMBERS
-from ..content import About, Config, Content, OpenFile, check_strings
 from ..outline import Outline
 from ..progress import progress
-from ..tensors import LONGEST_NAME, strict_json
+from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
 
 KEY, VERSION = "lora_param", 1
 STRING_FIELDS = ("library", "adapter", "model", "class", "sha256")

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ...deltas import LoRAParametrization
 from ...errors import FileError
-from ...layers import CONV1D, layer_of
+from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import join
-from ..content import CONFIG, PICKLED, About, Config, Content, OpenFile
 from ..outline import NOTHING, Outline, kind_name
+from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
 from .peft_config import costly_patterns, load_config, rank_and_alpha
-from .peft_places import Place, place_of_name, place_of_weight, refusals, warn
+from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 
 Placed = Sequence[tuple[Place, LoRAParametrization]]
 
@@ -68,7 +68,7 @@ def parse(
     shared.refuse([*complaints, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError("which rank a target parameter has can't be said without a model")
-    found = {name: place_of_name(name, weights, config) for name in factors}
+    found = places_of_names(factors, weights, config)
     shared.refuse(shared.without_module(found, weights))
     places = [place for place in found.values() if place]
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
@@ -118,8 +118,8 @@ def _delta(
 def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
     deltas = _with_whole_attentions(deltas, weights)
-    placed = [(_place(name, weights, deltas), delta) for name, delta in deltas.items()]
-    places = [place for place, _ in placed]
+    places = list(_places(deltas, weights).values())
+    placed = list(zip(places, deltas.values(), strict=True))
     complaints = [fault for place in places for fault in refusals(place, written=True)]
     shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
     warn(places, "the file holds half of it")
@@ -133,9 +133,10 @@ def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content
     return tensors, {"format": "pt", **about.metadata}, config
 
 
-def _place(name: str, weights: Outline, adapted: Collection[str]) -> Place:
-    path, _, tensor = name.rpartition(".")
-    return place_of_weight(weights, path, tensor, adapted)
+def _places(names: Collection[str], weights: Outline) -> dict[str, Place]:
+    found = {name: weights.weights[name] for name in names}
+    parameters = [name for name in names if found[name].module.layer is UNLISTED]
+    return {name: place_of_weight(each, weights, parameters) for name, each in found.items()}
 
 
 def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
@@ -187,8 +188,9 @@ def _with_whole_attentions(
 ) -> dict[str, LoRAParametrization]:
     """Halve what PEFT applies twice, and add zeros for the part of an attention that is left."""
     result = dict(deltas)
-    for name, delta in deltas.items():
-        place, A, B = _place(name, weights, ()), delta.lora_A.detach(), delta.lora_B.detach()
+    for name, place in _places(deltas, weights).items():
+        delta = deltas[name]
+        A, B = delta.lora_A.detach(), delta.lora_B.detach()
         if place.kind == "out_proj":
             result |= [shared.low_rank(name, A, B * 0.5, delta.alpha, delta.dropout)]
         other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FileError
-from ..content import Config, check_regular
-from ..tensors import strict_json
+from ..tensors import Config, check_regular, strict_json
 
 NUMBERS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"),

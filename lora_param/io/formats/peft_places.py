@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -12,8 +11,8 @@ from torch import nn
 
 from ...layers import CONV1D, UNLISTED
 from ...weight import join
-from ..content import Config
 from ..outline import LINEARS, NOTHING, ModuleOutline, Outline, Shape, WeightOutline
+from ..tensors import Config
 
 WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
 
@@ -42,50 +41,48 @@ class Place(NamedTuple):
         return shape if self.kind == "parameter" and shape and len(shape) == 3 else None
 
 
-def place_of_name(name: str, weights: Outline, config: Config) -> Place | None:
-    """Resolve a name in a file; PEFT nests wrappers around several parameters of one module."""
-    attention = name.removesuffix(OUT_PROJ)
-    if attention != name and weights.module(f"{attention}.out_proj"):
-        place = place_of_weight(weights, f"{attention}.out_proj", "weight")
-        kind = "out_proj" if weights.unknown else place.kind  # nothing else has such a name
-        return place._replace(name=name, key=attention if weights.unknown else place.key, kind=kind)
-    if weights.unknown:
-        return place_of_weight(weights, name, "weight")
-    path = re.sub(rf"({re.escape(WRAPPED)})+$", "", name)
-    depth = name.count(WRAPPED, len(path))
-    if (module := weights.module(path)) is None:
-        return None
+def places_of_names(
+    names: Iterable[str], weights: Outline, config: Config
+) -> dict[str, Place | None]:
+    """Resolve the names in a file, forward from the model's own weights."""
+    found: dict[str, Place] = {}
     ends = tuple(f".{target}" for target in config.get("target_parameters") or ())
-    own = [tensor for tensor in module.tensors if f".{path}.{tensor}".endswith(ends)]
-    if depth < len(own):  # the last parameter's wrapper is the outermost
-        place = place_of_weight(weights, path, own[-1 - depth])
-        return place._replace(name=name, key=place.weight.name, kind="parameter")
-    tensor = "in_proj_weight" if module.layer.kind is nn.MultiheadAttention else "weight"
-    place = place_of_weight(weights, path, tensor)
-    kind = "alone" if place.kind == "out_proj" else place.kind
-    return None if depth else place._replace(name=name, key=path, kind=kind)
+    parameters = {name for name in weights.weights if f".{name}".endswith(ends)}
+    for weight in weights.weights.values():
+        place = place_of_weight(weight, weights, parameters)
+        path = weight.module.path
+        if place.kind == "parameter":
+            found[place.name] = place
+        elif place.kind != "layer" or weight.tensor == "weight":
+            found.setdefault(place.name, place)
+        if place.kind == "out_proj":
+            found.setdefault(path, place._replace(name=path, key=path, kind="alone"))
+    for name in names if weights.unknown else ():
+        attention = name.removesuffix(OUT_PROJ)  # nothing else has such a name
+        if attention != name and (outer := weights.weight(f"{attention}.out_proj.weight")):
+            found[name] = Place(name, attention, outer, "out_proj")
+        elif own := weights.weight(f"{name}.weight"):
+            found[name] = Place(name, name, own)
+    return {name: found.get(name) for name in names}
 
 
-def place_of_weight(
-    weights: Outline, path: str, tensor: str, adapted: Collection[str] = ()
-) -> Place:
-    """Say where PEFT keeps a weight's update, beside those of all `adapted` ones."""
-    module = weights.module(path) or ModuleOutline(path)
-    weight = weights.weight(join(path, tensor)) or WeightOutline(module, tensor)
+def place_of_weight(weight: WeightOutline, weights: Outline, parameters: Collection[str]) -> Place:
+    """Say where PEFT keeps a weight's update, beside those of all `parameters` by themselves."""
+    module, path = weight.module, weight.module.path
     place = Place(path, path, weight)
+    if weight.name in parameters:  # the last one's wrapper is the outermost
+        later = module.tensors[module.tensors.index(weight.tensor) + 1 :]
+        depth = sum(join(path, each) in parameters for each in later)
+        return place._replace(name=path + WRAPPED * depth, key=weight.name, kind="parameter")
+    if module.layer.kind is nn.MultiheadAttention and weight.tensor == "in_proj_weight":
+        return place._replace(kind="in_proj")
     attention, _, leaf = path.rpartition(".")
     whole = weights.module(attention) if leaf == "out_proj" else None
-    if whole is not None and whole.layer.kind is nn.MultiheadAttention:
-        if "in_proj_weight" not in whole.tensors:
-            return place._replace(kind="alone")
-        return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
-    if module.layer.kind is nn.MultiheadAttention and tensor == "in_proj_weight":
-        return place._replace(kind="in_proj")
-    if module.layer is UNLISTED and weight.name in adapted:
-        later = module.tensors[module.tensors.index(tensor) + 1 :]
-        depth = sum(f"{path}.{each}" in adapted for each in later)
-        return place._replace(name=path + WRAPPED * depth, key=weight.name, kind="parameter")
-    return place
+    if whole is None or whole.layer.kind is not nn.MultiheadAttention:
+        return place
+    if "in_proj_weight" not in whole.tensors:
+        return place._replace(kind="alone")
+    return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
 
 
 def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iterator[str]:
