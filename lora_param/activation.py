@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,19 +14,19 @@ from torch import Tensor, nn
 from .chains import chains_of, originals_of, run_through, type_before
 from .deltas.protocol import Delta
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
-from .ops import is_traced
 
 Runs = tuple[tuple[Delta, ...], ...]
 """Deltas in the order in which they act, neighbours of one kind together."""
 
 
 class Plan(NamedTuple):
-    """How a weight is computed in activation space, for as long as nothing is switched."""
+    """How a weight is computed, for as long as nothing is switched and its chain is this one."""
 
     switched: object
     entries: tuple[nn.Module, ...]
     in_front: tuple[nn.Module, ...]
     acting: Runs
+    in_activation_space: bool
 
 
 def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., Any]:
@@ -45,7 +46,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
         if not usual or not dense or patched:
             return base.forward(self, *args, **kwargs)
-        traced = is_traced()
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         if not (found := _acting(self, layer, traced)):
             return base.forward(self, *args, **kwargs)
         weight, acting = found
@@ -67,9 +68,10 @@ def acts(module: nn.Module, name: str) -> bool:
         return False
     if layer.suits is not None and not layer.suits(module):
         return False
-    entries = tuple(chain._modules.values()) if chain else ()
-    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in entries)
-    return not hooked and _parted(entries, chain, layer) is not None
+    if chain is None:
+        return True
+    plan = _plan(chain, layer)
+    return plan.in_activation_space and not _is_watched(chain, plan.acting)
 
 
 def _acting(module: nn.Module, layer: Layer, traced: bool) -> tuple[Tensor, Runs] | None:
@@ -77,20 +79,16 @@ def _acting(module: nn.Module, layer: Layer, traced: bool) -> tuple[Tensor, Runs
     chain: Any = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
     if chain is None:
         return None
-    entries = tuple(chain._modules.values())
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
     plan: Plan | None = None if traced or not record else record.plan
+    entries = tuple(chain._modules.values())
     if not plan or plan.switched is not Delta.switched or plan.entries != entries:
-        plan = _found_out(entries, chain, layer)
+        plan = _plan(chain, layer)
         if record and not traced:
             record.plan = plan
-    if not plan.acting or chain._forward_hooks or chain._forward_pre_hooks:
+    if not plan.acting or not plan.in_activation_space or _is_watched(chain, plan.acting):
         return None
-    for run in plan.acting:
-        for delta in run:
-            if delta._forward_hooks or delta._forward_pre_hooks or "forward" in delta.__dict__:
-                return None
     weight = chain._parameters.get("original")
     if weight is None or plan.in_front:
         weight = run_through(plan.in_front, originals_of(chain))
@@ -99,28 +97,31 @@ def _acting(module: nn.Module, layer: Layer, traced: bool) -> tuple[Tensor, Runs
     return weight, plan.acting
 
 
-def _found_out(entries: tuple[nn.Module, ...], chain: Any, layer: Layer) -> Plan:
-    in_front, deltas = _parted(entries, chain, layer) or ((), ())
+def _is_watched(chain: nn.Module, acting: Runs) -> bool:
+    """Say whether a hook, or a forward of its own, would see a chain or an acting delta called."""
+    for module in (chain, *itertools.chain(*acting)):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return True
+    return False
+
+
+def _plan(chain: Any, layer: Layer) -> Plan:
+    entries = tuple(chain._modules.values())
+    ours = [isinstance(entry, Delta) for entry in entries]
+    first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []
-    for delta in deltas:
-        if delta.enabled and runs and type(runs[-1][0]) is type(delta):
-            runs[-1] += (delta,)
-        elif delta.enabled:
-            runs.append((delta,))
-    return Plan(Delta.switched, entries, in_front, tuple(runs))
-
-
-def _parted(
-    entries: tuple[Any, ...], chain: Any, layer: Layer
-) -> tuple[tuple[nn.Module, ...], tuple[Delta, ...]] | None:
-    """Part a chain in others' entries and deltas behind them; `None` if one of these can't act."""
-    first = next((i for i, each in enumerate(entries) if isinstance(each, Delta)), len(entries))
+    possible = True
     for each in entries[first:]:
-        # By its own `act`: a subclass, or a kind with parametrized tensors, may compute otherwise.
-        can_act = isinstance(each, Delta) and vars(type(each)).get("act") and each.rows is None
+        if isinstance(each, Delta) and not each.enabled:
+            continue
+        can_act = isinstance(each, Delta) and each.acts and each.rows is None
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
-            return None
-    return entries[:first], entries[first:]
+            possible = False
+        elif runs and type(runs[-1][0]) is type(each):
+            runs[-1] += (each,)
+        else:
+            runs.append((each,))
+    return Plan(Delta.switched, entries, entries[:first], tuple(runs), possible)
 
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:

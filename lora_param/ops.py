@@ -154,8 +154,3 @@ def shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
         return y.view(*shape)
     result: Tensor = torch.ops.aten._unsafe_view(y, shape)
     return result
-
-
-def is_traced() -> bool:
-    """Say whether a compiler or `torch.jit.trace` is watching."""
-    return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state())

@@ -12,6 +12,7 @@ from lora_param import (
     LoRAError,
     TargetError,
     assert_frozen,
+    disable_lora,
     fingerprint,
     load_lora_state_dict,
     lora_parameters,
@@ -133,3 +134,14 @@ def test_the_summary_shows_no_rank() -> None:
     summary = lora_summary(layer)
     assert (summary.lora_parameters, summary.weights[0].adapters[0].rank) == (5, None)
     assert "bias    5      weight  default  dense     -      -  on              5" in str(summary)
+
+
+def test_one_that_is_off_leaves_a_pair_in_activation_space() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(3, 6)
+    register_lora(layer, rank=2, adapter="pair")
+    register_lora(layer, kind="dense", adapter="whole")
+    shake(layer)
+    assert lora_summary(layer).weights[0].space == "weight"
+    disable_lora(layer, "whole")
+    assert lora_summary(layer).weights[0].space == "activation"
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))

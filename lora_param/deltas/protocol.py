@@ -36,11 +36,19 @@ class Delta(nn.Module):
     changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
     `run`, of `ops`, is all that is known of the layer."""
 
+    acts: ClassVar[bool] = False
+    """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
+    compute otherwise."""
+
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
 
     rows = cast("slice | None", None)  # not annotated, because torch.jit.script reads that
     _enabled = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.acts = "act" in vars(cls)
 
     def __init__(self, adapter: str, dtype: torch.dtype | None) -> None:
         super().__init__()
