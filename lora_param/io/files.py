@@ -154,7 +154,9 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
     """Pair weights with deltas that have tensors of their own, on the weights' devices."""
     pairs = []
     for name, delta in progress(list(deltas.items()), "loading"):
-        weight: Any = getattr(weights.weight(name), "source", None)
+        outline = weights.weight(name)
+        if outline is None or not isinstance(weight := outline.source, Weight):
+            continue
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{name} is on the meta device; load when the model has values")
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}

@@ -32,7 +32,7 @@ FACTS: dict[str, Any] = {
     "groups": int,
     "dilation": (list, tuple),
     "padding_mode": str,
-    "is_transposed": bool,
+    "is_transposed": bool,  # whether its stacks are stored `(in, out)`, as some experts'
 }
 """What another outline needs to know of a module."""
 
@@ -64,11 +64,6 @@ class ModuleOutline:
     def is_plain(self) -> bool:
         """Whether it is a layer that every library adapts."""
         return self.layer.kind in LINEARS + CONVOLUTIONS
-
-    @property
-    def is_transposed(self) -> bool | None:
-        """Whether its stacks are stored `(in, out)`, as some of transformers' experts'."""
-        return self.facts.get("is_transposed")
 
     @property
     def computes_otherwise(self) -> bool:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..deltas.protocol import FLOATS
 from ..errors import FileError, LoRAError
 from ..frozen import bytes_of
 
@@ -29,13 +30,7 @@ Content = tuple[Mapping[str, Tensor], Mapping[str, str], Config | None]
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """What the files in a folder of PEFT's are called."""
 
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-"""What a header calls the dtypes that are written."""
+CODES = dict(zip(FLOATS, ("F16", "BF16", "F32", "F64"), strict=True))  # a header's names for them
 
 DAMAGE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError)
 """What opening a damaged file can raise, by release and platform."""

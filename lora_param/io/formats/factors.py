@@ -59,8 +59,7 @@ def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
     """Say whether one of the patterns is that of a whole name."""
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return any(pattern.fullmatch(name) for name in names for pattern in compiled)
+    return any(re.fullmatch(pattern, name) for name in names for pattern in patterns)
 
 
 def group_factors(
@@ -69,9 +68,8 @@ def group_factors(
     """Sort tensors by the patterns' groups `name` and `role`; return the rest by key."""
     factors: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
-    compiled = [re.compile(pattern) for pattern in patterns]
     for key, tensor in tensors.items():
-        match = next((m for pattern in compiled if (m := pattern.fullmatch(key))), None)
+        match = next((m for pattern in patterns if (m := re.fullmatch(pattern, key))), None)
         role = ROLES.get(match["role"], match["role"]) if match else ""
         if match and role not in factors[match["name"] or ""]:
             factors[match["name"] or ""][role] = tensor

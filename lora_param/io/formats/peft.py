@@ -162,11 +162,11 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
         if shape[1] != shape[2]:
             return A.shape[1] == shape[1]
         match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version")))
-        if match is None or module.is_transposed is None:
+        if match is None or module.facts.get("is_transposed") is None:
             return None
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
-        return version < (0, 19, 0) or module.is_transposed == (version > (0, 19, 0))
+        return version < (0, 19, 0) or module.facts.get("is_transposed") == (version > (0, 19, 0))
     guessed = module.layer is not NOTHING and not module.facts
     if place.kind == "layer" and guessed and len(shape) == 2:
         square = shape[0] == shape[1]
@@ -177,7 +177,7 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
 def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, Tensor]:
     A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
-        A, B = (B.mT, A.mT) if place.module.is_transposed else (A, B)
+        A, B = (B.mT, A.mT) if place.module.facts.get("is_transposed") else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
     transposed = place.kind == "layer" and place.module.layer.transposed
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
@@ -203,8 +203,7 @@ def _with_whole_attentions(
 
 def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
     numbers = {place.key: (delta.rank, delta.alpha) for place, delta in placed}
-    (rank, _), *_ = Counter(rank for rank, _ in numbers.values()).most_common(1)
-    (alpha, _), *_ = Counter(alpha for _, alpha in numbers.values()).most_common(1)
+    [((rank, alpha), _)] = Counter(numbers.values()).most_common(1)
     targets = {place.key for place, _ in placed if place.kind != "parameter"}
     # A list also finds what ends like one of its names; an expression has to match in full.
     vague = any(not _tails(path).isdisjoint(targets) for path in weights.modules.keys() - targets)

@@ -77,7 +77,8 @@ def place_of_weight(weight: WeightOutline, weights: Outline, parameters: Collect
     if module.layer.kind is nn.MultiheadAttention and weight.tensor == "in_proj_weight":
         return place._replace(kind="in_proj")
     attention, _, leaf = path.rpartition(".")
-    whole = weights.module(attention) if leaf == "out_proj" else None
+    is_out = (leaf, weight.tensor) == ("out_proj", "weight")
+    whole = weights.module(attention) if is_out else None
     if whole is None or whole.layer.kind is not nn.MultiheadAttention:
         return place
     if "in_proj_weight" not in whole.tensors:
@@ -98,7 +99,7 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
         yield f"{name}: PEFT's update of a grouped convolution is no change of its weight"
     elif place.kind == "alone" and not idle:
         yield f"{name}: PEFT never applies an adapter of an attention's out_proj alone"
-    elif written and place.stack and module.is_transposed is None:
+    elif written and place.stack and module.facts.get("is_transposed") is None:
         yield f"{name}: PEFT's layout of a stack depends on the module, and this is an outline"
     elif written and len(place.weight.shape or ()) > 2 and not module.facts:
         yield (
