@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from ..weight import WRAPPERS, join
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
 from .progress import progress
-from .tensors import AnyPath, Entry, OpenFile, check_apart, open_file, shortened, write_blobs
+from .tensors import About, AnyPath, Entry, OpenFile, check_apart, open_file, shortened, write_blobs
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""
@@ -140,11 +140,7 @@ def merge_checkpoint(
         digests = {} if any_base else file.about.base
         if missing := _missing(digests, weights.tensors):
             raise FileError(f"{base}: lacks {shortened(missing)}; {OTHER_BASE}")
-        # A file that knows its base's class was saved beside the model, and has all its names.
-        known = file.about.shapes.keys() if file.about.cls else set[str]()
-        changing = [weights.tensors[name] for name in deltas]
-        others = set[str]() if any_base else weights.tensors.keys() - known - deltas.keys()
-        if twins := [n for n in others if any(_is_same(weights.tensors[n], t) for t in changing)]:
+        if twins := [] if any_base else _twins(weights.tensors, deltas.keys(), file.about):
             raise FileError(
                 f"{base}: {shortened(twins)} may be adapted weights by other names, having their "
                 "bits, and would not change; take them out, or give --any-base if they aren't"
@@ -214,10 +210,16 @@ def convert_file(
     return list(deltas)
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Compare two tensors, their beginnings first, because these tell nearly all apart."""
-    begins = a.shape == b.shape and torch.equal(a.flatten()[:64], b.flatten()[:64])
-    return begins and torch.equal(a, b)
+def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> list[str]:
+    """List the tensors that have the bits of an adapted one, and aren't known for others."""
+    # A file that knows its base's class was saved beside the model, and has all its names.
+    others = tensors.keys() - adapted - (about.shapes.keys() if about.cls else set())
+
+    def is_same(a: Tensor, b: Tensor) -> bool:  # their beginnings tell nearly all apart
+        begins = a.shape == b.shape and torch.equal(a.flatten()[:64], b.flatten()[:64])
+        return begins and torch.equal(a, b)
+
+    return [one for one in others if any(is_same(tensors[one], tensors[each]) for each in adapted)]
 
 
 def merged_blocks(

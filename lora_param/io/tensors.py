@@ -126,20 +126,27 @@ class OpenFile:
 @contextmanager
 def open_file(path: Path) -> Iterator[OpenFile]:
     """Open a file, or the file of tensors in a folder of PEFT's, for a block."""
-    try:
-        if folder := path if path.is_dir() else None:
+    with explained(f"{path}: can't be read"):
+        folder = path if path.is_dir() else None
+        if folder:
             path = next((p for n in (SAFE, PICKLED) if (p := folder / n).exists()), folder)
         if path == folder:
             raise FileError(f"{path}: is of no known format: it has no {SAFE}")
         check_regular(path)
         file = open(path, "rb")  # noqa: SIM115, because the block's errors aren't the file's
-    except FileError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{path}: can't be read: {reason}") from None
     with file:
         yield OpenFile(path, folder, file, read_header(path, file))
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what the system can't do into a `FileError`."""
+    try:
+        yield
+    except LoRAError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # of a name, or of a loop of links
+        raise FileError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_regular(path: Path) -> None:
@@ -175,11 +182,8 @@ def write_content(path: Path, content: Content) -> None:
     if config is None:
         save_tensors(path, tensors, metadata)
         return
-    try:
+    with explained(f"{path}: no folder can be made"):
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{path}: no folder can be made: {reason}") from None
     with replace_file(path / CONFIG) as file:  # takes its place after the tensors have taken theirs
         file.write(json.dumps(config, indent=2).encode())
         file.flush()
@@ -207,10 +211,8 @@ def write_blobs(
         end = begin + entry.end - entry.begin
         content[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
         begin = end
-    try:
+    with explained(f"{path}: can't be written: a name or metadata"):
         encoded = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise FileError(f"{path}: can't be written: a name or metadata: {error}") from None
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > LONGEST_HEADER:
         raise FileError(
@@ -226,26 +228,22 @@ def write_blobs(
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder that takes the path's place when it is complete."""
-    try:
+    with explained(f"{path}: can't be written"):
         target = path.resolve()  # a link stays one
         if target.exists() and not target.is_file():
             raise OSError(f"{'a folder' if target.is_dir() else 'no regular file'} is there")
         temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(f"{path}: can't be written: {error}") from error
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise FileError(f"{path}: can't be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def check_apart(out: Path, *inputs: Path) -> None:

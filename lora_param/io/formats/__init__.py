@@ -160,7 +160,7 @@ def write_adapter(
     format: str, path: Path, deltas: Deltas, weights: Outline, about: About, /, **options: Any
 ) -> None:
     """Write deltas in the format of that name, and what else it has a place for."""
-    if format not in WRITTEN:
+    if format not in [*WRITTEN]:
         raise LoRAError(f"format must be one of {[*WRITTEN]}, got {format!r}")
     row = WRITTEN[format]
     _check_options(format, row.module.render, options)

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from ...errors import FileError
 from ..tensors import Config, check_regular, strict_json
@@ -60,10 +59,11 @@ def unsupported_fields(config: Config) -> Iterator[str]:
         off = not value or (field in OFF and value in OFF[field])
         if not off and field not in NUMBERS | NEUTRAL:
             yield f"{field}={value!r:.60}"
-    ranks = {"r": config.get("r", 8), **_patterns(config, "rank_pattern")}
-    alphas = {"lora_alpha": config.get("lora_alpha", 8), **_patterns(config, "alpha_pattern")}
-    yield from (f"a rank of {rank!r:.60}" for rank in ranks.values() if type(rank) is not int)
-    for alpha in alphas.values():
+    ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
+    for rank in (config.get("r", 8), *ranks.values()):
+        if type(rank) is not int:
+            yield f"a rank of {rank!r:.60}"
+    for alpha in (config.get("lora_alpha", 8), *alphas.values()):
         if type(alpha) not in (int, float) or not -1e300 < alpha < 1e300:
             yield f"an alpha of {alpha!r:.60}"
     for pattern in {**ranks, **alphas}:
@@ -87,14 +87,12 @@ def costly_patterns(config: Config, names: Collection[str]) -> Iterator[str]:
 
 def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
     """Return the rank and the alpha, for rsLoRA times `sqrt(rank)`, of a path or parameter."""
-    rank = _matched(_patterns(config, "rank_pattern"), key, config.get("r", 8))
-    alpha = _matched(_patterns(config, "alpha_pattern"), key, config.get("lora_alpha", 8))
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    # As in PEFT, the first pattern that matches the key, or its end after a dot, decides.
+    ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
+    rank = next((ranks[each] for each in ranks if _ending(each).match(key)), rank)
+    alpha = next((alphas[each] for each in alphas if _ending(each).match(key)), alpha)
     return rank, alpha * math.sqrt(max(rank, 0)) if config.get("use_rslora") else float(alpha)
-
-
-def _matched(patterns: Config, key: str, default: Any) -> Any:
-    """Decide as PEFT does: by the first pattern that matches the key or its end after a dot."""
-    return next((value for each, value in patterns.items() if _ending(each).match(key)), default)
 
 
 @functools.lru_cache(maxsize=4096)  # re itself keeps 512
