@@ -119,7 +119,10 @@ def test_a_pattern_of_many_alternatives_is_refused(tmp_path: Path) -> None:
     base, _ = trained_in_peft(LINEAR, tmp_path)
     many = "|".join(map(str, range(40)))
     mixtral = rf".*layers\.({many})\..*\.experts\..*\.(w1|w2|w3)"
-    edit_config(tmp_path, rank_pattern={"(0|1|2|q_proj|v_proj)": 2, "a|b": 2, mixtral: 4})
+    edit_config(
+        tmp_path,
+        rank_pattern={"(0|1|2|q_proj|v_proj)": 2, "a|b": 2, r"\.(q|k)_proj": 2, mixtral: 4},
+    )
     load_lora(base, tmp_path)
     edit_config(tmp_path, rank_pattern={"(|q|qq|qqq)" * 20 + "!": 2})
     with pytest.raises(FileError, match=r"not supported: the pattern '\(\|q\|qq\|qqq\)"):

@@ -30,11 +30,11 @@ OFF = {
 }
 """What counts as off beside what is false or `None`."""
 
-PATTERN = re.compile(
-    r"([^\\()\[\]{}*+?.]|\\\W|\.\*?|(\\d|\[0-9\])\+?|\((\?:)?[\w|]+\)(?=\\\.|\$?$))*"
-)
-"""What a pattern may be made of: text, `.`, `.*`, digits, and a choice of words before a dot or at
-the end, so that nothing but a repetition can match in several ways."""
+PATTERN = re.compile(r"([^\\()\[\]{}*+?.]|\\\W|\.\*?|(\\d|\[0-9\])\+?|\((\?:)?[\w|]+\))*")
+"""What a pattern may be made of: text, `.`, `.*`, digits, and a choice of words."""
+
+REPETITION = re.compile(r"[*+]|\)(?!\\\.|\$?$)")
+"""What of it can match in several ways: not words in front of a dot or at the end."""
 
 
 def load_config(path: Path) -> Config:
@@ -67,7 +67,7 @@ def unsupported_fields(config: Config) -> Iterator[str]:
         if type(alpha) not in (int, float) or not -1e300 < alpha < 1e300:
             yield f"an alpha of {alpha!r:.60}"
     for pattern in {**ranks, **alphas}:
-        if not PATTERN.fullmatch(pattern) or len(re.findall(r"[*+]", pattern)) > 3:
+        if not PATTERN.fullmatch(pattern) or len(REPETITION.findall(pattern)) > 3:
             yield f"the pattern {pattern!r:.60}"
     dropout = config.get("lora_dropout") or 0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
@@ -80,7 +80,7 @@ def unsupported_fields(config: Config) -> Iterator[str]:
 def costly_patterns(config: Config, names: Collection[str]) -> Iterator[str]:
     """Yield the patterns that could take minutes to match, by backtracking in long names."""
     for pattern in {**_patterns(config, "rank_pattern"), **_patterns(config, "alpha_pattern")}:
-        repetitions = len(re.findall(r"[*+]", pattern))
+        repetitions = len(REPETITION.findall(pattern))
         if sum(len(name) ** (repetitions + 1) for name in names) > 10**10:
             yield f"the pattern {pattern!r:.60} has too many repetitions for names so many and long"
 
