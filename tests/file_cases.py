@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from lora_param import LoRAError, load_lora, register_lora
-from lora_param.io.content import open_file
-from lora_param.io.tensors import Header
+from lora_param.io.tensors import Header, open_file
 
 from .cases import shake
 

@@ -161,7 +161,7 @@ class Shift(Delta):
     kind = "shift"
 
     def __init__(self, shift: Tensor, times: float) -> None:
-        super().__init__()
+        super().__init__("default", shift.dtype)
         self.shift, self.times = nn.Parameter(shift.detach()), times
 
     @classmethod

@@ -25,8 +25,8 @@ from lora_param import (
     register_lora,
     save_lora,
 )
-from lora_param.io.content import open_file
 from lora_param.io.formats import FORMATS
+from lora_param.io.tensors import open_file
 
 from .cases import shake
 
@@ -128,7 +128,7 @@ def test_a_file_is_recognised_by_one_row_or_refused(
             load_lora(plain(), path)
         return
     with open_file(path) as file:
-        assert [row.name for row in FORMATS if row.recognises(file)] == [name]
+        assert [row.name for row in FORMATS if row.module.recognises(file)] == [name]
 
 
 def test_formats_turn_into_each_other_without_loss(tmp_path: Path) -> None:

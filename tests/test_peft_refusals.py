@@ -106,12 +106,12 @@ def test_a_config_that_does_not_fit_is_refused(
 
 def test_a_pattern_that_backtracks_for_minutes_in_a_long_name_is_refused(tmp_path: Path) -> None:
     base, _ = trained_in_peft(LINEAR, tmp_path)
-    edit_config(tmp_path, rank_pattern={"a*a*a*x": 2})
+    edit_config(tmp_path, rank_pattern={".*a.*a.*x": 2})
     load_lora(base, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     long = {key.replace(".0.", f".{'a.' * 400}a."): each for key, each in tensors.items()}
     save_file(long, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FileError, match=r"the pattern 'a\*a\*a\*x' has too many repetitions"):
+    with pytest.raises(FileError, match=r"the pattern '\.\*a\.\*a\.\*x' has too many"):
         load_lora(base, tmp_path)
 
 
@@ -119,10 +119,13 @@ def test_a_pattern_of_many_alternatives_is_refused(tmp_path: Path) -> None:
     base, _ = trained_in_peft(LINEAR, tmp_path)
     many = "|".join(map(str, range(40)))
     mixtral = rf".*layers\.({many})\..*\.experts\..*\.(w1|w2|w3)"
-    edit_config(tmp_path, rank_pattern={"(0|1|2|q_proj|v_proj)": 2, "a|b": 2, mixtral: 4})
+    edit_config(
+        tmp_path,
+        rank_pattern={"(0|1|2|q_proj|v_proj)": 2, "a|b": 2, r"\.(q|k)_proj": 2, mixtral: 4},
+    )
     load_lora(base, tmp_path)
     edit_config(tmp_path, rank_pattern={"(|q|qq|qqq)" * 20 + "!": 2})
-    with pytest.raises(FileError, match="has too many repetitions"):
+    with pytest.raises(FileError, match=r"not supported: the pattern '\(\|q\|qq\|qqq\)"):
         load_lora(base, tmp_path)
 
 

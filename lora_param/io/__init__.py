@@ -1,7 +1,6 @@
 """Adapter files: saved and loaded, looked into, converted, checked and merged."""
 
-from .checkpoint import check_checkpoint, merge_checkpoint
-from .convert import convert_file
+from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .files import load_lora, save_lora
 from .summary import FileSummary, UpdateSummary, file_summary
 

@@ -1,11 +1,11 @@
-"""Adapters and checkpoints, both as files: whether they belong together, and their sum."""
+"""Adapters and checkpoints, both as files: whether they belong together, their sum, conversion."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +16,10 @@ from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
 from ..weight import WRAPPERS, join
-from .content import OpenFile, check_apart, open_file, shortened
-from .formats import Deltas, open_adapter
-from .outline import outline_of_tensors
+from .formats import AdapterFile, open_adapter, write_adapter
+from .outline import Outline, outline_of_tensors
 from .progress import progress
-from .tensors import Entry, write_blobs
+from .tensors import About, AnyPath, Entry, OpenFile, check_apart, open_file, shortened, write_blobs
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""
@@ -34,19 +33,17 @@ def plain_name(key: str) -> str:
     return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain)
 
 
-def plain_tensors(file: OpenFile) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors by their names in the plain model, or raise a `FileError`."""
-    times = Counter(map(plain_name, file.tensors))
-    if twice := [name for name in times if times[name] > 1]:
-        raise FileError(
-            f"{file.path}: more than one tensor is {shortened(twice)}; keep one of them"
-        )
-    return {plain_name(name): tensor for name, tensor in file.tensors.items()}
+def _outline(checkpoint: OpenFile, file: AdapterFile) -> Outline:
+    """Take a checkpoint's outline, with what an adapter's file knows of the layers."""
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in checkpoint.tensors.items():
+        if (name := plain_name(key)) in tensors:
+            raise FileError(f"{checkpoint.path}: more than one tensor is {name}; keep one of them")
+        tensors[name] = tensor
+    return outline_of_tensors(tensors, file.about.layers)
 
 
-def check_checkpoint(
-    path: str | os.PathLike[str], base: str | os.PathLike[str], /, **options: Any
-) -> int:
+def check_checkpoint(path: AnyPath, base: AnyPath, /, **options: Any) -> int:
     """Compare a checkpoint with the base that an adapter's file was trained on, bit for bit.
 
     Args:
@@ -55,10 +52,10 @@ def check_checkpoint(
         **options: What the adapter's format takes.
 
     Returns:
-        The number of parameters, all of which are equal.
+        The number of parameters.
 
     Raises:
-        FileError: Another base, which is named, or a file that doesn't say its base's bits.
+        FileError: Not all are equal, or the file doesn't say its base's bits.
 
     Example:
         >>> import tempfile, torch
@@ -72,9 +69,9 @@ def check_checkpoint(
         2
     """
     with open_adapter(Path(path)) as file, open_file(Path(base)) as checkpoint:
-        tensors = plain_tensors(checkpoint)
-        file.fit(outline_of_tensors(tensors, file.about.layers), **options)
-        digests = file.about.base
+        weights = _outline(checkpoint, file)
+        file.fit(weights, **options)
+        digests, tensors = file.about.base, weights.tensors
         if not digests:
             raise FileError(
                 f"{path}: fits by names and shapes; it holds no fingerprint of its base, so "
@@ -91,17 +88,17 @@ def check_checkpoint(
 
 
 def merge_checkpoint(
-    path: str | os.PathLike[str],
-    base: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    path: AnyPath,
+    base: AnyPath,
+    out: AnyPath,
     /,
     *,
     any_base: bool = False,
     **options: Any,
 ) -> tuple[int, int]:
-    """Fold a file's adapter into a checkpoint, some rows of one tensor in memory at a time.
+    """Fold a file's adapter into a checkpoint, to the bits that `merge_lora` gives.
 
-    The bits are those that `merge_lora` gives, and `out` takes its place when it is complete.
+    Some rows of one tensor are in memory at a time, and `out` takes its place when it is complete.
 
     Args:
         path: The adapter's file, in any format.
@@ -114,8 +111,7 @@ def merge_checkpoint(
         How many tensors have changed, and how many there are.
 
     Raises:
-        FileError: The files don't belong together, a merged weight would not be finite, or `out`
-            would be read and written.
+        FileError: The files don't belong together, or a merged weight would not be finite.
 
     Example:
         >>> import tempfile, torch
@@ -133,67 +129,97 @@ def merge_checkpoint(
     check_apart(Path(out), Path(path), Path(base))
     with open_adapter(Path(path)) as file, open_file(Path(base)) as checkpoint:
         checkpoint.check_whole()
-        tensors = plain_tensors(checkpoint)
-        header = checkpoint.header
-        deltas = _by_tensor(file.fit(outline_of_tensors(tensors, file.about.layers), **options))
+        weights, header = _outline(checkpoint, file), checkpoint.header
+        deltas: defaultdict[str, list[Delta]] = defaultdict(list)
+        for name, delta in file.fit(weights, **options).items():
+            deltas[name.rpartition("[")[0] if delta.rows else name].append(delta)
+        hidden = {plain_name(key) for key in header.tensors if "parametrizations." in key}
+        if hidden := hidden & deltas.keys():
+            names = shortened(sorted(hidden))
+            raise FileError(f"{base}: parametrized: {names}; load both, and call merge_lora")
         digests = {} if any_base else file.about.base
-        _check_mergeable(checkpoint, tensors, deltas, digests)
-        # A file that knows its base's class was saved beside the model, and has all its names.
-        known = file.about.shapes if file.about.cls else {}
-        if not any_base and (twins := _twins(tensors, deltas, known)):
+        if missing := _missing(digests, weights.tensors):
+            raise FileError(f"{base}: lacks {shortened(missing)}; {OTHER_BASE}")
+        if twins := [] if any_base else _twins(weights.tensors, deltas.keys(), file.about):
             raise FileError(
                 f"{base}: {shortened(twins)} may be adapted weights by other names, having their "
                 "bits, and would not change; take them out, or give --any-base if they aren't"
             )
         blocks = (
             block
-            for place, entry in progress(list(header.tensors.items()), "merging")
-            for name in [plain_name(place)]
+            for key, entry in progress(list(header.tensors.items()), "merging")
+            for name in [plain_name(key)]
             for block in merged_blocks(
-                checkpoint.file, name, entry, tensors[name].dtype, deltas.get(name, []), digests
+                *(checkpoint.file, name, entry, weights.tensors[name].dtype),
+                *(deltas.get(name, []), digests),
             )
         )
         write_blobs(Path(out), header.tensors, header.metadata, blocks)
     return len(deltas), len(header.tensors)
 
 
-def _check_mergeable(
-    checkpoint: OpenFile,
-    tensors: Mapping[str, Tensor],
-    deltas: Mapping[str, list[Delta]],
-    digests: Mapping[str, str],
-) -> None:
-    """Raise for weights beneath parametrizations, and for a base that lacks some of its tensors."""
-    keys = {plain_name(key): key for key in checkpoint.header.tensors}
-    if hidden := [name for name in deltas if "parametrizations." in keys[name]]:
-        names = shortened(hidden)
-        raise FileError(f"{checkpoint.path}: parametrized: {names}; load both, and call merge_lora")
-    if missing := _missing(digests, tensors):
-        raise FileError(f"{checkpoint.path}: lacks {shortened(missing)}; {OTHER_BASE}")
-
-
-def _by_tensor(deltas: Deltas) -> dict[str, list[Delta]]:
-    """Sort deltas by the names of whole tensors."""
-    tensors: dict[str, list[Delta]] = {}
-    for name, delta in deltas.items():
-        block = f"[{delta.rows.start}:{delta.rows.stop}]" if delta.rows else ""
-        tensors.setdefault(name.removesuffix(block), []).append(delta)
-    return tensors
-
-
-def _twins(
-    tensors: Mapping[str, Tensor], adapted: Mapping[str, Any], known: Mapping[str, Any]
+def convert_file(
+    path: AnyPath,
+    out: AnyPath,
+    format: str,
+    base: AnyPath | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    write_options: Mapping[str, Any] | None = None,
 ) -> list[str]:
+    """Write an adapter's file again in another format; what can't be known is an error.
+
+    Args:
+        path: The file, in any format.
+        out: What to write: a file, for PEFT a folder.
+        format: The format to write: `"native"`, `"peft"` or `"kohya"`.
+        base: The checkpoint that it was trained on; needed unless the file is our own.
+        options: What the file's own format takes, such as `{"alpha": 16}`.
+        write_options: What the new format takes, see `save_lora`.
+
+    Returns:
+        The names of the weights, in model order.
+
+    Raises:
+        FileError: The file doesn't say enough, doesn't fit the checkpoint, or can't be held.
+        LoRAError: A format doesn't know an option.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_param import register_lora, save_lora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        >>> _ = register_lora(model, rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_lora(model, f"{folder}/adapter.safetensors")
+        ...     convert_file(f"{folder}/adapter.safetensors", f"{folder}/for_peft", "peft")
+        ['0.weight']
+    """
+    check_apart(Path(out), *(Path(each) for each in (path, base) if each))
+    with ExitStack() as stack:
+        file = stack.enter_context(open_adapter(Path(path)))
+        weights = file.outline
+        if base:
+            weights = _outline(stack.enter_context(open_file(Path(base))), file)
+        if weights.unknown:
+            raise FileError(
+                f"{path}: the format {file.format.name} doesn't say what its weights are; give the "
+                "checkpoint that it was trained on with --base"
+            )
+        deltas = file.fit(weights, **options or {})
+        write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
+    return list(deltas)
+
+
+def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> list[str]:
     """List the tensors that have the bits of an adapted one, and aren't known for others."""
-    changing = [tensors[name] for name in adapted]
-    others = tensors.keys() - known.keys() - adapted.keys()
-    return [name for name in others if any(_is_same(tensors[name], each) for each in changing)]
+    # A file that knows its base's class was saved beside the model, and has all its names.
+    others = tensors.keys() - adapted - (about.shapes.keys() if about.cls else set())
 
+    def is_same(a: Tensor, b: Tensor) -> bool:  # their beginnings tell nearly all apart
+        begins = a.shape == b.shape and torch.equal(a.flatten()[:64], b.flatten()[:64])
+        return begins and torch.equal(a, b)
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Compare two tensors, their beginnings first, because these tell nearly all apart."""
-    begins = a.shape == b.shape and torch.equal(a.flatten()[:64], b.flatten()[:64])
-    return begins and torch.equal(a, b)
+    return [one for one in others if any(is_same(tensors[one], tensors[each]) for each in adapted)]
 
 
 def merged_blocks(
@@ -243,6 +269,5 @@ def _with_updates(weight: Tensor, begin: int, deltas: list[Delta]) -> Tensor:
 def _missing(base: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
     """List the parameters of a base that a checkpoint lacks, and doesn't hold by another name."""
     # A checkpoint may hold tied weights once; equal biases are no sign of that.
-    held = {name: digest for name, digest in base.items() if name in tensors}
-    tied = {digest for name, digest in held.items() if tensors[name].dim() > 1}
-    return [name for name, digest in base.items() if name not in held and digest not in tied]
+    tied = {base[name] for name in base.keys() & tensors.keys() if tensors[name].dim() > 1}
+    return [name for name, digest in base.items() if name not in tensors and digest not in tied]

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import LoRAError
-from .checkpoint import check_checkpoint, merge_checkpoint
-from .convert import convert_file
+from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .formats import WRITTEN
 from .summary import FileSummary, file_summary
 
@@ -132,14 +131,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; those of the process if `None`.
-
-    Returns:
-        The exit status.
-    """
+    """Run the command line on the process's arguments or these, and return its status."""
     parser = _Parser(prog=PROGRAM, description="Look into, convert, check and merge adapter files.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for call, (example, names) in COMMANDS.items():

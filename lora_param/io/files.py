@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +19,18 @@ from ..register import install
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
 from ..weight import Weight, walk
-from .content import About, check_strings, shortened
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
 from .outline import Outline, outline_of_model
 from .progress import progress
+from .tensors import About, AnyPath, check_strings, shortened
 
 Pairs = list[tuple[Weight, Delta]]
 
 
 def save_lora(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     adapter: str | None = None,
     metadata: Mapping[str, str] | None = None,
     *,
@@ -57,8 +56,7 @@ def save_lora(
 
     Raises:
         AdapterError: There is no such adapter, or there are several and none is named.
-        LoRAError: A factor isn't finite or has no values, the format can't hold the adapter or
-            doesn't know an option, the metadata aren't strings, or the model is wrapped.
+        LoRAError: A factor isn't finite, the format can't hold the adapter, or an argument is bad.
         FileError: The file can't be written.
 
     Example:
@@ -68,6 +66,8 @@ def save_lora(
         >>> _ = register_lora(model, rank=1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_lora(model, f"{folder}/adapter.safetensors", metadata={"license": "MIT"})
+        ...     load_lora(torch.nn.Linear(3, 2), f"{folder}/adapter.safetensors", base="ignore")
+        ['weight']
     """
     found = walk(model, "save_lora")
     check_structure(found, "save_lora")
@@ -91,7 +91,7 @@ def save_lora(
 
 def load_lora(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     adapter: str | None = None,
     base: Literal["require", "warn", "ignore"] = "warn",
     *,
@@ -102,7 +102,7 @@ def load_lora(
     """Register a file's adapter on a model and load it, or load it into the one it has.
 
     Reads our own files and those of other libraries, and runs no code that a file brings. The
-    factors keep the file's dtype, and go to their weights' devices.
+    factors keep the file's dtype, and go to their weights' devices. See `save_lora` for an example.
 
     Args:
         model: The model that the adapter was trained on, plain or adapted.
@@ -124,19 +124,7 @@ def load_lora(
     Raises:
         FileError: The file is damaged or of an unknown format, doesn't fit the model, or with
             `base="require"` belongs to another base. The model is as it was.
-        AdapterError: The adapter's name is unusable.
-        TargetError: A weight can't be adapted.
-        LoRAError: An argument is out of range, or the model is wrapped or sharded.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from lora_param import register_lora
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lora(model, f"{folder}/adapter.safetensors")
-        ...     load_lora(model, f"{folder}/adapter.safetensors", base="require")
-        ['weight']
+        LoRAError: A weight can't be adapted, or an argument is bad.
     """
     found = walk(model, "load_lora")
     check_model(found, "load_lora")
@@ -167,7 +155,7 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
     pairs = []
     for name, delta in progress(list(deltas.items()), "loading"):
         outline = weights.weight(name)
-        if outline is None or (weight := outline.weight) is None:
+        if outline is None or not isinstance(weight := outline.source, Weight):
             continue
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{name} is on the meta device; load when the model has values")

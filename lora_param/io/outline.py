@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +27,15 @@ LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """What a module's `weight` of so many dimensions is taken for."""
 
+FACTS: dict[str, Any] = {
+    "type": str,
+    "groups": int,
+    "dilation": (list, tuple),
+    "padding_mode": str,
+    "is_transposed": bool,  # whether its stacks are stored `(in, out)`, as some experts'
+}
+"""What another outline needs to know of a module."""
+
 
 def kind_name(layer: Layer) -> str:
     """Return what a row's kind is called in a file."""
@@ -41,32 +50,15 @@ NOTHING = Layer("nothing", tensors=(), view=stack)
 
 @dataclass(frozen=True)
 class ModuleOutline:
-    """What is known of one module: by default, nothing.
-
-    Attributes:
-        path: Its path.
-        layer: Its row of the table.
-        tensors: The names of its own tensors, in their order.
-        known: Whether that is so, and no guess from names and shapes.
-        class_name: What its class is called.
-        groups, dilation, padding_mode: A convolution's.
-        is_transposed: Whether it says that its stacks are stored `(in, out)`, as some of
-            transformers' experts do; `None` where that isn't known.
-        own_forward: Whether it is a linear layer whose class computes otherwise than `nn.Linear`.
-        shared: Whether the model has it in several places.
-    """
+    """What is known of one module: by default, nothing."""
 
     path: str
     layer: Layer = NOTHING
-    tensors: tuple[str, ...] = ()
-    known: bool = False
+    tensors: tuple[str, ...] = ()  # the names of its own, in their order
     class_name: str = "module"
-    groups: int = 1
-    dilation: tuple[int, ...] = ()
-    padding_mode: str = "zeros"
-    is_transposed: bool | None = None
-    own_forward: bool = False
-    shared: bool = False
+    facts: Facts = field(default_factory=dict)  # what `FACTS` names, for JSON; of a guess, none
+    own_forward: bool = False  # whether it is linear and computes otherwise than `nn.Linear`
+    shared: bool = False  # whether the model has it in several places
 
     @property
     def is_plain(self) -> bool:
@@ -76,16 +68,8 @@ class ModuleOutline:
     @property
     def computes_otherwise(self) -> bool:
         """Whether it does otherwise than a plain layer of its kind without dilation or padding."""
-        dilated = any(each != 1 for each in self.dilation)
-        return self.own_forward or dilated or self.padding_mode != "zeros"
-
-    @property
-    def facts(self) -> Facts:
-        """What another outline needs to know of it, for JSON; of a guess, nothing."""
-        names = ["groups", "dilation", "padding_mode"] * (self.layer.kind in CONVOLUTIONS)
-        names += ["is_transposed"] * (self.layer is UNLISTED)
-        facts = {"type": kind_name(self.layer)} | {name: getattr(self, name) for name in names}
-        return facts if self.known else {}
+        dilated = any(each != 1 for each in self.facts.get("dilation", ()))
+        return self.own_forward or dilated or self.facts.get("padding_mode", "zeros") != "zeros"
 
 
 @dataclass(frozen=True)
@@ -105,11 +89,6 @@ class WeightOutline:
         """Its full name in the plain model, of a block that of the whole tensor."""
         return join(self.module.path, self.tensor)
 
-    @property
-    def weight(self) -> Weight | None:
-        """The model's own weight, if this is the outline of a model."""
-        return replace(self.source, rows=self.rows) if isinstance(self.source, Weight) else None
-
     @cached_property
     def shape(self) -> Shape | None:
         """Its shape; `None` if it isn't known or there is no such tensor."""
@@ -117,10 +96,7 @@ class WeightOutline:
         if isinstance(source, Weight):
             absent = not source.chain and (source.original is None or is_lazy(source.original))
             source = None if absent else source.like
-        shape = tuple(source.shape) if isinstance(source, Tensor) else source
-        if shape is None or self.rows is None:
-            return shape
-        return (len(range(*self.rows.indices(shape[0]))), *shape[1:])
+        return None if source is None else _shape(source)
 
     @property
     def view(self) -> Shape:
@@ -131,9 +107,9 @@ class WeightOutline:
     @property
     def drops(self) -> bool:
         """Whether dropout can act on its layer's input."""
-        layer = self.module.layer
-        able = layer.drops and layer.run is not None
-        return able and (self.weight is None or acts(self.weight.module, self.tensor))
+        able = self.module.layer.drops and self.module.layer.run is not None
+        source = self.source
+        return able and (not isinstance(source, Weight) or acts(source.module, self.tensor))
 
 
 @dataclass(frozen=True)
@@ -157,20 +133,25 @@ class Outline:
     def weight(self, name: str) -> WeightOutline | None:
         """Return what is known of a weight or a block of its rows; `None` if there is none."""
         block = None if name in self.weights else re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
-        if block is None and self.unknown:
+        weight = self.weights.get(block[1] if block else name)
+        if weight is not None and block:
+            rows, source = slice(int(block[2]), int(block[3])), weight.source
+            if isinstance(source, tuple):
+                source = (len(range(*rows.indices(source[0]))), *source[1:])
+            elif isinstance(source, Tensor):
+                source = source[rows]
+            elif source is not None:
+                source = replace(source, rows=rows)
+            return replace(weight, rows=rows, source=source)
+        if weight is None and self.unknown:
             path, _, tensor = name.rpartition(".")
             return WeightOutline(ModuleOutline(path), tensor)
-        weight = self.weights.get(block[1] if block else name)
-        return (
-            replace(weight, rows=slice(*map(int, block.groups()[1:])))
-            if weight and block
-            else weight
-        )
+        return weight
 
-    def has_weight(self, path: str) -> bool:
-        """Say whether there may be a module at a path that has a tensor called `weight`."""
-        module = self.module(path)
-        return module is not None and (self.unknown or "weight" in module.tensors)
+    def layer_weight(self, *paths: str) -> WeightOutline | None:
+        """Return what is known of the `weight` of the first module that there may be."""
+        found = (self.weight(join(path, "weight")) for path in paths)
+        return next(filter(None, found), None)
 
     def nearest(self, name: str) -> str:
         """Quote up to three names of weights that are the most like one."""
@@ -189,12 +170,18 @@ def outline_of_model(walk: Walk) -> Outline:
     modules = {}
     for path, module in walk.modules:
         cls = type_before(module)
+        layer = layer_of(cls)
+        facts: dict[str, Any] = {"type": kind_name(layer)}
+        if isinstance(module, CONVOLUTIONS):
+            facts |= {
+                name: getattr(module, name) for name in ("groups", "dilation", "padding_mode")
+            }
+        if layer is UNLISTED:
+            facts["is_transposed"] = bool(getattr(module, "is_transposed", False))
+        own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
         modules[path] = ModuleOutline(
-            *(path, layer_of(cls), tuple(tensor_names(module)), True, cls.__name__),
-            *_convolution(vars(module) if isinstance(module, CONVOLUTIONS) else {}),
-            is_transposed=bool(getattr(module, "is_transposed", False)),
-            own_forward=issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward,
-            shared=slots[id(module)] > 1,
+            *(path, layer, tuple(tensor_names(module)), cls.__name__, facts),
+            *(own_forward, slots[id(module)] > 1),
         )
     return Outline(
         modules,
@@ -211,48 +198,44 @@ def outline_of_tensors(
 
     Modules are what `facts` says of them, by their paths; the others are guessed.
     """
-    own: defaultdict[str, dict[str, Shape]] = defaultdict(dict)
+    own: dict[str, dict[str, Tensor | Shape]] = {"": {}}
     for name, source in tensors.items():
         path, _, tensor = name.rpartition(".")
-        own[path][tensor] = tuple(source.shape) if isinstance(source, Tensor) else source
-    parents = [each for path in own for each in accumulate(path.split("."), "{}.{}".format)]
-    modules = {
-        path: _known(path, own.get(path, {}), facts) for path in dict.fromkeys(["", *parents])
+        for parent in accumulate(path.split("."), "{}.{}".format):
+            own.setdefault(parent, {})
+        own[path][tensor] = source
+    modules = {path: _module(path, inside, facts) for path, inside in own.items()}
+    weights = {
+        join(path, tensor): WeightOutline(modules[path], tensor, source)
+        for path, inside in own.items()
+        for tensor, source in inside.items()
     }
-    weights = {}
-    for name, source in tensors.items():
-        path, _, tensor = name.rpartition(".")
-        weights[name] = WeightOutline(modules[path], tensor, source)
     values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
     return Outline(modules, weights, values, values)
 
 
-def _known(path: str, own: Mapping[str, Shape], facts: Mapping[str, Facts]) -> ModuleOutline:
+def _module(
+    path: str, own: Mapping[str, Tensor | Shape], facts: Mapping[str, Facts]
+) -> ModuleOutline:
     """Return what is said of a module, or what its tensors' shapes look like."""
-    said, weight, bias = facts.get(path, {}), own.get("weight", ()), own.get("bias", ())
-    # Another's attention has a plain layer behind it.
-    behind = facts.get(join(path, "out_proj"), {}).get("type", kind_name(TABLE[0]))
+    said = {
+        name: fact
+        for name, fact in facts.get(path, {}).items()
+        if isinstance(fact, FACTS.get(name, ()))
+    }
+    weight, bias = (_shape(own.get(name, ())) for name in ("weight", "bias"))
+    linear = kind_name(TABLE[0])  # attention's
     if "type" in said:
-        layer = ROWS.get(str(said["type"]), UNLISTED)
-    elif "in_proj_weight" in own:
-        layer = layer_of(nn.MultiheadAttention) if behind == kind_name(TABLE[0]) else UNLISTED
+        layer = ROWS.get(said["type"], UNLISTED)
+    elif "in_proj_weight" in own:  # another's attention has a plain layer behind it
+        behind = facts.get(join(path, "out_proj"), {}).get("type", linear)
+        layer = layer_of(nn.MultiheadAttention) if behind == linear else UNLISTED
     elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
         layer = ROWS[CONV1D]
     else:
         layer = layer_of(GUESSES.get(len(weight), nn.Module))
-    transposed = said.get("is_transposed")
-    return ModuleOutline(
-        *(path, layer, tuple(own), "type" in said, kind_name(layer).rpartition(".")[2]),
-        *_convolution(said if layer.kind in CONVOLUTIONS else {}),
-        is_transposed=transposed if isinstance(transposed, bool) else None,
-    )
+    return ModuleOutline(path, layer, tuple(own), kind_name(layer).rpartition(".")[2], said)
 
 
-def _convolution(facts: Facts) -> tuple[int, tuple[int, ...], str]:
-    """Return a convolution's groups, dilation and padding mode, as far as they are any."""
-    groups, dilation, mode = map(facts.get, ("groups", "dilation", "padding_mode"))
-    return (
-        groups if isinstance(groups, int) else 1,
-        tuple(dilation) if isinstance(dilation, (list, tuple)) else (),
-        mode if isinstance(mode, str) else "zeros",
-    )
+def _shape(source: Tensor | Shape) -> Shape:
+    return tuple(source.shape) if isinstance(source, Tensor) else source

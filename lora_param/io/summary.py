@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,45 +14,26 @@ from .formats import open_adapter
 from .formats.native import tensors_of
 from .outline import Shape
 from .progress import progress
+from .tensors import AnyPath
 
 
 @dataclass(frozen=True)
 class UpdateSummary:
-    """One weight's update.
-
-    Attributes:
-        weight: The weight's name, in the model or else in the file.
-        kind: What it is, such as `"lora"`.
-        shape: The weight's shape, or that of its matrix view where the file doesn't say more.
-        rank: Its rank; `None` for a kind that has none.
-        alpha: Its alpha; `None` like the rank.
-        norm: The Frobenius norm of what it adds to the weight.
-        effective_rank: The exponential of the entropy of its singular values' distribution, the
-            mean over a stack; 0 for an update of zero.
-        parameters: Number of elements of its tensors.
-    """
+    """One weight's update; without a shape in the file, `shape` is that of its matrix view."""
 
     weight: str
     kind: str
     shape: Shape
-    rank: int | None
+    rank: int | None  # like alpha `None` for a kind that has none
     alpha: float | None
-    norm: float
-    effective_rank: float
+    norm: float  # Frobenius, of what is added to the weight
+    effective_rank: float  # exp of the entropy of the singular values' distribution; 0 for zeros
     parameters: int
 
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What `file_summary` returns.
-
-    Attributes:
-        format: The format's name, such as `"native"`.
-        base: What the base is called; empty if the file doesn't say.
-        adapter: The adapter's name.
-        metadata: Strings of whoever saved it.
-        weights: One entry per weight.
-    """
+    """What `file_summary` returns; `base` is empty if the file doesn't say it."""
 
     format: str
     base: str
@@ -67,15 +47,12 @@ class FileSummary:
         return sum(each.parameters for each in self.weights)
 
 
-def file_summary(path: str | os.PathLike[str], /, **options: Any) -> FileSummary:
+def file_summary(path: AnyPath, /, **options: Any) -> FileSummary:
     """Measure what a file holds, without a model; no update is ever formed.
 
     Args:
         path: The file, in any format, or for PEFT the folder.
         **options: What its format takes, such as `alpha` for loralib.
-
-    Returns:
-        The numbers.
 
     Raises:
         FileError: The file is damaged or of an unknown format, or an update isn't finite.

@@ -1,15 +1,15 @@
-"""Safetensors files: a header that is checked, tensors that are mapped, writes that are atomic."""
+"""Files as they lie on a disk: opened and read once, and written whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,24 +17,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FileError
+from ..deltas.protocol import FLOATS
+from ..errors import FileError, LoRAError
 from ..frozen import bytes_of
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtypes by their names in a header."""
+AnyPath = str | os.PathLike[str]
+
+Config = Mapping[str, Any]
+Content = tuple[Mapping[str, Tensor], Mapping[str, str], Config | None]
+"""What a file is going to hold: tensors, strings, and for a folder of PEFT's a config."""
+
+CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+"""What the files in a folder of PEFT's are called."""
+
+CODES = dict(zip(FLOATS, ("F16", "BF16", "F32", "F64"), strict=True))  # a header's names for them
+
+DAMAGE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError)
+"""What opening a damaged file can raise, by release and platform."""
 
 LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
 LONGEST_NAME = 1000  # longer ones no module has, and they take long to look up
@@ -52,71 +51,151 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself.
-
-    Attributes:
-        metadata: Its strings.
-        tensors: What it says about each tensor, in the order of their bytes.
-        fault: Why the file is no safetensors file, or a damaged one; empty where it is whole.
-    """
+    """What a safetensors file says about itself, or the fault for which it is none."""
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, Entry] = field(default_factory=dict)
     fault: str = ""
 
 
-def read_header(file: BinaryIO) -> Header:
-    """Read an open file's header, and check it against the file's size."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-        return Header(fault="its header would be longer than the file")
+def read_header(path: Path, file: BinaryIO) -> Header:
+    """Read an open file's header, its tensors in the order of their bytes."""
     try:
-        return _checked(strict_json(file.read(length).decode()), 8 + length, size)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        with safe_open(path, "pt"):  # holds sizes, shapes and places against the file
+            start = 8 + int.from_bytes(file.read(8), "little")
+            content = strict_json(file.read(start - 8).decode())
+    except DAMAGE as error:
         return Header(fault=f"{error!s:.200}")
-
-
-def _checked(content: Any, start: int, size: int) -> Header:
     metadata = content.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no strings")
+    if any(len(name) > LONGEST_NAME for name in content):
+        return Header(fault=f"a name has more than {LONGEST_NAME} characters")
     entries = {}
-    for name, said in content.items():
-        if len(name) > LONGEST_NAME:
-            raise ValueError(f"a name has more than {LONGEST_NAME} characters")
+    for name, said in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = said["data_offsets"]
-        numbers = [*said["shape"], begin, end - begin, size - start - end]
-        integers = all(type(n) is int and n >= 0 for n in numbers) and len(numbers) < 64
-        if not isinstance(said["dtype"], str) or not integers:
-            raise ValueError(f"{name:.80} has no place in it")
-        dtype = DTYPES.get(said["dtype"])
-        if dtype and math.prod(said["shape"]) * dtype.itemsize != end - begin:
-            raise ValueError(f"{name:.80} has bytes of another shape")
         entries[name] = Entry(said["dtype"], tuple(said["shape"]), start + begin, start + end)
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-    ends = [start, *(entry.end for entry in entries.values())]
-    if ends != [*(entry.begin for entry in entries.values()), size]:
-        raise ValueError("its tensors overlap, or leave bytes to nobody")
     return Header(metadata, entries)
 
 
-def map_tensors(path: Path, header: Header) -> dict[str, Tensor]:
-    """Map a safetensors file's tensors into memory: they are read when they are used."""
+@dataclass(frozen=True)
+class About:
+    """What a file says besides its deltas, as far as its format has a place for it."""
+
+    adapter: str = "default"
+    model: str = ""  # what the base is called on a hub
+    cls: str = ""  # the base's class
+    base: Mapping[str, str] = field(default_factory=dict)  # its fingerprint
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # its parameters'
+    layers: Mapping[str, Config] = field(default_factory=dict)  # facts of the adapted modules
+    metadata: Mapping[str, str] = field(default_factory=dict)  # strings of whoever saved it
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base; empty if that isn't known."""
+        return self.model or self.cls
+
+
+@dataclass
+class OpenFile:
+    """An open file, whose header has been read; `folder` is PEFT's, where that was named."""
+
+    path: Path
+    folder: Path | None
+    file: BinaryIO
+    header: Header
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its tensors: a safetensors file's, mapped, or those in a pickled state dict."""
+        if self.path.suffix == ".safetensors":
+            self.check_whole()
+        if self.header.fault:
+            return _unpickled(self.path, self.file)
+        try:
+            with safe_open(self.path, "pt") as file:  # mapped: they are read when they are used
+                return {name: file.get_tensor(name) for name in self.header.tensors}
+        except DAMAGE as error:
+            text = f"{self.path}: a damaged safetensors file: {error!s:.200}"
+            raise FileError(text) from None
+
+    def check_whole(self) -> None:
+        """Raise a `FileError` unless it is a whole safetensors file."""
+        if fault := self.header.fault:
+            raise FileError(f"{self.path}: no safetensors file, or a damaged one: {fault}")
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[OpenFile]:
+    """Open a file, or the file of tensors in a folder of PEFT's, for a block."""
+    with explained(f"{path}: can't be read"):
+        folder = path if path.is_dir() else None
+        if folder:
+            path = next((p for n in (SAFE, PICKLED) if (p := folder / n).exists()), folder)
+        if path == folder:
+            raise FileError(f"{path}: is of no known format: it has no {SAFE}")
+        check_regular(path)
+        file = open(path, "rb")  # noqa: SIM115, because the block's errors aren't the file's
+    with file:
+        yield OpenFile(path, folder, file, read_header(path, file))
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what the system can't do into a `FileError`."""
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in header.tensors}
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
-        raise FileError(f"{path}: a damaged safetensors file: {error!s:.200}") from None
+        yield
+    except LoRAError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # of a name, or of a loop of links
+        raise FileError(f"{what}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raise for what can't be read, or could be waited for without end, such as a pipe."""
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: can't be read: no regular file")
+
+
+def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
+    """Load a state dict with `weights_only=True`: tensors and plain containers, no code."""
+    file.seek(0)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # damage can make anything of a pickle
+        raise FileError(
+            f"{path}: no state dict that can be read safely: damaged, or more than tensors"
+        ) from None
+    if isinstance(content, dict) and set(content) == {"model_state_dict"}:
+        content = content["model_state_dict"]  # as microsoft/LoRA's own example saves it
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(value, Tensor)
+        for key, value in content.items()
+    ):
+        raise FileError(
+            f"{path}: a state dict must hold tensors by names of up to {LONGEST_NAME} characters"
+        )
+    return content
+
+
+def write_content(path: Path, content: Content) -> None:
+    """Write a file, or with a config a folder, which is made if it isn't there."""
+    tensors, metadata, config = content
+    if config is None:
+        save_tensors(path, tensors, metadata)
+        return
+    with explained(f"{path}: no folder can be made"):
+        path.mkdir(parents=True, exist_ok=True)
+    with replace_file(path / CONFIG) as file:  # takes its place after the tensors have taken theirs
+        file.write(json.dumps(config, indent=2).encode())
+        file.flush()
+        save_tensors(path / SAFE, tensors, metadata)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors of the dtypes in `DTYPES` to a safetensors file, whole or not at all."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
+    """Write tensors of the dtypes in `CODES` to a safetensors file, whole or not at all."""
     # Readers view the bytes in place, so every tensor has to begin at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     entries = {
-        name: Entry(codes[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        name: Entry(CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in ordered
     }
     write_blobs(path, entries, metadata, (bytes_of(name, tensor) for name, tensor in ordered))
@@ -132,10 +211,8 @@ def write_blobs(
         end = begin + entry.end - entry.begin
         content[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
         begin = end
-    try:
+    with explained(f"{path}: can't be written: a name or metadata"):
         encoded = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise FileError(f"{path}: can't be written: a name or metadata: {error}") from None
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > LONGEST_HEADER:
         raise FileError(
@@ -151,26 +228,47 @@ def write_blobs(
 @contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder that takes the path's place when it is complete."""
-    try:
+    with explained(f"{path}: can't be written"):
         target = path.resolve()  # a link stays one
         if target.exists() and not target.is_file():
             raise OSError(f"{'a folder' if target.is_dir() else 'no regular file'} is there")
         temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(f"{path}: can't be written: {error}") from error
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise FileError(f"{path}: can't be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def check_apart(out: Path, *inputs: Path) -> None:
+    """Raise if what is going to be written is also read, itself or beside it."""
+    written = [out, *out.iterdir()] if out.is_dir() else [out] * out.exists()
+    for path in inputs:
+        inside = [*path.iterdir()] if path.is_dir() else []
+        for read in [path, path.parent / CONFIG, *inside]:
+            if read.exists() and any(map(read.samefile, written)):
+                raise FileError(f"{out}: would be read and written; name another")
+
+
+def check_strings(name: str, given: Any) -> Mapping[str, str]:
+    """Return what maps strings to strings, all of them fit for a file, or raise."""
+    texts = [t for item in given.items() for t in item] if isinstance(given, Mapping) else [None]
+    # A lone half of a surrogate pair has no bytes.
+    if any(type(t) is not str or t.encode("utf-8", "ignore").decode() != t for t in texts):
+        raise LoRAError(f"{name} must map strings to strings, got {given!r:.80}")
+    return dict(given)
+
+
+def shortened(items: Sequence[str]) -> str:
+    """Join the first few of many."""
+    more = f"; and {len(items) - 8:,} more" if len(items) > 8 else ""
+    return "; ".join(items[:8]) + more
 
 
 def strict_json(text: str) -> Any:

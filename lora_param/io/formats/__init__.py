@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,9 +18,10 @@ from ...checks import check_weights
 from ...deltas import Delta, LoRAParametrization
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
-from ..content import About, Config, Content, OpenFile, open_file, shortened, write_content
-from ..outline import UNKNOWN, Outline, WeightOutline, outline_of_tensors
+from ...weight import Weight
+from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
 from ..progress import progress
+from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from . import diffusers, kohya, loralib, native, peft
 
 Deltas = dict[str, Delta]
@@ -32,43 +33,35 @@ def _describe(file: OpenFile) -> tuple[Config, About]:
     return {}, About(metadata=strings)
 
 
-@dataclass(frozen=True)
-class Format:
-    """One row of the table.
+class Format(NamedTuple):
+    """One row of the table: a module that turns tensors to deltas, and back where it is written.
 
-    Attributes:
-        name: What `save_lora(..., format=name)` takes.
-        recognises: `(file) -> bool`, from names, suffixes and header keys; unpickles nothing.
-        parse: `(tensors, config, weights, *, options)` to pairs of a weight's name and its delta.
-            Raises a `FileError` that lists all that is wrong, without the file's name.
-        render: `(deltas, weights, about, *, options) -> Content`; `None` where it isn't written.
-        describe: `(file) -> (config, about)`, what `parse` needs beside tensors, and all else.
-        any_kind: Whether it has a place for every kind of delta, and for blocks of rows.
-        silent: The numbers of a delta that its files don't say.
+    `recognises(file)` unpickles nothing, `describe(file)` returns what `parse` needs beside
+    tensors, and all else. `parse(tensors, config, weights, *, options)` gives pairs of a weight's
+    name and its delta, or raises a `FileError` that lists all that is wrong, without the file's
+    name; `render(deltas, weights, about, *, options)` goes the other way.
     """
 
     name: str
-    recognises: Callable[[OpenFile], bool]
-    parse: Callable[..., list[tuple[str, Any]]]
-    render: Callable[..., Content] | None = None
-    describe: Callable[[OpenFile], tuple[Config, About]] = _describe
-    any_kind: bool = False
-    silent: tuple[str, ...] = ()
+    module: Any
+    any_kind: bool = False  # whether it has a place for every kind of delta, and for blocks of rows
+    silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
-FORMATS: tuple[Format, ...] = (
-    Format("native", native.recognises, native.parse, native.render, native.describe, True),
-    Format("peft", peft.recognises, peft.parse, peft.render, peft.describe),
-    Format("kohya", kohya.recognises, kohya.parse, kohya.render, silent=("dropout",)),
-    Format(
-        *("diffusers", diffusers.recognises, diffusers.parse, None, diffusers.describe),
-        silent=("dropout",),
-    ),
-    Format("loralib", loralib.recognises, loralib.parse, silent=("dropout",)),
+FORMATS = (
+    Format("native", native, any_kind=True),
+    Format("peft", peft),
+    Format("kohya", kohya, silent=("dropout",)),
+    Format("diffusers", diffusers, silent=("dropout",)),
+    Format("loralib", loralib, silent=("dropout",)),
 )
 """A file is recognised by one row."""
 
-WRITTEN = sorted(row.name for row in FORMATS if row.render)
+WRITTEN = {
+    row.name: row
+    for row in sorted(FORMATS, key=lambda row: row.name)
+    if hasattr(row.module, "render")
+}
 
 
 @dataclass(frozen=True)
@@ -89,13 +82,16 @@ class AdapterFile:
 
     def parse(self, weights: Outline, /, **options: Any) -> Deltas:
         """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
-        _check_options(self.format, self.format.parse, options)
+        _check_options(self.format.name, self.format.module.parse, options)
         tensors = self.file.tensors
         try:
-            pairs = self.format.parse(tensors, self.config, weights, **options)
+            pairs = self.format.module.parse(tensors, self.config, weights, **options)
             times = Counter(name for name, _ in pairs)
             faults = [f"{n}: there are {k} updates of it" for n, k in times.items() if k > 1]
-            faults += [*faults_of(dict(pairs)), *self._contradictions(dict(pairs))]
+            faults += faults_of(dict(pairs))
+            for name, delta in {} if self.outline.unknown else dict(pairs).items():
+                if fault := _misfit(delta, self.outline.weight(name)):
+                    faults.append(f"{name}: its tensors aren't of the shape said: {fault}")
         except FileError as error:
             raise FileError(f"{self.path}: {error}") from None
         except LoRAError:
@@ -107,13 +103,6 @@ class AdapterFile:
         if faults:
             raise FileError(f"{self.path}: {shortened(faults)}")
         return dict(pairs)
-
-    def _contradictions(self, deltas: Deltas) -> Iterator[str]:
-        """Yield deltas that aren't of the shapes that the file itself says."""
-        for name, delta in {} if self.outline.unknown else deltas.items():
-            weight = self.outline.weight(name)
-            if fault := "it isn't said" if weight is None else _misfit(delta, weight):
-                yield f"{name}: its tensors aren't of the shape said: {fault}"
 
     def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
         """Read the deltas and hold them against a model's weights, in model order.
@@ -130,14 +119,20 @@ class AdapterFile:
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
             )
-        _check_adaptable([*found.values()], adapter)
+        _check_adaptable(found.values(), adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        names = sorted(found, key=lambda name: order[found[name].name])
-        misfits = {name: _misfit(deltas[name], found[name]) for name in names}
-        self._refuse_shapes([f"{name}: {fault}" for name, fault in misfits.items() if fault])
-        fitting = {name: _within_rank(deltas[name], found[name]) for name in names}
-        if lowered := {name: each for name, each in fitting.items() if each is not deltas[name]}:
-            self._refuse_shapes([*faults_of(lowered)])
+        fitting, faults = Deltas(), list[str]()
+        for name in sorted(found, key=lambda name: order[found[name].name]):
+            if fault := _misfit(deltas[name], found[name]):
+                faults.append(f"{name}: {fault}")
+            else:
+                fitting[name] = _within_rank(deltas[name], found[name].view)
+        lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
+        if lowered and not faults:
+            faults += faults_of(lowered)
+        if faults:
+            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
+        if lowered:
             warnings.warn(
                 f"{self.path}: rank lowered to the weight's smaller side, the same update within "
                 f"rounding: {shortened([*lowered])}",
@@ -145,33 +140,30 @@ class AdapterFile:
             )
         return fitting
 
-    def _refuse_shapes(self, faults: list[str]) -> None:
-        if faults:
-            raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
-
 
 @contextmanager
 def open_adapter(path: Path) -> Iterator[AdapterFile]:
     """Open an adapter's file for a block, and find out its format, or raise a `FileError`."""
     with open_file(path) as file:
-        rows = [row for row in FORMATS if row.recognises(file)]
+        rows = [row for row in FORMATS if row.module.recognises(file)]
         if len(rows) != 1:
             if file.path.suffix == ".safetensors":
                 file.check_whole()
             known = ", ".join(row.name for row in rows or FORMATS)
             what = "could be any of" if rows else "is of no known format:"
             raise FileError(f"{path}: {what} {known}")
-        yield AdapterFile(path, rows[0], file, *rows[0].describe(file))
+        describe = getattr(rows[0].module, "describe", _describe)
+        yield AdapterFile(path, rows[0], file, *describe(file))
 
 
 def write_adapter(
     format: str, path: Path, deltas: Deltas, weights: Outline, about: About, /, **options: Any
 ) -> None:
     """Write deltas in the format of that name, and what else it has a place for."""
-    row = next((row for row in FORMATS if row.render and row.name == format), None)
-    if row is None or row.render is None:
-        raise LoRAError(f"format must be one of {WRITTEN}, got {format!r}")
-    _check_options(row, row.render, options)
+    if format not in [*WRITTEN]:
+        raise LoRAError(f"format must be one of {[*WRITTEN]}, got {format!r}")
+    row = WRITTEN[format]
+    _check_options(format, row.module.render, options)
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
@@ -180,17 +172,17 @@ def write_adapter(
             what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
     try:
-        content = row.render(deltas, weights, about, **options)
+        content = row.module.render(deltas, weights, about, **options)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     write_content(path, content)
 
 
-def _check_options(row: Format, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def _check_options(name: str, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(call).parameters.values()
     known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     if unknown := sorted(options.keys() - known):
-        raise LoRAError(f"the format {row.name} takes {sorted(known)}, got {', '.join(unknown)}")
+        raise LoRAError(f"the format {name} takes {sorted(known)}, got {', '.join(unknown)}")
     if not isinstance(options.get("prefix", ""), str):
         raise LoRAError(f"prefix must be a string, got {options['prefix']!r}")
 
@@ -211,24 +203,27 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
             yield f"{name}: its tensors must be finite"
 
 
-def _check_adaptable(weights: list[WeightOutline], adapter: str) -> None:
+def _check_adaptable(weights: Collection[WeightOutline], adapter: str) -> None:
     """Raise for the first weight that can't be adapted."""
-    check_weights([each.weight for each in weights if each.weight is not None], adapter)
+    sources = [weight.source for weight in weights]
+    check_weights([source for source in sources if isinstance(source, Weight)], adapter)
     for weight in weights:
         if isinstance(weight.source, Tensor) and weight.source.dtype not in FLOATS:
             allowed, got = show_dtypes(*FLOATS), show_dtypes(weight.source.dtype)
             raise TargetError(f"{weight.name}: its dtype must be one of {allowed}, got {got}")
 
 
-def _misfit(delta: Delta, weight: WeightOutline) -> str | None:
+def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
+    if weight is None:
+        return "it isn't said"
     if delta.rows != weight.rows:
         return f"its rows are {delta.rows}, by its name {weight.rows}"
     return delta.misfit(weight.shape or (), weight.view)
 
 
-def _within_rank(delta: Delta, weight: WeightOutline) -> Delta:
+def _within_rank(delta: Delta, view: Shape) -> Delta:
     """Return a delta, or one of the same update whose rank is the weight's smaller side."""
-    limit = min(weight.view[-2:], default=0)
-    if not isinstance(delta, LoRAParametrization) or delta.rank <= limit:
-        return delta
-    return delta.lowered(limit)
+    limit = min(view[-2:], default=0)
+    if isinstance(delta, LoRAParametrization) and delta.rank > limit:
+        return delta.lowered(limit)
+    return delta

@@ -9,11 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...deltas import LoRAParametrization
 from ...errors import FileError
-from ..content import About, Config, OpenFile
 from ..outline import Outline
-from ..tensors import strict_json
+from ..tensors import About, Config, OpenFile, strict_json
 from . import factors as shared
 from . import peft
 from .peft_config import costly_patterns, rank_and_alpha, unsupported_fields
@@ -62,7 +60,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[tuple[str, LoRAParametrization]]:
+) -> list[shared.Pair]:
     """Read a LoRA, with PEFT's configs by the parts of a pipeline.
 
     The model is a UNet, transformer or text encoder, or one with children called so, as in a
@@ -72,8 +70,8 @@ def parse(
     factors, rest = shared.group_factors(chosen, *KEYS)
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
-    paths = {name: next(filter(weights.has_weight, _paths(name)), None) for name in factors}
-    deltas = shared.read_layers(factors, paths, weights, shared.plain_factors)
+    found = {name: weights.layer_weight(*_paths(name)) for name in factors}
+    deltas = shared.read_layers(factors, found, weights, shared.plain_factors)
     complaints = []
     for name, (_, delta) in zip(factors, deltas, strict=True):
         if (part := _part(name)) in config:

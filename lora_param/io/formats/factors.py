@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...deltas import LoRAParametrization
 from ...errors import FileError, LoRAError
-from ...weight import join
-from ..outline import NOTHING, ModuleOutline, Outline, Shape, WeightOutline
+from ..outline import NOTHING, Outline, Shape, WeightOutline
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
 
 LoRADeltas = Mapping[str, LoRAParametrization]
-Reader = Callable[[ModuleOutline, Shape | None, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
+Pair = tuple[str, LoRAParametrization]
+Reader = Callable[[WeightOutline, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 ROLES = {"lora_down": "A", "lora_up": "B", "down": "A", "up": "B"}
 """Which factor a file means; A and B mean themselves."""
-
-
-def low_rank(
-    name: str, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0
-) -> tuple[str, LoRAParametrization]:
-    """Pair a weight's name with the update that its factors are, in the matrix view."""
-    numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": dropout}
-    try:
-        return name, LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
-    except LoRAError as error:
-        raise FileError(f"{name}: {error}") from None
-
-
-def factors_of(delta: LoRAParametrization) -> tuple[Tensor, Tensor]:
-    """Return a delta's factors, without a graph."""
-    return delta.lora_A.detach(), delta.lora_B.detach()
 
 
 def refuse(complaints: Iterable[str], deed: str = "loaded") -> None:
@@ -46,10 +33,33 @@ def refuse(complaints: Iterable[str], deed: str = "loaded") -> None:
         raise FileError(f"nothing was {deed}: {text}")
 
 
+def collect(
+    make: Callable[[Item], Result], items: Iterable[Item], deed: str = "loaded"
+) -> list[Result]:
+    """Make something of each item, or raise one `FileError` that lists those of all of them."""
+    results, complaints = [], []
+    for item in items:
+        try:
+            results.append(make(item))
+        except FileError as error:
+            complaints.append(str(error))
+    refuse(complaints, deed)
+    return results
+
+
+def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0) -> Pair:
+    """Pair a weight's name with the update that its factors are, in the matrix view."""
+    numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": dropout}
+    try:
+        delta: Any = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
+        return name, delta
+    except LoRAError as error:
+        raise FileError(f"{name}: {error}") from None
+
+
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
     """Say whether one of the patterns is that of a whole name."""
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return any(pattern.fullmatch(name) for name in names for pattern in compiled)
+    return any(re.fullmatch(pattern, name) for name in names for pattern in patterns)
 
 
 def group_factors(
@@ -58,9 +68,8 @@ def group_factors(
     """Sort tensors by the patterns' groups `name` and `role`; return the rest by key."""
     factors: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
-    compiled = [re.compile(pattern) for pattern in patterns]
     for key, tensor in tensors.items():
-        match = next((m for pattern in compiled if (m := pattern.fullmatch(key))), None)
+        match = next((m for pattern in patterns if (m := re.fullmatch(pattern, key))), None)
         role = ROLES.get(match["role"], match["role"]) if match else ""
         if match and role not in factors[match["name"] or ""]:
             factors[match["name"] or ""][role] = tensor
@@ -79,12 +88,11 @@ def incomplete_factors(factors: Factors) -> Iterator[str]:
                 yield f"lora_{role} of {name} is {factor.dtype} of {tuple(factor.shape)}"
 
 
-def without_module(names: Sequence[str], weights: Outline) -> list[str]:
+def without_module(found: Mapping[str, object], weights: Outline) -> Iterator[str]:
     """Complain of names in a file that find no module, with what is nearest to the first."""
-    if not names:
-        return []
-    near = weights.nearest(names[0])
-    return [f"no module for {', '.join(names)}; the nearest to the first are {near}"]
+    if names := [name for name, each in found.items() if each is None]:
+        near = weights.nearest(names[0])
+        yield f"no module for {', '.join(names)}; the nearest to the first are {near}"
 
 
 def stored_factors(A: Tensor, B: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -99,15 +107,15 @@ def factors_with_kernel(A: Tensor, B: Tensor, shape: Shape | None) -> tuple[Tens
     return A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *[1] * len(kernel))
 
 
-def shape_fault(
+def check_shape(
     name: str, shape: Shape | None, A: Tensor, B: Tensor, transposed: bool = False
-) -> list[str]:
-    """Complain of factors that aren't those of a weight, kernel and all."""
+) -> None:
+    """Raise a `FileError` for factors that aren't those of a weight, kernel and all."""
     factors = (B.shape[0], *A.shape[1:])
     wanted = factors if shape is None else shape[:: -1 if transposed else 1]
-    if _trim(factors) == _trim(wanted) and _trim(B.shape[1:]) == _trim(A.shape[:1]):
-        return []
-    return [f"{name} has factors {tuple(A.shape)} and {tuple(B.shape)} for a weight of {wanted}"]
+    if _trim(factors) != _trim(wanted) or _trim(B.shape[1:]) != _trim(A.shape[:1]):
+        got = f"{tuple(A.shape)} and {tuple(B.shape)}"
+        raise FileError(f"{name} has factors {got} for a weight of {wanted}")
 
 
 def _trim(shape: Shape) -> Shape:
@@ -117,49 +125,41 @@ def _trim(shape: Shape) -> Shape:
     return shape
 
 
-def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> list[str]:
+def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> Iterator[str]:
     """Complain of a base's tensors in a file, unless the model has the same."""
-    if weights.unknown:
-        return []
-    own = weights.tensors
-    return [
-        f"{key} is neither a factor nor equal to the model's"
-        for key, tensor in tensors.items()
-        if key not in own or own[key].is_meta or not torch.equal(own[key].cpu(), tensor)
-    ]
+    for key, tensor in {} if weights.unknown else tensors.items():
+        own = weights.tensors.get(key)
+        if own is None or own.is_meta or not torch.equal(own.cpu(), tensor):
+            yield f"{key} is neither a factor nor equal to the model's"
 
 
 def read_layers(
-    factors: Factors, paths: Mapping[str, str | None], weights: Outline, read: Reader
-) -> list[tuple[str, LoRAParametrization]]:
-    """Build the updates of modules, each of whose factors and alpha `read` makes sense of."""
-    deltas, complaints = [], []
-    unplaced = [name for name in factors if paths[name] is None]
-    refuse([*incomplete_factors(factors), *without_module(unplaced, weights)])
-    for name, tensors in factors.items():
-        full = join(paths[name] or "", "weight")
-        weight = weights.weight(full) or WeightOutline(ModuleOutline(paths[name] or ""), "weight")
-        transposed = weight.module.layer.transposed
+    factors: Factors, found: Mapping[str, WeightOutline | None], weights: Outline, read: Reader
+) -> list[Pair]:
+    """Build the updates of layers, each of whose factors and alpha `read` makes sense of."""
+    refuse([*incomplete_factors(factors), *without_module(found, weights)])
+
+    def delta(item: tuple[str, WeightOutline | None]) -> Pair:
+        name, weight = item
+        assert weight is not None  # which was refused
         try:
-            A, B, alpha = read(weight.module, weight.shape, tensors)
+            A, B, alpha = read(weight, factors[name])
         except ValueError as error:
-            complaints.append(f"{name} {error}")
-            continue
-        if faults := shape_fault(name, weight.shape, A, B, transposed):
-            complaints += faults
-        else:
-            deltas.append(low_rank(full, *stored_factors(A, B, transposed), alpha))
-    refuse(complaints)
-    return deltas
+            raise FileError(f"{name} {error}") from None
+        transposed = weight.module.layer.transposed
+        check_shape(name, weight.shape, A, B, transposed)
+        return low_rank(weight.name, *stored_factors(A, B, transposed), alpha)
+
+    return collect(delta, found.items())
 
 
 def plain_factors(
-    module: ModuleOutline, shape: Shape | None, tensors: Mapping[str, Tensor]
+    weight: WeightOutline, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, float]:
     """Take a linear or convolution layer's factors as they are; no alpha, or 0, means the rank."""
     A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
-    if not module.is_plain and module.layer is not NOTHING:
-        raise ValueError(f"is a {module.class_name}, not a linear or convolution")
+    if not weight.module.is_plain and weight.module.layer is not NOTHING:
+        raise ValueError(f"is a {weight.module.class_name}, not a linear or convolution")
     if alpha.numel() != 1 or alpha.is_complex():
         raise ValueError(f"has an alpha of {tuple(alpha.shape)}, not one number")
     return A, B, float(alpha.item()) or float(len(A))

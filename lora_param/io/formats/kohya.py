@@ -5,35 +5,27 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...deltas import LoRAParametrization
 from ...errors import FileError
-from ..content import About, Config, Content, OpenFile
 from ..outline import Outline
+from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
 
-
-class Part(NamedTuple):
-    """One model of a pipeline: its keys' prefix, its name there, and what its class is called."""
-
-    prefix: str
-    child: str
-    cls: str
-
-
 PARTS = (
-    Part("lora_unet_", "unet", "UNet"),
-    Part("lora_te_", "text_encoder", "CLIPText"),
-    Part("lora_te1_", "text_encoder", "CLIPText"),
-    Part("lora_te2_", "text_encoder_2", "CLIPText"),
-    Part("lora_te3_", "text_encoder_3", "T5Encoder"),
-    Part("lycoris_", "", ""),
+    ("lora_unet_", "unet", "UNet"),
+    ("lora_te_", "text_encoder", "CLIPText"),
+    ("lora_te1_", "text_encoder", "CLIPText"),
+    ("lora_te2_", "text_encoder_2", "CLIPText"),
+    ("lora_te3_", "text_encoder_3", "T5Encoder"),
+    ("lycoris_", "", ""),
 )
-"""A part's modules are looked up below the model's child of that name, or else in the model."""
+"""The models of a pipeline: each one's prefix of keys, name, and what is in its class's name.
+
+A part's modules are looked up below the model's child of that name, or else in the model.
+"""
 
 KEYS = (
     r"(?P<name>[^.]+)\.(?P<role>lora_down|lora_up)\.weight",
@@ -49,7 +41,7 @@ def recognises(file: OpenFile) -> bool:
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[tuple[str, LoRAParametrization]]:
+) -> list[shared.Pair]:
     """Read a LoRA; its names are resolved forward from the model's own modules.
 
     The model is a UNet, a text encoder, any other, or one with children called `unet`,
@@ -63,8 +55,8 @@ def parse(
         if len(several := flat.get(name, [])) > 1:
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
-    paths = {name: flat[name][0] if name in flat else None for name in factors}
-    return shared.read_layers(factors, paths, weights, shared.plain_factors)
+    found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
+    return shared.read_layers(factors, found, weights, shared.plain_factors)
 
 
 def render(
@@ -78,25 +70,32 @@ def render(
     """
     if "." in prefix:
         raise FileError(f"no name in the file can have a dot, so no prefix, got {prefix!r}")
-    flat, complaints, tensors = flat_names(weights, prefix), list[str](), dict[str, Tensor]()
-    for weight_name, delta in deltas.items():
+    flat, cls = flat_names(weights, prefix), about.cls.rpartition(".")[2]
+
+    def tensors_of(weight_name: str) -> dict[str, Tensor]:
         path, _, tensor = weight_name.rpartition(".")
-        module, weight = weights.modules[path], weights.weights[weight_name]
-        name = _flat_name(path, weights, about.cls.rpartition(".")[2], prefix)
+        module, delta = weights.modules[path], deltas[weight_name]
+        name = _flat_name(path, weights, cls, prefix)
         if not module.is_plain or tensor != "weight" or not path:
-            complaints.append(f"no place for {weight_name} of a {module.class_name}")
-            continue
+            raise FileError(f"no place for {weight_name} of a {module.class_name}")
         if flat.get(name) != [path]:
-            complaints.append(f"{name} could be {' or '.join(flat.get(name, ['another part']))}")
+            others = " or ".join(flat.get(name, ["another part"]))
+            raise FileError(f"{name} could be {others}")
         alpha = torch.tensor(delta.alpha, dtype=torch.float32)
         if not alpha or not alpha.isfinite():
-            complaints.append(
-                f"{weight_name} has an alpha of {delta.alpha:g}, in float32 {alpha:g}"
-            )
-        down, up = shared.factors_with_kernel(*shared.factors_of(delta), weight.shape)
-        keys = (f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha")
-        tensors |= zip(keys, (down, up, alpha), strict=True)
-    shared.refuse(complaints, "written")
+            said = f"{delta.alpha:g}, in float32 {alpha:g}"
+            raise FileError(f"{weight_name} has an alpha of {said}")
+        factors = delta.lora_A.detach(), delta.lora_B.detach()
+        shape = weights.weights[weight_name].shape
+        down, up = shared.factors_with_kernel(*factors, shape)
+        return {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": alpha,
+        }
+
+    layers = shared.collect(tensors_of, deltas, "written")
+    tensors = {key: tensor for layer in layers for key, tensor in layer.items()}
     if dropped := [name for name, delta in deltas.items() if delta.dropout]:
         warnings.warn(f"Kohya's files hold no dropout: {', '.join(dropped)}", stacklevel=5)
     return tensors, {"format": "pt", **about.metadata}, None
@@ -109,22 +108,22 @@ def _children(weights: Outline) -> set[str]:
 def flat_names(weights: Outline, prefix: str = "") -> dict[str, list[str]]:
     """Return the layers' paths by each name that they can have in a file."""
     flat: defaultdict[str, list[str]] = defaultdict(list)
-    children, known = _children(weights), any(part.prefix == prefix for part in PARTS)
-    parts = PARTS if known or not prefix else (*PARTS, Part(prefix, "", ""))
+    children, known = _children(weights), any(part[0] == prefix for part in PARTS)
+    parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     for path, module in weights.modules.items():
-        for part in parts if module.is_plain else ():
-            inside = path.removeprefix(f"{part.child}.")
-            if inside != path or not part.child or part.child not in children:
-                flat[part.prefix + inside.replace(".", "_")].append(path)
+        for begin, child, _ in parts if module.is_plain else ():
+            inside = path.removeprefix(f"{child}.")
+            if inside != path or not child or child not in children:
+                flat[begin + inside.replace(".", "_")].append(path)
     return dict(flat)
 
 
 def _flat_name(path: str, weights: Outline, cls: str, prefix: str) -> str:
     """Return the name that a module gets: its part's, its model's, or the one that is asked for."""
-    child, _, inside = path.partition(".")
+    first, _, inside = path.partition(".")
     several = "text_encoder_2" in _children(weights)
-    for part in () if prefix else PARTS:
-        if part.child == child and not (several and part.prefix == "lora_te_"):
-            return part.prefix + inside.replace(".", "_")
-    prefix = prefix or next(part.prefix for part in PARTS if part.cls in cls)
+    for begin, child, _ in () if prefix else PARTS:
+        if child == first and not (several and begin == "lora_te_"):
+            return begin + inside.replace(".", "_")
+    prefix = prefix or next(begin for begin, _, name in PARTS if name in cls)
     return prefix + path.replace(".", "_")

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...deltas import LoRAParametrization
 from ...errors import FileError
 from ...layers import CONV1D
 from ...weight import join
-from ..content import PICKLED, Config, OpenFile
-from ..outline import LINEARS, ModuleOutline, Outline, Shape
+from ..outline import LINEARS, Outline, Shape, WeightOutline
+from ..tensors import PICKLED, Config, OpenFile
 from . import factors as shared
 
 KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
@@ -32,7 +31,7 @@ def parse(
     *,
     alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
-) -> list[tuple[str, LoRAParametrization]]:
+) -> list[shared.Pair]:
     """Read what `torch.save(loralib.lora_state_dict(model), path)` wrote.
 
     The model has plain layers in the place of loralib's. Biases and other tensors of the base that
@@ -46,44 +45,38 @@ def parse(
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
     factors, rest = shared.group_factors(tensors, *KEYS)
     # A ConvLoRA has its layer inside.
-    paths = {
-        name: next(filter(weights.has_weight, (name, join(name, "conv"))), None) for name in factors
-    }
-    base = {_name_in_base(key, paths): tensor for key, tensor in rest.items()}
+    found = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
+    base = {_name_in_base(key, found): tensor for key, tensor in rest.items()}
     shared.refuse(shared.tensors_of_another_base(base, weights))
 
-    def read(
-        module: ModuleOutline, shape: Shape | None, tensors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, float]:
-        A, B, rank = _whole_factors(module, shape, tensors["A"], tensors["B"], enable_lora)
+    def read(weight: WeightOutline, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        A, B, rank = _whole_factors(weight, tensors["A"], tensors["B"], enable_lora)
         return A, B, alpha * len(A) / rank
 
-    return shared.read_layers(factors, paths, weights, read)
+    return shared.read_layers(factors, found, weights, read)
 
 
-def _name_in_base(key: str, paths: Mapping[str, str | None]) -> str:
+def _name_in_base(key: str, found: Mapping[str, WeightOutline | None]) -> str:
     """Name a tensor as the plain model does, where a convolution takes a ConvLoRA's place."""
     owner, _, tensor = key.rpartition(".")
     outer = f".{owner}".removesuffix(".conv").removeprefix(".")
-    return join(outer, tensor) if paths.get(outer) == outer else key
+    weight = found.get(outer)
+    return join(outer, tensor) if weight and weight.module.path == outer else key
 
 
 def _whole_factors(
-    module: ModuleOutline,
-    shape: Shape | None,
-    A: Tensor,
-    B: Tensor,
-    enable_lora: Sequence[bool] | None,
+    weight: WeightOutline, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None
 ) -> tuple[Tensor, Tensor, float]:
     """Return factors of the whole weight, and the rank that alpha is divided by."""
-    if shape is None or module.layer.kind is nn.Embedding:
+    layer, shape = weight.module.layer, weight.shape
+    if shape is None or layer.kind is nn.Embedding:
         return A, B, B.shape[1]
-    if module.layer.kind is nn.Conv2d:
+    if layer.kind is nn.Conv2d:
         return *_convolution_factors(shape, A, B), B.shape[1] / shape[-1]
-    if module.layer.kind in (*LINEARS, CONV1D):
-        out = shape[1 if module.layer.transposed else 0]
+    if layer.kind in (*LINEARS, CONV1D):
+        out = shape[1 if layer.transposed else 0]
         return A, _slices_factor(out, A, B, enable_lora), B.shape[1]
-    raise ValueError(f"is a {module.class_name}, for which loralib has no layer that works")
+    raise ValueError(f"is a {weight.module.class_name}, for which loralib has no layer that works")
 
 
 def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,18 +14,34 @@ from ...deltas import KINDS, Delta
 from ...errors import FileError
 from ...frozen import digest_of
 from ...state import NUMBERS
-from ..content import About, Config, Content, OpenFile, check_strings
 from ..outline import Outline
 from ..progress import progress
-from ..tensors import LONGEST_NAME, strict_json
+from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
 
 KEY, VERSION = "lora_param", 1
-FIELDS = dict.fromkeys(("library", "adapter", "model", "class", "sha256"), str) | dict.fromkeys(
-    ("weights", "layers", "shapes", "base"), dict
-)
-"""What our metadata hold: of each weight its kind, its numbers, and if it is a block its rows."""
+STRING_FIELDS = ("library", "adapter", "model", "class", "sha256")
 STRINGS = "metadata"
 """Under what a record that was read has the strings of whoever saved it."""
+
+
+def _are_sizes(value: Any) -> bool:
+    return type(value) is list and len(value) <= 64 and not {*map(type, value)} - {int}
+
+
+def _is_spec(spec: Any) -> bool:
+    rows = spec.get("rows", [0, 0])
+    kinds = type(spec["kind"]), type(spec["numbers"])
+    return kinds == (str, dict) and _are_sizes(rows) and len(rows) == 2
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "weights": _is_spec,
+    "layers": lambda facts: type(facts) is dict,
+    "shapes": _are_sizes,
+    "base": lambda digest: type(digest) is str,
+}
+"""What our metadata hold by names, and what is sound there; of each weight its kind, its numbers,
+and if it is a block its rows."""
 
 
 def recognises(file: OpenFile) -> bool:
@@ -39,41 +55,33 @@ def describe(file: OpenFile) -> tuple[Config, About]:
     try:
         record = strict_json(strings.pop(KEY))
         version = record["version"]
-        if type(version) is int and version > VERSION:
-            raise FileError(
-                f"{file.path}: written in version {version} of the format, and this release of "
-                f"lora_param knows versions up to {VERSION}; update it"
-            )
-        faults = _record_faults(record)
-    except FileError:
-        raise
+        newer = type(version) is int and version > VERSION
+        faults = [] if newer else list(_faults(record))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        faults = [f"{type(error).__name__} {error!s:.200}"]
+        newer, faults = False, [f"{type(error).__name__} {error!s:.200}"]
+    if newer:
+        raise FileError(
+            f"{file.path}: written in version {version} of the format, and this release of "
+            f"lora_param knows versions up to {VERSION}; update it"
+        )
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
     shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    adapter, model, cls, base, layers = map(
-        record.get, ("adapter", "model", "class", "base", "layers")
+    adapter, model, cls, base = (record[name] for name in ("adapter", "model", "class", "base"))
+    return record | {STRINGS: strings}, About(
+        adapter, model, cls, base, shapes, record["layers"], strings
     )
-    return record | {STRINGS: strings}, About(adapter, model, cls, base, shapes, layers, strings)
 
 
-def _record_faults(record: Mapping[str, Any]) -> list[str]:
-    faults = [] if record["version"] == VERSION else ["version"]
-    faults += [key for key, kind in FIELDS.items() if type(record[key]) is not kind]
-    names = [name for key in ("weights", "layers", "shapes") for name in record[key]]
-    faults += [f"the name {name:.80}" for name in names if len(name) > LONGEST_NAME]
-    for name, spec in record["weights"].items():
-        fine = type(spec["kind"]) is str and type(spec["numbers"]) is dict
-        rows = spec.get("rows", [0, 0])
-        faults += [] if fine and _are_sizes(rows) and len(rows) == 2 else [f"spec of {name:.80}"]
-    faults += [f"shape of {name:.80}" for name, s in record["shapes"].items() if not _are_sizes(s)]
-    faults += [name for name, facts in record["layers"].items() if type(facts) is not dict]
-    return faults + [name for name, digest in record["base"].items() if type(digest) is not str]
-
-
-def _are_sizes(value: Any) -> bool:
-    return type(value) is list and len(value) <= 64 and not {*map(type, value)} - {int}
+def _faults(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which parts of a record aren't of the types that they have to be."""
+    if record["version"] != VERSION:
+        yield "version"
+    yield from (field for field in STRING_FIELDS if type(record[field]) is not str)
+    for field, is_sound in FIELDS.items():
+        for name, said in record[field].items():
+            if len(name) > LONGEST_NAME or not is_sound(said):
+                yield f"{field} of {name:.80}"
 
 
 def parse(
@@ -132,27 +140,28 @@ def render(
     """
     if base is None:
         base = about.base or {name: digest_of(name, t) for name, t in weights.parameters.items()}
-    specs, layers = dict[str, dict[str, Any]](), dict[str, Mapping[str, Any]]()
-    tensors: dict[str, Tensor] = {}
+    from ... import __version__  # the package imports this module
+
+    specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
     for name, delta in deltas.items():
         specs[name] = {"kind": delta.kind, "numbers": delta.numbers}
         if delta.rows is not None:
             specs[name]["rows"] = [delta.rows.start, delta.rows.stop]
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
-        if (weight := weights.weight(name)) and weight.module.facts:
-            layers[weight.module.path] = weight.module.facts
-    shapes = {n: weight.shape for n, weight in weights.weights.items() if weight.shape is not None}
-    record = {"weights": specs, "layers": layers, "shapes": shapes}
-    record = _head(about) | record | {"base": check_strings("base", base)}
+    modules = [weight.module for name in deltas if (weight := weights.weight(name))]
+    record = {
+        "version": VERSION,
+        "library": __version__,
+        "adapter": about.adapter,
+        "model": about.model,
+        "class": about.cls,
+        "weights": specs,
+        "layers": {module.path: module.facts for module in modules if module.facts},
+        "shapes": {n: each.shape for n, each in weights.weights.items() if each.shape is not None},
+        "base": check_strings("base", base),
+    }
     record["sha256"] = _seal({**record, STRINGS: about.metadata}, tensors)
     return tensors, {**about.metadata, KEY: json.dumps(record)}, None
-
-
-def _head(about: About) -> dict[str, Any]:
-    from ... import __version__  # the package imports this module
-
-    head = {"version": VERSION, "library": __version__, "adapter": about.adapter}
-    return head | {"model": about.model, "class": about.cls}
 
 
 def _seal(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

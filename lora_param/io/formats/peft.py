@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ...deltas import LoRAParametrization
 from ...errors import FileError
-from ...layers import CONV1D, layer_of
+from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import join
-from ..content import CONFIG, PICKLED, About, Config, Content, OpenFile
 from ..outline import NOTHING, Outline, kind_name
+from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
 from .peft_config import costly_patterns, load_config, rank_and_alpha
-from .peft_places import Place, place_of_name, place_of_weight, refusals
+from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 
 Placed = Sequence[tuple[Place, LoRAParametrization]]
 
@@ -53,7 +53,7 @@ def parse(
     weights: Outline,
     *,
     mha_out_proj: Literal["twice", "once"] | None = None,
-) -> list[tuple[str, LoRAParametrization]]:
+) -> list[shared.Pair]:
     """Read an adapter of PEFT's, with its config.
 
     PEFT applies the update of a MultiheadAttention's `out_proj` twice: `mha_out_proj` says to do as
@@ -63,53 +63,66 @@ def parse(
         raise FileError(f'mha_out_proj must be "twice", "once" or None, got {mha_out_proj!r}')
     factors, rest = shared.group_factors(tensors, *KEYS)
     base = {key.removeprefix(PREFIX).replace(".base_layer.", "."): rest[key] for key in rest}
-    complaints = shared.tensors_of_another_base(base, weights)
+    complaints = [*shared.tensors_of_another_base(base, weights)]
     complaints += shared.incomplete_factors(factors)
     shared.refuse([*complaints, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError("which rank a target parameter has can't be said without a model")
-    names = {name: place_of_name(name, weights, config) for name in factors}
-    places = [place for place in names.values() if place]
+    found = places_of_names(factors, weights, config)
+    shared.refuse(shared.without_module(found, weights))
+    places = [place for place in found.values() if place]
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
-    vague = bool(config.get("fan_in_fan_out")) or _has_conv1d(weights)
-    deltas, complaints = list[tuple[str, LoRAParametrization]](), list[str]()
-    for place in places:
+    conv1d = any(module.layer.kind == CONV1D for module in weights.modules.values())
+    vague = bool(config.get("fan_in_fan_out")) or conv1d
+
+    def delta(place: Place) -> shared.Pair:
         A, B = factors[place.name]["A"], factors[place.name]["B"]
         embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
-        if faults := list(_faults(place, A, B, config, transposed)):
-            complaints += faults
-        else:
-            twice = mha_out_proj != "once" and place.kind == "out_proj"
-            deltas.append(_delta(place, A, B * 2 if twice else B, config, bool(transposed)))
-    unplaced = [name for name, place in names.items() if place is None]
-    shared.refuse([*shared.without_module(unplaced, weights), *complaints])
-    _warn(places, READ_TWICE if mha_out_proj is None else "", config)
+        twice = mha_out_proj != "once" and place.kind == "out_proj"
+        return _delta(place, A, B * 2 if twice else B, config, transposed)
+
+    deltas = shared.collect(delta, places)
+    warn(places, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0)
     return deltas
 
 
 def _delta(
-    place: Place, A: Tensor, B: Tensor, config: Config, transposed: bool
-) -> tuple[str, LoRAParametrization]:
+    place: Place, A: Tensor, B: Tensor, config: Config, transposed: bool | None
+) -> shared.Pair:
+    """Make a delta of factors that are said to be transposed or not, or raise a `FileError`."""
+    for reason in refusals(place, idle=place.kind == "alone" and not B.any()):
+        raise FileError(reason)
     rank, alpha = rank_and_alpha(config, place.key)
-    dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
-    if not place.stack and len(A) == rank:
-        A, B = shared.stored_factors(A, B, transposed)
-    else:
+    experts = place.stack[0] if place.stack else 1
+    if place.module.layer is NOTHING:
+        experts = max(len(A) // max(rank, 1), 1)
+    if rank < 1 or len(A) != rank * experts:
+        raise FileError(f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}")
+    if place.stack and not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
+        raise FileError(f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}")
+    if transposed is None:
+        where = place.weight.name
+        raise FileError(f"{where}: which side of a square matrix is which can't be known")
+    if place.stack or experts > 1:
         A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
         B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
         A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
+    else:
+        shared.check_shape(place.name, place.weight.shape, A, B, transposed)
+        A, B = shared.stored_factors(A, B, transposed)
+    dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
     return shared.low_rank(place.weight.name, A, B, alpha, dropout)
 
 
 def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
     deltas = _with_whole_attentions(deltas, weights)
-    placed = [(_place(name, weights, deltas), delta) for name, delta in deltas.items()]
-    places = [place for place, _ in placed]
+    places = list(_places(deltas, weights).values())
+    placed = list(zip(places, deltas.values(), strict=True))
     complaints = [fault for place in places for fault in refusals(place, written=True)]
     shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
-    _warn(places, "the file holds half of it")
+    warn(places, "the file holds half of it")
     tensors = {}
     for place, delta in placed:
         infix = "embedding_" if place.module.layer.kind is nn.Embedding else ""
@@ -120,13 +133,10 @@ def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content
     return tensors, {"format": "pt", **about.metadata}, config
 
 
-def _place(name: str, weights: Outline, adapted: Collection[str]) -> Place:
-    path, _, tensor = name.rpartition(".")
-    return place_of_weight(weights, path, tensor, adapted)
-
-
-def _has_conv1d(weights: Outline) -> bool:
-    return any(module.layer.kind == CONV1D for module in weights.modules.values())
+def _places(names: Collection[str], weights: Outline) -> dict[str, Place]:
+    found = {name: weights.weights[name] for name in names}
+    parameters = [name for name in names if found[name].module.layer is UNLISTED]
+    return {name: place_of_weight(each, weights, parameters) for name, each in found.items()}
 
 
 def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
@@ -145,27 +155,6 @@ def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
             yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
 
 
-def _faults(
-    place: Place, A: Tensor, B: Tensor, config: Config, transposed: bool | None
-) -> Iterator[str]:
-    """Yield why factors can't be read."""
-    if faults := list(refusals(place, idle=place.kind == "alone" and not B.any())):
-        yield from faults
-        return
-    rank, _ = rank_and_alpha(config, place.key)
-    experts = place.stack[0] if place.stack else 1
-    if place.module.layer is NOTHING:
-        experts = max(len(A) // max(rank, 1), 1)
-    if rank < 1 or len(A) != rank * experts:
-        yield f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}"
-    elif place.stack and not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
-        yield f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}"
-    elif transposed is None:
-        yield f"{place.weight.name}: which side of a square matrix is which can't be known"
-    elif not place.stack and experts == 1:
-        yield from shared.shape_fault(place.name, place.weight.shape, A, B, transposed)
-
-
 def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool | None:
     """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
     module, shape = place.module, place.weight.shape or ()
@@ -173,12 +162,12 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
         if shape[1] != shape[2]:
             return A.shape[1] == shape[1]
         match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version")))
-        if match is None or module.is_transposed is None:
+        if match is None or module.facts.get("is_transposed") is None:
             return None
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
-        return version < (0, 19, 0) or module.is_transposed == (version > (0, 19, 0))
-    guessed = module.layer is not NOTHING and not module.known
+        return version < (0, 19, 0) or module.facts.get("is_transposed") == (version > (0, 19, 0))
+    guessed = module.layer is not NOTHING and not module.facts
     if place.kind == "layer" and guessed and len(shape) == 2:
         square = shape[0] == shape[1]
         return (None if vague else False) if square else A.shape[1] == shape[0]
@@ -186,9 +175,9 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
 
 
 def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, Tensor]:
-    A, B = shared.factors_of(delta)
+    A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
-        A, B = (B.mT, A.mT) if place.module.is_transposed else (A, B)
+        A, B = (B.mT, A.mT) if place.module.facts.get("is_transposed") else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
     transposed = place.kind == "layer" and place.module.layer.transposed
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
@@ -199,8 +188,9 @@ def _with_whole_attentions(
 ) -> dict[str, LoRAParametrization]:
     """Halve what PEFT applies twice, and add zeros for the part of an attention that is left."""
     result = dict(deltas)
-    for name, delta in deltas.items():
-        place, (A, B) = _place(name, weights, ()), shared.factors_of(delta)
+    for name, place in _places(deltas, weights).items():
+        delta = deltas[name]
+        A, B = delta.lora_A.detach(), delta.lora_B.detach()
         if place.kind == "out_proj":
             result |= [shared.low_rank(name, A, B * 0.5, delta.alpha, delta.dropout)]
         other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)
@@ -213,8 +203,7 @@ def _with_whole_attentions(
 
 def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
     numbers = {place.key: (delta.rank, delta.alpha) for place, delta in placed}
-    (rank, _), *_ = Counter(rank for rank, _ in numbers.values()).most_common(1)
-    (alpha, _), *_ = Counter(alpha for _, alpha in numbers.values()).most_common(1)
+    [((rank, alpha), _)] = Counter(numbers.values()).most_common(1)
     targets = {place.key for place, _ in placed if place.kind != "parameter"}
     # A list also finds what ends like one of its names; an expression has to match in full.
     vague = any(not _tails(path).isdisjoint(targets) for path in weights.modules.keys() - targets)
@@ -248,24 +237,3 @@ def _common_dropout(placed: Placed) -> float:
 def _tails(name: str) -> set[str]:
     """Return what is behind each of a name's dots."""
     return {name[match.end() :] for match in re.finditer(r"\.", name)}
-
-
-def _warn(places: Sequence[Place], consequence: str, config: Config | None = None) -> None:
-    """Warn where PEFT computes something else than the formula."""
-    dropout = config and config.get("lora_dropout")
-    reasons = {
-        "by other maths: it knows no dilation, padding_mode or forward of a layer's own": [
-            p for p in places if p.module.computes_otherwise
-        ],
-        "in one of the places where its module is found, and here it is adapted in all": [
-            p for p in places if p.module.shared
-        ],
-        f"twice, and {consequence}": [p for p in places if p.kind == "out_proj" and consequence],
-        "with dropout, and here there is none": [
-            p for p in places if dropout and p.kind == "layer" and not p.can_drop
-        ],
-    }
-    for reason, such in reasons.items():
-        if such:
-            names = ", ".join(place.weight.name for place in such)
-            warnings.warn(f"PEFT adapts {names} {reason}", stacklevel=5)

@@ -7,11 +7,9 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from ...errors import FileError
-from ..content import Config, check_regular
-from ..tensors import strict_json
+from ..tensors import Config, check_regular, strict_json
 
 NUMBERS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"),
@@ -32,7 +30,11 @@ OFF = {
 }
 """What counts as off beside what is false or `None`."""
 
-REPETITION = re.compile(r"[*+{?]")
+PATTERN = re.compile(r"([^\\()\[\]{}*+?.]|\\\W|\.\*?|(\\d|\[0-9\])\+?|\((\?:)?[\w|]+\))*")
+"""What a pattern may be made of: text, `.`, `.*`, digits, and a choice of words."""
+
+REPETITION = re.compile(r"[*+]|\)(?!\\\.|\$?$)")
+"""What of it can match in several ways: not words in front of a dot or at the end."""
 
 
 def load_config(path: Path) -> Config:
@@ -57,13 +59,16 @@ def unsupported_fields(config: Config) -> Iterator[str]:
         off = not value or (field in OFF and value in OFF[field])
         if not off and field not in NUMBERS | NEUTRAL:
             yield f"{field}={value!r:.60}"
-    ranks = {"r": config.get("r", 8), **_patterns(config, "rank_pattern")}
-    alphas = {"lora_alpha": config.get("lora_alpha", 8), **_patterns(config, "alpha_pattern")}
-    yield from (f"a rank of {rank!r:.60}" for rank in ranks.values() if type(rank) is not int)
-    for alpha in alphas.values():
+    ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
+    for rank in (config.get("r", 8), *ranks.values()):
+        if type(rank) is not int:
+            yield f"a rank of {rank!r:.60}"
+    for alpha in (config.get("lora_alpha", 8), *alphas.values()):
         if type(alpha) not in (int, float) or not -1e300 < alpha < 1e300:
             yield f"an alpha of {alpha!r:.60}"
-    yield from (f"the pattern {key!r:.60}" for key in {**ranks, **alphas} if not _is_safe(key))
+    for pattern in {**ranks, **alphas}:
+        if not PATTERN.fullmatch(pattern) or len(REPETITION.findall(pattern)) > 3:
+            yield f"the pattern {pattern!r:.60}"
     dropout = config.get("lora_dropout") or 0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         yield f"lora_dropout={dropout!r:.60}"
@@ -75,30 +80,19 @@ def unsupported_fields(config: Config) -> Iterator[str]:
 def costly_patterns(config: Config, names: Collection[str]) -> Iterator[str]:
     """Yield the patterns that could take minutes to match, by backtracking in long names."""
     for pattern in {**_patterns(config, "rank_pattern"), **_patterns(config, "alpha_pattern")}:
-        power, ways = len(REPETITION.findall(pattern)), _ways(pattern)
-        if ways * sum((name.count(".") + 1) * len(name) ** power for name in names) > 10**10:
+        repetitions = len(REPETITION.findall(pattern))
+        if sum(len(name) ** (repetitions + 1) for name in names) > 10**10:
             yield f"the pattern {pattern!r:.60} has too many repetitions for names so many and long"
-
-
-def _ways(pattern: str) -> int:
-    """Count the ways in which alternatives that begin alike, or nested ones, can match a name."""
-    groups = [each.split("|") for each in re.findall(r"\(([^()]*)\)", pattern)]
-    if len(groups) < pattern.count("("):
-        return math.prod([pattern.count("|") + 1] * pattern.count("("))
-    alike = [g for g in groups if any(b.startswith(a) for a in g for b in g if a is not b)]
-    return math.prod(map(len, alike))
 
 
 def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
     """Return the rank and the alpha, for rsLoRA times `sqrt(rank)`, of a path or parameter."""
-    rank = _matched(_patterns(config, "rank_pattern"), key, config.get("r", 8))
-    alpha = _matched(_patterns(config, "alpha_pattern"), key, config.get("lora_alpha", 8))
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    # As in PEFT, the first pattern that matches the key, or its end after a dot, decides.
+    ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
+    rank = next((ranks[each] for each in ranks if _ending(each).match(key)), rank)
+    alpha = next((alphas[each] for each in alphas if _ending(each).match(key)), alpha)
     return rank, alpha * math.sqrt(max(rank, 0)) if config.get("use_rslora") else float(alpha)
-
-
-def _matched(patterns: Config, key: str, default: Any) -> Any:
-    """Decide as PEFT does: by the first pattern that matches the key or its end after a dot."""
-    return next((value for each, value in patterns.items() if _ending(each).match(key)), default)
 
 
 @functools.lru_cache(maxsize=4096)  # re itself keeps 512
@@ -109,12 +103,3 @@ def _ending(pattern: str) -> re.Pattern[str]:
 def _patterns(config: Config, field: str) -> Config:
     value = config.get(field) or {}
     return value if isinstance(value, dict) else {"": value}
-
-
-def _is_safe(pattern: str) -> bool:
-    """Refuse what is no expression, or could take for ever: a repeated group, many repetitions."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return not re.search(r"\)[*+{]", pattern) and len(REPETITION.findall(pattern)) < 4

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from torch import nn
 
 from ...layers import CONV1D, UNLISTED
 from ...weight import join
-from ..content import Config
 from ..outline import LINEARS, NOTHING, ModuleOutline, Outline, Shape, WeightOutline
+from ..tensors import Config
 
 WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
 
@@ -19,16 +20,12 @@ WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
 class Place(NamedTuple):
     """Where PEFT keeps the update of a weight.
 
-    Attributes:
-        name: The middle of its keys.
-        key: What the config's patterns are held against.
-        weight: The weight.
-        kind: A layer's weight, a part of an attention, or a parameter by itself; `"alone"` is an
-            attention's `out_proj` where PEFT wraps it without the attention.
+    Its `kind` is a layer's weight, a part of an attention, or a parameter by itself; `"alone"` is
+    an attention's `out_proj` where PEFT wraps it without the attention.
     """
 
-    name: str
-    key: str
+    name: str  # the middle of its keys
+    key: str  # what the config's patterns are held against
     weight: WeightOutline
     kind: Literal["layer", "in_proj", "out_proj", "alone", "parameter"] = "layer"
 
@@ -38,81 +35,73 @@ class Place(NamedTuple):
         return self.weight.module
 
     @property
-    def can_drop(self) -> bool:
-        """Whether dropout can act here where it does in PEFT."""
-        layer = self.module.layer
-        return self.weight.drops or layer is NOTHING or not layer.drops
-
-    @property
     def stack(self) -> Shape | None:
         """The shape of a stack of experts' matrices; `None` for all else."""
         shape = self.weight.shape
         return shape if self.kind == "parameter" and shape and len(shape) == 3 else None
 
 
-def place_of_name(name: str, weights: Outline, config: Config) -> Place | None:
-    """Resolve a name in a file; PEFT nests wrappers around several parameters of one module."""
-    attention = name.removesuffix(OUT_PROJ)
-    if attention != name and weights.module(f"{attention}.out_proj"):
-        place = place_of_weight(weights, f"{attention}.out_proj", "weight")
-        kind = "out_proj" if weights.unknown else place.kind  # nothing else has such a name
-        return place._replace(name=name, key=attention if weights.unknown else place.key, kind=kind)
-    if weights.unknown:
-        return place_of_weight(weights, name, "weight")
-    path = re.sub(rf"({re.escape(WRAPPED)})+$", "", name)
-    depth = name.count(WRAPPED, len(path))
-    if (module := weights.module(path)) is None:
-        return None
+def places_of_names(
+    names: Iterable[str], weights: Outline, config: Config
+) -> dict[str, Place | None]:
+    """Resolve the names in a file, forward from the model's own weights."""
+    found: dict[str, Place] = {}
     ends = tuple(f".{target}" for target in config.get("target_parameters") or ())
-    own = [tensor for tensor in module.tensors if f".{path}.{tensor}".endswith(ends)]
-    if depth < len(own):  # the last parameter's wrapper is the outermost
-        place = place_of_weight(weights, path, own[-1 - depth])
-        return place._replace(name=name, key=place.weight.name, kind="parameter")
-    tensor = "in_proj_weight" if module.layer.kind is nn.MultiheadAttention else "weight"
-    place = place_of_weight(weights, path, tensor)
-    kind = "alone" if place.kind == "out_proj" else place.kind
-    return None if depth else place._replace(name=name, key=path, kind=kind)
+    parameters = {name for name in weights.weights if f".{name}".endswith(ends)}
+    for weight in weights.weights.values():
+        place = place_of_weight(weight, weights, parameters)
+        path = weight.module.path
+        if place.kind == "parameter":
+            found[place.name] = place
+        elif place.kind != "layer" or weight.tensor == "weight":
+            found.setdefault(place.name, place)
+        if place.kind == "out_proj":
+            found.setdefault(path, place._replace(name=path, key=path, kind="alone"))
+    for name in names if weights.unknown else ():
+        attention = name.removesuffix(OUT_PROJ)  # nothing else has such a name
+        if attention != name and (outer := weights.weight(f"{attention}.out_proj.weight")):
+            found[name] = Place(name, attention, outer, "out_proj")
+        elif own := weights.weight(f"{name}.weight"):
+            found[name] = Place(name, name, own)
+    return {name: found.get(name) for name in names}
 
 
-def place_of_weight(
-    weights: Outline, path: str, tensor: str, adapted: Collection[str] = ()
-) -> Place:
-    """Say where PEFT keeps a weight's update, beside those of all `adapted` ones."""
-    module = weights.module(path) or ModuleOutline(path)
-    weight = weights.weight(join(path, tensor)) or WeightOutline(module, tensor)
+def place_of_weight(weight: WeightOutline, weights: Outline, parameters: Collection[str]) -> Place:
+    """Say where PEFT keeps a weight's update, beside those of all `parameters` by themselves."""
+    module, path = weight.module, weight.module.path
     place = Place(path, path, weight)
-    attention, _, leaf = path.rpartition(".")
-    whole = weights.module(attention) if leaf == "out_proj" else None
-    if whole is not None and whole.layer.kind is nn.MultiheadAttention:
-        if "in_proj_weight" not in whole.tensors:
-            return place._replace(kind="alone")
-        return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
-    if module.layer.kind is nn.MultiheadAttention and tensor == "in_proj_weight":
-        return place._replace(kind="in_proj")
-    if module.layer is UNLISTED and weight.name in adapted:
-        later = module.tensors[module.tensors.index(tensor) + 1 :]
-        depth = sum(f"{path}.{each}" in adapted for each in later)
+    if weight.name in parameters:  # the last one's wrapper is the outermost
+        later = module.tensors[module.tensors.index(weight.tensor) + 1 :]
+        depth = sum(join(path, each) in parameters for each in later)
         return place._replace(name=path + WRAPPED * depth, key=weight.name, kind="parameter")
-    return place
+    if module.layer.kind is nn.MultiheadAttention and weight.tensor == "in_proj_weight":
+        return place._replace(kind="in_proj")
+    attention, _, leaf = path.rpartition(".")
+    is_out = (leaf, weight.tensor) == ("out_proj", "weight")
+    whole = weights.module(attention) if is_out else None
+    if whole is None or whole.layer.kind is not nn.MultiheadAttention:
+        return place
+    if "in_proj_weight" not in whole.tensors:
+        return place._replace(kind="alone")
+    return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
 
 
 def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iterator[str]:
     """Yield why PEFT has no place for an update, or doesn't use it; an idle one has no effect."""
-    module, weight, name = place.module, place.weight, place.weight.name
-    dimensions = len(weight.shape or ())
+    module, name = place.module, place.weight.name
     if module.layer is NOTHING:
         return
     if not _has_place(place):
         yield f"{name}: PEFT has no place for this tensor of a {module.class_name}"
     elif "." not in name:
         yield f"{name}: PEFT adapts what is inside a model, not the model itself"
-    elif module.groups > 1:
+    elif module.facts.get("groups", 1) > 1:
         yield f"{name}: PEFT's update of a grouped convolution is no change of its weight"
     elif place.kind == "alone" and not idle:
         yield f"{name}: PEFT never applies an adapter of an attention's out_proj alone"
-    elif written and place.stack and module.is_transposed is None:
+    elif written and place.stack and module.facts.get("is_transposed") is None:
         yield f"{name}: PEFT's layout of a stack depends on the module, and this is an outline"
-    elif written and dimensions > 2 and not module.known:
+    elif written and len(place.weight.shape or ()) > 2 and not module.facts:
         yield (
             f"{name}: no checkpoint says how a convolution is grouped; load this file on the model "
             'and call save_lora(..., format="peft")'
@@ -120,10 +109,30 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
 
 
 def _has_place(place: Place) -> bool:
-    module, shape = place.module, place.weight.shape
-    if shape is None:
-        return False
+    kind, shape = place.module.layer.kind, place.weight.shape
     if place.kind == "parameter":
-        return module.layer.kind in (UNLISTED.kind, *LINEARS) and len(shape) in (2, 3)
-    known = module.is_plain or module.layer.kind in (nn.Embedding, CONV1D)
-    return place.kind != "layer" or (known and place.weight.tensor == "weight")
+        return kind in (UNLISTED.kind, *LINEARS) and len(shape or ()) in (2, 3)
+    known = place.module.is_plain or kind in (nn.Embedding, CONV1D)
+    return shape is not None and (
+        place.kind != "layer" or (known and place.weight.tensor == "weight")
+    )
+
+
+def warn(places: Iterable[Place], twice: str = "", dropout: float = 0.0) -> None:
+    """Warn where PEFT computes something else than the formula, with what of `twice` follows."""
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for place in places:
+        module, name = place.module, place.weight.name
+        if module.computes_otherwise:
+            how = "by other maths: it knows no dilation, padding_mode or forward of a layer's own"
+            reasons[how].append(name)
+        if module.shared:
+            how = "in one of the places where its module is found, and here it is adapted in all"
+            reasons[how].append(name)
+        if twice and place.kind == "out_proj":
+            reasons[f"twice, and {twice}"].append(name)
+        able = place.weight.drops or module.layer is NOTHING or not module.layer.drops
+        if dropout and place.kind == "layer" and not able:
+            reasons["with dropout, and here there is none"].append(name)
+    for reason, names in reasons.items():
+        warnings.warn(f"PEFT adapts {', '.join(names)} {reason}", stacklevel=5)
