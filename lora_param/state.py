@@ -183,7 +183,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Copy a tree of modules, but no tensor and no delta: what is taken off it isn't the model's."""
+    """Copy a tree of modules, but no tensor and no delta, so that deltas can be taken off it."""
     if isinstance(module, Delta):
         return module
     if module not in twins:
