@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
+    activation,
     disable_lora,
     lora_parameters,
     lora_summary,
@@ -201,6 +203,7 @@ def test_a_parametrization_in_front_stays_in_activation_space() -> None:
 
 def test_a_parametrization_behind_moves_the_layer_to_weight_space() -> None:
     layer, x = adapted(nn.Linear(6, 5)), torch.randn(3, 6)
+    layer(x)  # after which how to compute is known
     parametrize.register_parametrization(layer, "weight", nn.Tanh())
     assert lora_summary(layer).weights[0].space == "weight"
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
@@ -290,3 +293,19 @@ def test_adding_in_place_under_a_graph_costs_no_copy_of_the_gradient() -> None:
             y.backward(torch.ones_like(y))
         copies.append(sum(seen.calls[name] for name in ("clone", "copy_", "as_strided")))
     assert copies[1] <= copies[0]
+
+
+def test_a_switch_while_it_is_found_out_how_to_compute_is_not_lost(monkeypatch) -> None:
+    plain = nn.Linear(6, 5).requires_grad_(False)
+    layer, x = adapted(copy.deepcopy(plain)), torch.randn(3, 6)
+    misfits, switched = activation._misfits, []
+
+    def switching(*args: Any) -> bool:
+        if not switched:
+            switched.append(disable_lora(layer))
+        return misfits(*args)
+
+    monkeypatch.setattr(activation, "_misfits", switching)
+    layer(x)
+    assert switched
+    assert torch.equal(layer(x), plain(x))

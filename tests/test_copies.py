@@ -170,3 +170,10 @@ def test_a_layer_that_torch_parametrized_first_can_be_pickled_once_adapted() -> 
     assert torch.equal(loaded.weight, layer.weight)
     remove_lora(loaded)
     assert torch.equal(loaded.weight, layer.parametrizations.weight.original / 2)
+
+
+def test_a_shallow_copy_reads_the_plain_weight_when_its_twin_has_lost_the_adapter() -> None:
+    layer, x = adapted(nn.Linear(6, 5)), torch.randn(3, 6)
+    twin = copy.copy(layer)
+    remove_lora(layer)
+    torch.testing.assert_close(twin(x), layer(x))

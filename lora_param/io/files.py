@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from ..undo import all_or_nothing, set_flags
 from ..weight import Weight, walk
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
-from .outline import Outline, outline_of_model
+from .outline import Outline, WeightOutline, outline_of_model
 from .progress import progress
 from .tensors import About, AnyPath, check_strings, shortened
 
@@ -39,8 +39,8 @@ def save_lora(
 ) -> None:
     """Save one adapter, with all that is needed to register it again on a plain model.
 
-    The native format is one safetensors file: `<weight>.lora_A` and `<weight>.lora_B`, and as
-    metadata each weight's rank and alpha, the fingerprint of the base, and a digest of all this.
+    The native format is one safetensors file: the tensors, such as `<weight>.lora_A`, and as
+    metadata each weight's kind and numbers, the fingerprint of the base, and a digest of all this.
     It takes the place of an older file only when it is complete. Whether the adapter is enabled is
     not saved.
 
@@ -154,9 +154,8 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
     """Pair weights with deltas that have tensors of their own, on the weights' devices."""
     pairs = []
     for name, delta in progress(list(deltas.items()), "loading"):
-        outline = weights.weight(name)
-        if outline is None or not isinstance(weight := outline.source, Weight):
-            continue
+        outline = cast("WeightOutline", weights.weight(name))
+        weight = cast("Weight", outline.source)
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{name} is on the meta device; load when the model has values")
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
