@@ -50,7 +50,9 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         if not (found := _acting(self, layer, traced)):
             return base.forward(self, *args, **kwargs)
         weight, acting = found
-        in_place = not (traced or torch._C._are_functorch_transforms_active())
+        # A transform, or a mode that keeps results, must see no result change.
+        seen = traced or torch._C._are_functorch_transforms_active()
+        in_place = not (seen or torch._C._len_torch_dispatch_stack())
         at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
         y = at_work.base(weight)
         for first, *others in acting:
@@ -66,7 +68,7 @@ def acts(module: nn.Module, name: str) -> bool:
     layer, chain = layer_of(base), chains_of(module).get(name)
     if name != "weight" or not layer.run or not computes_as_its_row(base):
         return False
-    if layer.suits is not None and not layer.suits(module):
+    if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
         return False
     if chain is None:
         return True

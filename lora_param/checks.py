@@ -99,8 +99,9 @@ def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> N
     for weight in weights if walk.shared else ():
         if others := walk.partners(weight):
             fix = "give each place a Parameter of its own, or exclude this weight"
-            same = f"{_names(others)} is the same Parameter"
-            raise TargetError(f"{weight.name}: {same}, and {consequence}; {fix}")
+            same = all(other.original is weight.original for other in others)
+            what = "is the same Parameter" if same else "has memory in common with it"
+            raise TargetError(f"{weight.name}: {_names(others)} {what}, and {consequence}; {fix}")
 
 
 def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
@@ -130,6 +131,8 @@ def _reasons(weight: Weight) -> Iterator[str]:
         name = '"parametrizations", where torch keeps these'
         yield f"its module has something of its own called {name}"
     yield from _norms(module, weight.tensor)
+    if weight.tensor in own and getattr(module, weight.tensor, None) is not own[weight.tensor]:
+        yield "reading it gives something else than the Parameter itself; adapt what computes it"
     if not chain and tensor is None and weight.tensor in module._parameters:
         yield "it is None; give the module a Parameter"
     elif not chain and tensor is None:

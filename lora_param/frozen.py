@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from .deltas.protocol import Delta
 from .errors import FrozenError, LoRAError
 from .undo import keep_entries, set_flags
 from .weight import Walk, Weight, walk
 
 FROZEN = "_lora_frozen"
-"""Where a module keeps the names of its parameters that `freeze` has frozen."""
+"""Where a module keeps the holds on its parameters that `freeze` has frozen, by their names."""
+
+
+class Hold:
+    """What keeps parameters frozen until the last of its deltas has gone, in whichever module.
+
+    A copy holds what it was copied with: its deltas join it by themselves.
+    """
+
+    def __init__(self) -> None:
+        self.deltas: set[ref[Delta]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hold, ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether none of its deltas is left."""
+        return all(delta() is None for delta in self.deltas)
 
 
 def freeze(walk: Walk, undo: ExitStack) -> None:
@@ -25,25 +45,53 @@ def freeze(walk: Walk, undo: ExitStack) -> None:
     for weight, tensor in walk.parameters:
         if tensor.requires_grad:
             flagged.setdefault(weight.module, []).append(weight.tensor)
+    hold = Hold()
     for module, names in flagged.items():
         keep_entries(undo, (module.__dict__, [FROZEN]))
-        module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), *names)
+        module.__dict__[FROZEN] = {**_holds(module), **dict.fromkeys(names, hold)}
     set_flags(undo, [tensor for _, tensor in walk.parameters], False)
 
 
-def is_frozen(walk: Walk) -> bool:
-    """Say whether `freeze` has frozen anything that `thaw` would give back."""
-    return any(FROZEN in module.__dict__ for module in walk.owners)
+def hold_frozen(walk: Walk, deltas: Iterable[Delta]) -> None:
+    """Let deltas keep frozen what is frozen."""
+    holds: set[Hold] = set()
+    for module in walk.owners:
+        if FROZEN in module.__dict__:
+            holds.update(module.__dict__[FROZEN].values())
+    for delta in deltas:
+        delta.__dict__["_holds"] = holds
+        for hold in holds:
+            hold.deltas.add(ref(delta))
+
+
+def let_go(delta: Delta, undo: ExitStack) -> None:
+    """Let a delta keep nothing frozen any more."""
+    for hold in delta._holds:
+        undo.callback(hold.deltas.add, ref(delta))
+        hold.deltas.discard(ref(delta))
+
+
+def is_over(walk: Walk) -> bool:
+    """Say whether `thaw` would give anything back."""
+    return any(hold.is_over for module in walk.owners for hold in _holds(module).values())
 
 
 def thaw(walk: Walk, undo: ExitStack) -> None:
-    """Give every parameter that `freeze` froze its flag back."""
+    """Give every parameter that nothing holds frozen any more its flag back."""
     for module, path in walk.owners.items():
-        if FROZEN in module.__dict__:
-            originals = [Weight(path, module, name).original for name in module.__dict__[FROZEN]]
+        holds = _holds(module)
+        if free := [name for name, hold in holds.items() if hold.is_over]:
             keep_entries(undo, (module.__dict__, [FROZEN]))
-            del module.__dict__[FROZEN]
+            module.__dict__[FROZEN] = {name: holds[name] for name in holds if name not in free}
+            if len(free) == len(holds):
+                del module.__dict__[FROZEN]
+            originals = [Weight(path, module, name).original for name in free]
             set_flags(undo, [tensor for tensor in originals if tensor is not None], True)
+
+
+def _holds(module: nn.Module) -> dict[str, Hold]:
+    holds: dict[str, Hold] = module.__dict__.get(FROZEN, {})
+    return holds
 
 
 def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:

@@ -12,7 +12,8 @@ import functools
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -61,7 +62,7 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         # The module's name too, by which torch.fx decides what is a leaf.
         body: dict[str, Any] = {"__module__": base.__module__}
         body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
-        if layer.rereads:
+        if layer.rereads and _is_torchs(base.forward):
             body["forward"] = _reading_once(base)
         elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
@@ -79,11 +80,13 @@ def _weight_property(name: str) -> property:
                 if name in table:
                     return table[name]
             raise AttributeError(name)
-        if (store := _store(self)) is None:
+        if _reading.module is self and not torch.compiler.is_compiling():
+            store, key = _reading.values, chain
+        elif parametrize._cache_enabled:  # torch's own, in which anything may be done
+            state = (torch.is_grad_enabled(), Delta.switched)
+            store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
+        else:
             return chain()
-        # What was read without a graph, or of other tensors, must not stand in for this one.
-        tensors = tuple(map(id, [*chain.parameters(), *chain.buffers()]))
-        key = (chain, torch.is_grad_enabled(), Delta.switched, tensors)
         if key not in store:
             store[key] = chain()
         return store[key]
@@ -92,14 +95,13 @@ def _weight_property(name: str) -> property:
         if name not in chains_of(self):
             self.__dict__[name] = value
         else:
-            _check_assignable(self, name)
             chains_of(self)[name].right_inverse(value)
 
     return property(read, write)
 
 
 class _Reading(threading.local):
-    """Which module's forward runs in this thread, and what it has read so far."""
+    """Which module's stock forward runs in this thread, and what it has read so far."""
 
     module: nn.Module | None = None
     values: Any = None
@@ -108,19 +110,17 @@ class _Reading(threading.local):
 _reading = _Reading()
 
 
-def _store(module: nn.Module) -> dict[Any, Any] | None:
-    """Return where values are kept: torch's own cache, or that of a module's running forward."""
-    if parametrize._cache_enabled:
-        return cast("dict[Any, Any]", parametrize._cache)
-    # A compiler merges equal expressions itself.
-    own = _reading.module is module and not torch.compiler.is_compiling()
-    return _reading.values if own else None
+def _is_torchs(method: Any) -> bool:
+    """Say whether a method is torch's own, of which it is known that it changes no weight."""
+    return bool(getattr(method, "__globals__", {}).get("__name__", "")[:17] == "torch.nn.modules.")
 
 
 def _reading_once(base: Any) -> Method:
-    @functools.wraps(base.forward)
+    stock = base.forward
+
+    @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or base.forward is not stock:
             return base.forward(self, *args, **kwargs)
         outer = _reading.module, _reading.values
         _reading.module, _reading.values = self, {}
@@ -146,6 +146,27 @@ def _registering(base: Any) -> Method:
         base.register_parameter(self, name, param)
 
     return register_parameter
+
+
+def _setting(base: Any) -> Method:
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        _check_assignable(self, name)
+        if reason := layer_of(base).refusal(SimpleNamespace(**{name: value})):  # type: ignore[arg-type]
+            raise LoRAError(f"{name}: {reason}, or call remove_lora first")
+        base.__setattr__(self, name, value)
+
+    return __setattr__
+
+
+def _saving(base: Any) -> Method:
+    def _save_to_state_dict(
+        self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name in chains_of(self):  # of a layer that writes its weight itself
+            destination.pop(prefix + name, None)
+
+    return _save_to_state_dict
 
 
 def _check_assignable(module: nn.Module, name: str) -> None:
@@ -214,7 +235,9 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...], args: tuple[Any, ...
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "__reduce_ex__": _reduction,
+    "__setattr__": _setting,
     "_load_from_state_dict": _loading,
+    "_save_to_state_dict": _saving,
     "register_parameter": _registering,
     "reset_parameters": _refusing_reset,
     "_reset_parameters": _refusing_reset,

@@ -58,6 +58,17 @@ def _without_slices(base: Any) -> Callable[..., Any]:
     return entry
 
 
+TAKING = ("__delitem__", "clear", "pop", "popitem")
+
+
+def _without_loss(base: Any) -> Callable[..., Any]:
+    def take(self: nn.ParameterDict, *args: Any) -> Any:
+        reason = "a ParameterDict whose entry has an adapter; call remove_lora first"
+        raise LoRAError(f"nothing can be taken from {reason}")
+
+    return take
+
+
 def _without_copy(base: Any) -> Callable[..., Any]:
     def copy(self: nn.ParameterDict) -> nn.ParameterDict:
         fix = "use copy.deepcopy"
@@ -102,10 +113,15 @@ TABLE: tuple[Layer, ...] = (
     Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, run=LinearRun),
+    Layer("torch_geometric.nn.dense.linear.Linear", run=LinearRun),
     replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
     LOOKUP,
     replace(STACKS, kind=nn.ParameterList, overrides={"__getitem__": _without_slices}),
-    replace(STACKS, kind=nn.ParameterDict, overrides={"copy": _without_copy}),
+    replace(
+        STACKS,
+        kind=nn.ParameterDict,
+        overrides={"copy": _without_copy, **dict.fromkeys(TAKING, _without_loss)},
+    ),
     replace(STACKS, kind="torch.fx.graph_module.GraphModule", refusal=_graph_rule),
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from .chains import run_through
 from .checks import check_model, check_structure, check_unshared, deltas_called
@@ -57,6 +58,7 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
         for original, value in merged:
             undo.callback(setattr, original, "data", original.data)
             original.data = value
+            increment_version(original)  # a graph that has saved the original must not go on
         take_off(found, pairs, undo)
 
 
@@ -95,7 +97,8 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
             undo.callback(_follow, chains, module, module.training)
             undo.callback(merged_for_now.discard, module)
             merged_for_now.add(module)
-            shared = any(value.data_ptr() == each.data_ptr() for each in weight.originals)
+            memory = value.untyped_storage().data_ptr()
+            shared = any(memory == each.untyped_storage().data_ptr() for each in weight.originals)
             own = value.clone() if shared else value
             weight.make_plain(nn.Parameter(own, requires_grad=False), undo)
         yield

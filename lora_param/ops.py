@@ -106,6 +106,8 @@ class EmbeddingRun(_Run):
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
         self.transposed, self.in_place = transposed, in_place
         self.lead, self.pad = x.shape, module.padding_idx
+        if self.pad is not None and self.pad < 0:
+            self.pad += module.num_embeddings
         self.x = x.reshape(-1)  # [lookups]
 
     def base(self, weight: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ class EmbeddingRun(_Run):
 
     def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
         """Return `y + low outer * scale`, in the lookup's dtype, which autocast leaves alone."""
-        if torch.is_autocast_enabled(y.device.type):
+        if autocasts(y):
             with torch.autocast(y.device.type, enabled=False):
                 return self.up(y, low, outer, scale)
         if self.pad is not None:
@@ -132,6 +134,11 @@ class EmbeddingRun(_Run):
             low = torch.cat([low.masked_fill(padded, 0), own], 1)  # [lookups, 2 rank]
             outer = torch.cat([outer, outer.detach()])
         return plus(y, low.to(y.dtype), outer, scale, self.in_place)
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Say whether autocast is on where a tensor is."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def plus(y: Tensor, low: Tensor, up: Tensor, scale: float, in_place: bool) -> Tensor:

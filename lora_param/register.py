@@ -17,7 +17,7 @@ from .deltas.lora import Init, check_dropout
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
-from .frozen import is_frozen, thaw
+from .frozen import hold_frozen, is_over, let_go, thaw
 from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
 from .weight import Walk, Weight, walk
@@ -120,6 +120,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     with all_or_nothing() as undo:
         if freeze:
             freeze_base(walk, undo)
+        hold_frozen(walk, [delta for _, delta in pairs])
         for weight, delta in pairs:
             weight.attach(delta, undo)
         return [weight.name for weight in weights]
@@ -176,6 +177,8 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
 def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
     """Switch adapters off for a block, then give each the state back that it had before.
 
+    Blocks may overlap, in threads or generators. A switch inside a block holds until its end.
+
     Raises:
         AdapterError: There is no such adapter.
 
@@ -186,8 +189,9 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         >>> with lora_disabled(model):
         ...     base_output = model(torch.ones(1, 3))
     """
-    with ExitStack() as undo:
-        _switch(walk(model, "lora_disabled"), adapter, False, undo)
+    with ExitStack() as block:
+        for _, delta in deltas_called(walk(model, "lora_disabled"), adapter):
+            block.enter_context(delta.switched_for_now(False))
         yield
 
 
@@ -218,13 +222,13 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
     check_model(found := walk(model, "remove_lora"), "remove_lora")
     with all_or_nothing() as undo:
         # The adapters may have gone with a submodule, or torch may have taken them off.
-        gone = adapter is None and not found.deltas and is_frozen(found)
+        gone = adapter is None and not found.deltas and is_over(found)
         take_off(found, [] if gone else deltas_called(found, adapter), undo)
 
 
 def take_off(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], undo: ExitStack) -> None:
-    """Detach deltas; with the last one of the model, give the base its flags back."""
+    """Detach deltas, and thaw what was frozen for their sake alone."""
     for weight, delta in pairs:
         weight.detach(delta, undo)
-    if len(pairs) == len(walk.deltas):
-        thaw(walk, undo)
+        let_go(delta, undo)
+    thaw(walk, undo)

@@ -108,7 +108,7 @@ class Weight:
         """Append a delta to the tensor's chain; the original stays the same object."""
         self._keep(undo)
         module, name, base = self.module, self.tensor, type_before(self.module)
-        delta.rows = self.rows
+        delta.__dict__["rows"] = self.rows
         if "_lora" not in module.__dict__:
             module.__dict__["_lora"] = Record(type(module), tuple(module._parameters))
         if "parametrizations" not in module._modules:
@@ -290,17 +290,27 @@ class Walk:
         return [pair for pair in self.tensors if isinstance(pair[1], nn.Parameter)]  # type: ignore[misc]
 
     @cached_property
-    def shared(self) -> dict[int, list[Weight]]:
-        """The parameters that several modules hold, by where their memory begins."""
-        places: dict[int, list[Weight]] = {}
-        for weight, tensor in self.parameters:
-            places.setdefault(_memory_of(tensor), []).append(weight)
-        return {memory: weights for memory, weights in places.items() if len(weights) > 1}
+    def shared(self) -> dict[str, list[Weight]]:
+        """The parameters whose memory others have too, whole or in part, by name with these."""
+        spans = []
+        for index, (weight, tensor) in enumerate(self.parameters):
+            spans.append((*_span(tensor), index, weight))
+        shared: dict[str, list[Weight]] = {}
+        before: list[tuple[int, int, int, Weight]] = []
+        for span in sorted(spans):
+            start, _, _, weight = span
+            while before and before[0][1] <= start:
+                del before[0]
+            for _, end, _, other in before:
+                if end > start:
+                    shared.setdefault(weight.name, []).append(other)
+                    shared.setdefault(other.name, []).append(weight)
+            before.append(span)
+        return shared
 
     def partners(self, weight: Weight) -> list[Weight]:
-        """List the others that are the same Parameter."""
-        same = self.shared.get(_memory_of(weight.original), []) if self.shared else []
-        return [other for other in same if other.name != weight.whole.name]
+        """List the others that are the same Parameter, or a part of its memory."""
+        return self.shared.get(weight.whole.name, [])
 
 
 def walk(model: object, call: str) -> Walk:
@@ -315,11 +325,17 @@ def join(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def _memory_of(tensor: Tensor | None) -> int:
-    """Identify a Parameter by where its bytes begin, if it has bytes of its own."""
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's bytes begin and end; of one without bytes, what is its alone."""
+    start = 0
     if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
-        return tensor.data_ptr() or id(tensor)
-    return id(tensor)
+        start = tensor.data_ptr()
+    if not start:
+        return id(tensor), id(tensor) + 1
+    length = tensor.numel()
+    if not tensor.is_contiguous():
+        length = 1 + sum((n - 1) * k for n, k in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + length * tensor.element_size()
 
 
 def tensor_names(module: nn.Module) -> list[str]:

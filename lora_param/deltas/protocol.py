@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, LoRAError, StateDictError
+from ..ops import autocasts
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
 Shape = tuple[int, ...]
+
+
+class _Switch:
+    on = True
 
 
 class Delta(nn.Module):
@@ -43,8 +50,10 @@ class Delta(nn.Module):
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
 
-    rows = cast("slice | None", None)  # not annotated, because torch.jit.script reads that
-    _enabled = True
+    adapter = ""  # not annotated, because torch.jit.script reads that
+    rows = cast("slice | None", None)
+    _holds = cast("set[Any]", frozenset())  # of `frozen`
+    _switches = cast("list[_Switch]", [])  # its own, and those of blocks that aren't over
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -54,8 +63,7 @@ class Delta(nn.Module):
         super().__init__()
         check_adapter(adapter)
         check_dtype(dtype or torch.get_default_dtype())
-        self.adapter = adapter
-        self.__dict__["_enabled"] = True  # where a compiler finds it also after a switch
+        self.__dict__.update(adapter=adapter, _switches=[_Switch()])
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
@@ -105,18 +113,29 @@ class Delta(nn.Module):
     @property
     def enabled(self) -> bool:
         """Whether it acts."""
-        return self._enabled
+        return self._switches[-1].on
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
-        self._enabled = enabled
+        self._switches[-1].on = enabled
         Delta.switched = object()
+
+    @contextmanager
+    def switched_for_now(self, enabled: bool) -> Iterator[None]:
+        """Switch it for a block, also beside other blocks that begin and end in any order."""
+        self._switches.append(own := _Switch())
+        try:
+            self.enabled = enabled
+            yield
+        finally:
+            self._switches.remove(own)
+            Delta.switched = object()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
-        if not self._enabled:
+        if not self.enabled:
             return weight
-        if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
+        if autocasts(weight):
             with torch.autocast(weight.device.type, enabled=False):
                 return self.forward(weight)
         if self.rows is None:
@@ -150,6 +169,11 @@ class Delta(nn.Module):
             if (theirs := said.pop(what, None)) != own:
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
         self.numbers = said
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for hold in self._holds:  # a copy's
+            hold.deltas.add(ref(self))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         try:
