@@ -48,12 +48,15 @@ def check_model(walk: Walk, call: str) -> None:
 
 def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]:
     """List the deltas, or those of one adapter, in model order, or raise an `AdapterError`."""
+    if not isinstance(adapter, (str, type(None))):
+        rule = "adapter must be one name, or None for all"
+        raise AdapterError(f"{rule}, got {adapter!r:.60}; make a call for each")
     wanted = [pair for pair in walk.deltas if adapter in (None, pair[1].adapter)]
     if not wanted:
         names = sorted({delta.adapter for _, delta in walk.deltas})
-        there = f"the model has {', '.join(map(repr, names))}" if names else "the model has none"
+        there = ", ".join(map(repr, names)) or "none; call register_lora(model) first"
         which = "an adapter" if adapter is None else f"an adapter {adapter!r}"
-        raise AdapterError(f"there is no weight with {which}; {there}")
+        raise AdapterError(f"there is no weight with {which}; the model has {there}")
     return wanted
 
 
@@ -112,7 +115,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
             tied[weight] = f"{weight.name} (is {_names(others)})"
     if tied:
         listing = "; ".join(tied.values())
-        warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=3)
+        warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=4)
     if len(tied) == len(weights):
         raise TargetError("every weight is tied to an embedding; name other weights with target")
     return [weight for weight in weights if weight not in tied]

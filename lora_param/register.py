@@ -21,8 +21,10 @@ from .frozen import is_frozen, thaw
 from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
 from .weight import Walk, Weight, walk
+from .words import in_our_words
 
 
+@in_our_words
 def register_lora(
     model: nn.Module,
     *,
