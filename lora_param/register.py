@@ -20,6 +20,7 @@ from .frozen import freeze as freeze_base
 from .frozen import is_frozen, thaw
 from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
+from .watch import watch
 from .weight import Walk, Weight, walk
 from .words import in_our_words
 
@@ -44,7 +45,7 @@ def register_lora(
 
     Modules stay instances of their types, originals the same objects with the same bits, and the
     output is equal to the model's own until `lora_B` has been trained. An optimizer built earlier
-    doesn't know the adapters: give it `lora_parameters(model)`.
+    doesn't know the adapters, which its next step warns of: give it `lora_parameters(model)`.
 
     Args:
         model: Any module; the model itself may be the layer.
@@ -124,6 +125,8 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
             freeze_base(walk, undo)
         for weight, delta in pairs:
             weight.attach(delta, undo)
+        if freeze:
+            watch(walk)
         return [weight.name for weight in weights]
 
 
