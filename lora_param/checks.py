@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,6 +45,17 @@ def check_model(walk: Walk, call: str) -> None:
     if torch.is_inference_mode_enabled():
         reason = "what is made there never gets a gradient; call it outside"
         raise LoRAError(f"{call} can't be called in torch.inference_mode: {reason}")
+
+
+def check_ready(walk: Walk) -> None:
+    """Raise while `from_pretrained` builds the model, whose weights it then looks for by name."""
+    empty = [weight for weight, tensor in walk.parameters if tensor.is_meta]
+    for frame, _ in traceback.walk_stack(None) if empty else ():
+        home = frame.f_globals.get("__name__", "").partition(".")[0]
+        if frame.f_code.co_name == "from_pretrained" and home in ("transformers", "diffusers"):
+            reason = f"{home} would load neither the adapted weights nor adapters"
+            fix = "call it on the model that from_pretrained returns"
+            raise LoRAError(f"register_lora can't be called in from_pretrained: {reason}; {fix}")
 
 
 def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]:

@@ -91,6 +91,7 @@ def register_lora(
     """
     found = walk(model, "register_lora")
     check_model(found, "register_lora")
+    checks.check_ready(found)
     check_adapter(adapter)
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
