@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -46,14 +47,28 @@ def check_model(walk: Walk, call: str) -> None:
         raise LoRAError(f"{call} can't be called in torch.inference_mode: {reason}")
 
 
+def check_ready(walk: Walk) -> None:
+    """Raise while `from_pretrained` builds the model, whose weights it then looks for by name."""
+    empty = [weight for weight, tensor in walk.parameters if tensor.is_meta]
+    for frame, _ in traceback.walk_stack(None) if empty else ():
+        home = frame.f_globals.get("__name__", "").partition(".")[0]
+        if frame.f_code.co_name == "from_pretrained" and home in ("transformers", "diffusers"):
+            reason = f"{home} would load neither the adapted weights nor adapters"
+            fix = "call it on the model that from_pretrained returns"
+            raise LoRAError(f"register_lora can't be called in from_pretrained: {reason}; {fix}")
+
+
 def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]:
     """List the deltas, or those of one adapter, in model order, or raise an `AdapterError`."""
+    if not isinstance(adapter, (str, type(None))):
+        rule = "adapter must be one name, or None for all"
+        raise AdapterError(f"{rule}, got {adapter!r:.60}; make a call for each")
     wanted = [pair for pair in walk.deltas if adapter in (None, pair[1].adapter)]
     if not wanted:
         names = sorted({delta.adapter for _, delta in walk.deltas})
-        there = f"the model has {', '.join(map(repr, names))}" if names else "the model has none"
+        there = ", ".join(map(repr, names)) or "none; call register_lora(model) first"
         which = "an adapter" if adapter is None else f"an adapter {adapter!r}"
-        raise AdapterError(f"there is no weight with {which}; {there}")
+        raise AdapterError(f"there is no weight with {which}; the model has {there}")
     return wanted
 
 
@@ -113,7 +128,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
             tied[weight] = f"{weight.name} (is {_names(others)})"
     if tied:
         listing = "; ".join(tied.values())
-        warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=3)
+        warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=4)
     if len(tied) == len(weights):
         raise TargetError("every weight is tied to an embedding; name other weights with target")
     return [weight for weight in weights if weight not in tied]

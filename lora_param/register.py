@@ -20,9 +20,12 @@ from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
 from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
+from .watch import watch
 from .weight import Walk, Weight, walk
+from .words import in_our_words
 
 
+@in_our_words
 def register_lora(
     model: nn.Module,
     *,
@@ -42,7 +45,7 @@ def register_lora(
 
     Modules stay instances of their types, originals the same objects with the same bits, and the
     output is equal to the model's own until `lora_B` has been trained. An optimizer built earlier
-    doesn't know the adapters: give it `lora_parameters(model)`.
+    doesn't know the adapters, which its next step warns of: give it `lora_parameters(model)`.
 
     Args:
         model: Any module; the model itself may be the layer.
@@ -88,6 +91,7 @@ def register_lora(
     """
     found = walk(model, "register_lora")
     check_model(found, "register_lora")
+    checks.check_ready(found)
     check_adapter(adapter)
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
@@ -123,6 +127,8 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
         hold_frozen(walk, [delta for _, delta in pairs])
         for weight, delta in pairs:
             weight.attach(delta, undo)
+        if freeze:
+            watch(walk)
         return [weight.name for weight in weights]
 
 

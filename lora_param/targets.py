@@ -194,6 +194,9 @@ def _unmatched(
         return f'{said} has no weight of its own; for all below it, write "{selector}.*"'
     if known := {type(place.module).__name__ for place in places if _glob(selector, place.path)}:
         return f"{said} is a {', '.join(sorted(known))} with nothing to adapt"
+    broad = [weight for weight in weights.values() if not is_flat(weight.original)]
+    if any(_matches(f"{selector}*", weight) for weight in broad):
+        return f'{said} matches no weight, because a name is matched whole; write "{selector}*"'
     return f"{said} matches no weight; the nearest are {nearest(selector, weights)}"
 
 

@@ -18,6 +18,7 @@ from ..frozen import digest_of
 from ..register import install
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
+from ..watch import check_saved
 from ..weight import Weight, walk
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
@@ -42,7 +43,7 @@ def save_lora(
     The native format is one safetensors file: the tensors, such as `<weight>.lora_A`, and as
     metadata each weight's kind and numbers, the fingerprint of the base, and a digest of all this.
     It takes the place of an older file only when it is complete. Whether the adapter is enabled is
-    not saved.
+    not saved. Warns of an adapter that was never trained, and of a base that can be trained too.
 
     Args:
         model: An adapted model.
@@ -87,6 +88,7 @@ def save_lora(
         metadata=check_strings("metadata", metadata or {}),
     )
     write_adapter(format, Path(path), deltas, outline_of_model(found), about, **options)
+    check_saved(found, pairs)
 
 
 def load_lora(

@@ -18,6 +18,7 @@ from ...checks import check_weights
 from ...deltas import Delta, LoRAParametrization
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
+from ...state import NUMBERS
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
 from ..progress import progress
@@ -145,6 +146,7 @@ class AdapterFile:
 def open_adapter(path: Path) -> Iterator[AdapterFile]:
     """Open an adapter's file for a block, and find out its format, or raise a `FileError`."""
     with open_file(path) as file:
+        _check_no_state_dict(file)
         rows = [row for row in FORMATS if row.module.recognises(file)]
         if len(rows) != 1:
             if file.path.suffix == ".safetensors":
@@ -154,6 +156,19 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
             raise FileError(f"{path}: {what} {known}")
         describe = getattr(rows[0].module, "describe", _describe)
         yield AdapterFile(path, rows[0], file, *describe(file))
+
+
+def _check_no_state_dict(file: OpenFile) -> None:
+    """Raise if a file holds what `lora_state_dict(model)` or `model.state_dict()` returned."""
+    names = file.tensors if loralib.recognises(file) else file.header.tensors
+    stems = [name.removesuffix(NUMBERS) for name in names if name.endswith(f".{NUMBERS}")]
+    if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "D")):
+        what, call = "lora_state_dict(model)", "load_lora_state_dict(model, "
+        if "parametrizations." in stems[0]:
+            what, call = "model.state_dict()", "model.load_state_dict("
+        read = "load_file" if file.header.tensors else "torch.load"
+        fix = f"register its adapters and use {call}{read}(path)), or write a file by save_lora"
+        raise FileError(f"{file.path}: no adapter file, but the state dict {what}; {fix}")
 
 
 def write_adapter(
