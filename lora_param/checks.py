@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +132,17 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
     if len(tied) == len(weights):
         raise TargetError("every weight is tied to an embedding; name other weights with target")
     return [weight for weight in weights if weight not in tied]
+
+
+def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
+    """Warn of what was thawed in a frozen model, and is going to be frozen without an adapter."""
+    thawed = [weight for weight, tensor in walk.parameters if tensor.requires_grad]
+    few = len(thawed) < len(walk.parameters) / 2  # else they are as most models come
+    if left := [weight.name for weight in thawed if weight.name not in trained] if few else []:
+        what = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"
+        fix = "name them with train= to train them whole, or pass freeze=False"
+        reason = "could be trained in a model that was frozen else, and no adapter trains them"
+        warnings.warn(f"freeze=True freezes {what}, which {reason}; {fix}", stacklevel=4)
 
 
 def _names(weights: Sequence[Weight]) -> str:

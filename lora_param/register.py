@@ -12,13 +12,13 @@ from torch import nn
 
 from . import checks
 from .checks import check_model, deltas_called
-from .deltas import KINDS, Delta
-from .deltas.lora import Init, check_dropout
+from .deltas import KINDS, Delta, DenseDelta
+from .deltas.lora import Init, check_alpha, check_dropout
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
-from .targets import Target, number_for_each, resolve
+from .targets import Target, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .watch import watch
 from .weight import Walk, Weight, walk
@@ -33,6 +33,7 @@ def register_lora(
     alpha: float | Mapping[str, float | None] | None = None,
     target: Target | None = None,
     exclude: Target | None = None,
+    train: Target | None = None,
     adapter: str = "default",
     freeze: bool = True,
     kind: str = "lora",
@@ -49,18 +50,23 @@ def register_lora(
 
     Args:
         model: Any module; the model itself may be the layer.
-        rank: From 1 to the smaller side of the weight's matrix view, or a mapping from pattern to
-            such an integer; the first pattern that matches a weight decides.
+        rank: A positive integer, lowered to the smaller side of a weight's matrix view where that
+            is less, with the scale that was asked for; or a mapping from pattern to the rank to
+            take as it is, of which the first pattern that matches a weight decides.
         alpha: A finite number or a mapping from pattern to number; `None` means `rank`.
         target: What to adapt: a glob over a parameter's full name, its module's path, or a dotted
             suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a predicate
             `(module's path, module) -> bool`; or several of these. `None` means every weight that
             multiplies activations: of linear, convolution, bilinear, attention and recurrent
             layers. Embeddings and other parameters are adapted only when named.
-        exclude: The same, for what is left out.
+        exclude: The same, for what is left out of `target`.
+        train: What to train whole, as `W + D` (`DenseDelta`): parameters of any dimensions. A
+            module's path, type or predicate means all below it. `target=()` trains nothing else;
+            what both name is trained whole.
         adapter: The adapter's name, without dots. Several adapters on one weight add up.
         freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
-            gives the flags back. `False` leaves them as they are.
+            gives the flags back. Warns of those in a frozen model that had been thawed, a new head
+            perhaps, and aren't trained now. `False` leaves them as they are.
         kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
         dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
         init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
@@ -84,6 +90,8 @@ def register_lora(
         ['0.weight', '1.weight']
         >>> [p.shape for p in model.parameters() if p.requires_grad][:2]
         [torch.Size([2, 20]), torch.Size([10, 2])]
+        >>> register_lora(model, target="0", train="1", adapter="new head")
+        ['0.weight', '1.weight', '1.bias']
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
@@ -96,24 +104,32 @@ def register_lora(
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
-    weights = resolve(found, target, exclude, cls.least_dimensions)
-    checks.check_weights(weights, adapter)
+    whole = [] if train is None else resolve_whole(found, train)
+    weights = resolve(found, target, exclude, cls.least_dimensions, whole)
+    checks.check_weights([*weights, *whole], adapter)
     if target is None:
         weights = checks.without_tied(found, weights)
     if check_dropout(dropout):
         checks.check_droppable(weights)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
-    pairs = []
+    deltas: dict[str, Delta] = {}
     for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
-        own = given | {"rank": own_rank, "alpha": own_alpha}
+        view, own = weight.view, given | {"rank": own_rank, "alpha": own_alpha}
         own = {name: own[name] for name in cls.options}
         try:
-            delta = cls.make(weight.like, weight.view, adapter=adapter, **own)
+            if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
+                own["rank"] = min(view[-2:])
+                own["alpha"] = check_alpha(own_alpha, rank) / rank * own["rank"]
+            deltas[weight.name] = cls.make(weight.like, view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
-        pairs.append((weight, delta))
-    return install(found, pairs, freeze)
+    for weight in whole:
+        deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
+    if freeze:
+        checks.warn_of_thawed(found, deltas)
+    chosen = [w for w in found.weights if w.name in deltas] if whole else weights
+    return install(found, [(weight, deltas[weight.name]) for weight in chosen], freeze)
 
 
 def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:

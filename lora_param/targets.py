@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -23,13 +25,20 @@ Number = TypeVar("Number", int, float, float | None)
 
 
 def resolve(
-    walk: Walk, target: Target | None, exclude: Target | None, least: int = 2
+    walk: Walk,
+    target: Target | None,
+    exclude: Target | None = None,
+    least: int = 2,
+    whole: Sequence[Weight] = (),
 ) -> list[Weight]:
     """List the weights that `target` names and `exclude` doesn't, in model order.
 
     What names a module names the tensors of its row, or of an unlisted module every tensor of at
     least `least` dimensions. A glob that also covers biases and norms takes the weights among them.
+    Those of `whole` are left out; beside them there may be no target.
     """
+    if whole and isinstance(target, (list, tuple)) and not target:
+        return []
     weights = {weight.name: weight for weight in walk.weights}
     if target is None:
         defaults = [(path, m) for path, m in walk.modules if layer_of(type(m)).default]
@@ -51,6 +60,19 @@ def resolve(
         chosen -= _hits("exclude", selector, places, weights)
     if not chosen:
         raise TargetError("exclude leaves nothing to adapt; narrow it, or drop the call")
+    both = [weight.name for weight in whole if weight.name in chosen]
+    if both and target is not None:
+        listing = ", ".join(both)
+        warnings.warn(f"target and train both name {listing}: trained whole", stacklevel=4)
+    return [weights[name] for name in weights if name in chosen and name not in both]
+
+
+def resolve_whole(walk: Walk, train: Target) -> list[Weight]:
+    """List the parameters that `train` names, in model order; a module names all below it."""
+    weights = {w.name: w for w in walk.weights if w.chain or w.original is not None}
+    places = _places(walk, None)
+    selectors = _selectors("train", train)
+    chosen = set().union(*(_hits("train", each, places, weights) for each in selectors))
     return [weight for name, weight in weights.items() if name in chosen]
 
 
@@ -93,18 +115,27 @@ class _Place(NamedTuple):
     named: set[str]  # the names of the weights that naming the module names
 
 
-def _places(walk: Walk, least: int) -> list[_Place]:
+def _places(walk: Walk, least: int | None) -> list[_Place]:
+    """List the places at which modules are found; without `least`, what names one names it all."""
     names: defaultdict[nn.Module, dict[str, str]] = defaultdict(dict)
     for weight in walk.weights:
-        names[weight.module][weight.tensor] = weight.name
+        if least is not None or weight.chain or weight.original is not None:
+            names[weight.module][weight.tensor] = weight.name
     places = [
         _Place(path, module, {join(path, t): name for t, name in names[module].items()}, set())
         for path, module in walk.places
     ]
     called = {alias: name for place in places for alias, name in place.own.items()}
-    for path, module, _, named in places:
-        row = [join(path, name) for name in _row_tensors(module, least)]
-        named |= {called[name] for name in row if name in called}
+    above: defaultdict[str, set[str]] = defaultdict(set)
+    for path, module, own, named in places:
+        if least is not None:
+            row = [join(path, name) for name in _row_tensors(module, least)]
+            named |= {called[name] for name in row if name in called}
+        else:
+            for outer in ("", *accumulate(path.split("."), "{}.{}".format)):
+                above[outer].update(own.values())
+    if least is None:
+        places = [place._replace(named=above[place.path]) for place in places]
     return places
 
 

@@ -55,5 +55,5 @@ def check_saved(walk: Walk, pairs: Sequence[tuple[Weight, Delta]]) -> None:
         reason = (
             f"a file of adapters doesn't hold what trained the base, and {names} can be trained"
         )
-        fix = 'freeze them, train them by kind="dense", or keep base_state_dict(model) too'
+        fix = "freeze them, train them by train=, or keep base_state_dict(model) too"
         warnings.warn(f"{reason}; {fix}", stacklevel=3)

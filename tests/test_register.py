@@ -293,7 +293,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rank": 0}, r"0.weight: rank must satisfy 1 <= rank <= min\(5, 6\) = 5, got 0; give an integer from 1 up; or exclude"),
     ({"rank": -3}, "got -3"),
     ({"rank": 2.0}, "got 2.0; give an integer"),
-    ({"rank": 5}, r"2.weight: rank must satisfy 1 <= rank <= min\(4, 5\) = 4, got 5; lower the rank; or exclude this weight"),
+    ({"rank": {"2": 5, "*": 2}}, r"2.weight: rank must satisfy 1 <= rank <= min\(4, 5\) = 4, got 5; lower the rank; or exclude this weight"),
     ({"rank": {"0": 2, "2": 9}}, "2.weight: rank must satisfy .* got 9"),
     ({"alpha": math.nan}, "0.weight: alpha must be a finite number, or None for the rank, got nan"),
     ({"alpha": -math.inf}, "got -inf"),
