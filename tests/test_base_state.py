@@ -131,6 +131,7 @@ def test_a_model_that_asks_for_the_version_loads_it() -> None:
     mnasnet0_5(num_classes=3).load_state_dict(base_state_dict(model))
 
 
+@pytest.mark.filterwarnings("ignore:freeze=True freezes parametrizations:UserWarning")
 def test_a_base_with_parametrizations_between_ours_loads() -> None:
     model = nn.Linear(4, 4)
     register_lora(model, rank=1, adapter="a")

@@ -56,6 +56,7 @@ VERBS = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:freeze=True freezes 0.bias:UserWarning")
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_fault_at_any_line_leaves_the_model_as_it_was(verb: str) -> None:
     model = nn.Sequential(
