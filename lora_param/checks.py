@@ -115,8 +115,14 @@ def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> N
     for weight in weights if walk.shared else ():
         if others := walk.partners(weight):
             fix = "give each place a Parameter of its own, or exclude this weight"
+            if weight.is_buffer:
+                fix = "give each place a buffer of its own, or pass statistics=False"
             same = all(other.original is weight.original for other in others)
-            what = "is the same Parameter" if same else "has memory in common with it"
+            what = (
+                f"is the same {'buffer' if weight.is_buffer else 'Parameter'}"
+                if same
+                else "has memory in common with it"
+            )
             raise TargetError(f"{weight.name}: {_names(others)} {what}, and {consequence}; {fix}")
 
 
@@ -152,6 +158,9 @@ def moving_without(walk: Walk, adapter: str) -> list[Weight]:
         if is_lazy(weight.original):  # type: ignore[arg-type]
             fix = "run one forward first, or pass statistics=False"
             raise TargetError(f"{weight.name}: it is lazy and has no shape yet; {fix}")
+        if getattr(weight.module, weight.tensor) is not weight.value and not weight.chain:
+            rule = "reading it gives something else than the buffer itself"
+            raise TargetError(f"{weight.name}: {rule}; pass statistics=False")
     return [w for w in walk.moving if adapter not in (delta.adapter for delta in w.deltas)]
 
 
