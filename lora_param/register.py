@@ -13,7 +13,7 @@ from torch import nn
 from . import checks
 from .checks import check_model, deltas_called
 from .deltas import KINDS, Delta, DenseDelta
-from .deltas.lora import Init, check_alpha, check_dropout
+from .deltas.lora import SCALINGS, Init, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
@@ -37,6 +37,7 @@ def register_lora(
     adapter: str = "default",
     freeze: bool = True,
     kind: str = "lora",
+    scaling: Scaling = "lora",
     dropout: float = 0.0,
     init: Init = "kaiming",
     generator: torch.Generator | None = None,
@@ -68,6 +69,7 @@ def register_lora(
             gives the flags back. Warns of those in a frozen model that had been thawed, a new head
             perhaps, and aren't trained now. `False` leaves them as they are.
         kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
+        scaling: What `alpha` is divided by: the rank, or with `"rslora"` its square root.
         dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
         init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
         generator: Source of the draws, made in model order; the global one if `None`.
@@ -101,7 +103,7 @@ def register_lora(
     check_model(found, "register_lora")
     checks.check_ready(found)
     check_adapter(adapter)
-    given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
+    given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
     whole = [] if train is None else resolve_whole(found, train)
@@ -109,6 +111,7 @@ def register_lora(
     checks.check_weights([*weights, *whole], adapter)
     if target is None:
         weights = checks.without_tied(found, weights)
+    divisor = SCALINGS[check_scaling(scaling)]
     if check_dropout(dropout):
         checks.check_droppable(weights)
     ranks = number_for_each("rank", rank, weights)
@@ -120,7 +123,7 @@ def register_lora(
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])
-                own["alpha"] = check_alpha(own_alpha, rank) / rank * own["rank"]
+                own["alpha"] = check_alpha(own_alpha, rank) / divisor(rank) * divisor(own["rank"])
             deltas[weight.name] = cls.make(weight.like, view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None

@@ -183,7 +183,10 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
-        numbers = [f"{name}={value:g}" for name, value in self.numbers.items()]
+        numbers = [
+            f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+            for name, value in self.numbers.items()
+        ]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 
