@@ -12,7 +12,7 @@ from torch import nn
 
 from . import checks
 from .checks import check_model, deltas_called
-from .deltas import KINDS, Delta, DenseDelta
+from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
 from .deltas.lora import SCALINGS, Init, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
@@ -20,8 +20,9 @@ from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
 from .targets import Target, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
+from .walk import Walk, walk
 from .watch import watch
-from .weight import Walk, Weight, walk
+from .weight import Weight
 from .words import in_our_words
 
 
@@ -36,6 +37,7 @@ def register_lora(
     train: Target | None = None,
     adapter: str = "default",
     freeze: bool = True,
+    statistics: bool = True,
     kind: str = "lora",
     scaling: Scaling = "lora",
     dropout: float = 0.0,
@@ -68,6 +70,9 @@ def register_lora(
         freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
             gives the flags back. Warns of those in a frozen model that had been thawed, a new head
             perhaps, and aren't trained now. `False` leaves them as they are.
+        statistics: With `freeze`, give each buffer that training moves, a batch norm's statistics,
+            a copy of the adapter's own to move (`StatisticsDelta`), so that off the base has its
+            own again. `False` lets training move the base's, and warns.
         kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
         scaling: What `alpha` is divided by: the rank, or with `"rslora"` its square root.
         dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
@@ -129,15 +134,22 @@ def register_lora(
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
     for weight in whole:
         deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
+    chosen = [w for w in found.weights if w.name in deltas] if whole else weights
+    pairs = [(weight, deltas[weight.name]) for weight in chosen]
     if freeze:
         checks.warn_of_thawed(found, deltas)
-    chosen = [w for w in found.weights if w.name in deltas] if whole else weights
-    return install(found, [(weight, deltas[weight.name]) for weight in chosen], freeze)
+        moving = checks.moving_without(found, adapter)
+        if statistics:
+            pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
+        else:
+            checks.warn_of_moving(moving)
+    return install(found, pairs, freeze)
 
 
 def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
-    """Attach deltas to weights that `check_weights` has passed, all or none; return the names."""
+    """Attach deltas to weights that have passed the checks, all or none; name the parameters."""
     weights = [weight for weight, _ in pairs]
+    names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
     checks.check_dropping(pairs)
     with all_or_nothing() as undo:
@@ -148,13 +160,14 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
             weight.attach(delta, undo)
         if freeze:
             watch(walk)
-        return [weight.name for weight in weights]
+        return names
 
 
-def _kind(kind: object, given: Mapping[str, Any]) -> type[Delta]:
+def _kind(kind: str, given: Mapping[str, Any]) -> type[Delta]:
     """Return the kind of that name; options that it doesn't take must be as by default."""
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise LoRAError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
+    known = sorted(name for name, cls in KINDS.items() if not cls.of_buffers)
+    if kind not in known:
+        raise LoRAError(f"kind must be one of {known}, got {kind!r}")
     defaults = inspect.signature(register_lora).parameters
     for name in given.keys() - set(KINDS[kind].options):
         default = defaults[name].default

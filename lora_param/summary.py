@@ -10,7 +10,8 @@ from torch import nn
 from .activation import acts
 from .checks import deltas_called
 from .deltas import Delta
-from .weight import Weight, walk
+from .walk import walk
+from .weight import Weight
 
 NUMERIC = ("rank", "alpha", "parameters")
 """Columns that are aligned to the right."""
@@ -56,11 +57,13 @@ class WeightSummary:
 class LoRASummary:
     """What `lora_summary` returns; `print` it for the table.
 
-    The adapted weights in model order, and numbers of elements: of the model without adapters,
-    shared tensors once; of all adapters; and of all that requires a gradient.
+    The adapted weights in model order, the buffers that are moved in copies, and numbers of
+    elements: of the model without adapters, shared tensors once; of all adapters; and of all that
+    requires a gradient.
     """
 
     weights: tuple[WeightSummary, ...]
+    statistics: tuple[WeightSummary, ...]
     base_parameters: int
     lora_parameters: int
     trainable_parameters: int
@@ -91,6 +94,8 @@ class LoRASummary:
             f"{self.total_parameters:,} parameters; LoRA is {self.percentage:.3f} % of the base; "
             f"{self.trainable_parameters:,} trainable"
         )
+        if self.statistics:
+            totals += f"; {len(self.statistics)} buffers are moved in copies"
         return "\n".join([lines[0], rule, *lines[1:], rule, totals])
 
 
@@ -126,10 +131,14 @@ def lora_summary(model: nn.Module) -> LoRASummary:
     deltas: defaultdict[str, list[Delta]] = defaultdict(list)
     for weight, delta in pairs:
         deltas[weight.name].append(delta)
-    weights = {weight.name: _summarised(weight, deltas[weight.name]) for weight, _ in pairs}
+    weights, statistics = (
+        {w.name: _summarised(w, deltas[w.name]) for w, _ in pairs if w.is_buffer == buffers}
+        for buffers in (False, True)
+    )
     base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
     return LoRASummary(
         tuple(weights.values()),
+        tuple(statistics.values()),
         sum(base.values()),
         sum(adapter.parameters for weight in weights.values() for adapter in weight.adapters),
         sum(each.numel() for each in model.parameters() if each.requires_grad),
