@@ -26,10 +26,12 @@ class AdapterSummary:
     parameters: int
     enabled: bool
     kind: str
+    strength: float = 1.0
 
     def _cells(self) -> tuple[str, ...]:
+        on = "on" if self.strength == 1 else f"x {self.strength:g}"
         numbers = ("-" if each is None else f"{each:g}" for each in (self.rank, self.alpha))
-        return self.name, self.kind, *numbers, "on" if self.enabled else "off"
+        return self.name, self.kind, *numbers, on if self.enabled else "off"
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _summarised(weight: Weight, deltas: list[Delta]) -> WeightSummary:
     for delta in deltas:
         size = sum(parameter.numel() for parameter in delta.parameters())
         rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
-        summary = AdapterSummary(delta.adapter, rank, alpha, size, delta.enabled, delta.kind)
-        adapters.append(summary)
+        numbers = rank, alpha, size, delta.enabled
+        adapters.append(AdapterSummary(delta.adapter, *numbers, delta.kind, delta.strength))
     space = "activation" if acts(weight.module, weight.tensor) else "weight"
     return WeightSummary(weight.name, tuple(weight.like.shape), space, tuple(adapters))

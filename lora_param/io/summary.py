@@ -29,6 +29,7 @@ class UpdateSummary:
     norm: float  # Frobenius, of what is added to the weight
     effective_rank: float  # exp of the entropy of the singular values' distribution; 0 for zeros
     parameters: int
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,4 +95,4 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
     sizes = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
-    return UpdateSummary(name, delta.kind, shape, rank, alpha, *sizes, count)
+    return UpdateSummary(name, delta.kind, shape, rank, alpha, *sizes, count, delta.strength)
