@@ -19,18 +19,22 @@ NUMERIC = ("rank", "alpha", "parameters")
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter on one weight; rank and alpha are `None` for a kind that has none."""
+    """One adapter on one weight; rank, alpha and scaling are `None` for a kind without them."""
 
     name: str
     rank: int | None
     alpha: float | None
+    scaling: str | None
     parameters: int
     enabled: bool
     kind: str
+    strength: float = 1.0
 
     def _cells(self) -> tuple[str, ...]:
-        numbers = ("-" if each is None else f"{each:g}" for each in (self.rank, self.alpha))
-        return self.name, self.kind, *numbers, "on" if self.enabled else "off"
+        on = "on" if self.strength == 1 else f"x {self.strength:g}"
+        rank = "-" if self.rank is None else str(self.rank)
+        alpha = show_alpha(self.alpha, self.scaling)
+        return self.name, self.kind, rank, alpha, on if self.enabled else "off"
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,12 @@ class LoRASummary:
         return "\n".join([lines[0], rule, *lines[1:], rule, totals])
 
 
+def show_alpha(alpha: float | None, scaling: str | None) -> str:
+    """Return an alpha, and what divides it if that isn't the rank."""
+    said = "-" if alpha is None else f"{alpha:g}"
+    return said if scaling in (None, "lora") else f"{said} {scaling}"
+
+
 def lora_summary(model: nn.Module) -> LoRASummary:
     """List the adapted weights of a model, and count its parameters.
 
@@ -141,8 +151,8 @@ def _summarised(weight: Weight, deltas: list[Delta]) -> WeightSummary:
     adapters = []
     for delta in deltas:
         size = sum(parameter.numel() for parameter in delta.parameters())
-        rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
-        summary = AdapterSummary(delta.adapter, rank, alpha, size, delta.enabled, delta.kind)
-        adapters.append(summary)
+        rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
+        state = size, delta.enabled, delta.kind, delta.strength
+        adapters.append(AdapterSummary(delta.adapter, rank, alpha, scaling, *state))
     space = "activation" if acts(weight.module, weight.tensor) else "weight"
     return WeightSummary(weight.name, tuple(weight.like.shape), space, tuple(adapters))
