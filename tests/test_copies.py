@@ -189,12 +189,15 @@ def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
     layer = kind(6) if kind is nn.BatchNorm1d else kind(6, 5)
     register_lora(layer, target=(), train="*")
     shake(layer)
-    for name in ("_broadcast_coalesced_reshape", "_get_device_index"):  # as to devices, on the CPU
-        copies = lambda given, devices, *_: [[each.clone() for each in given] for _ in devices]  # noqa: E731
-        fake = copies if "broadcast" in name else lambda device, *_: device
-        monkeypatch.setattr(sys.modules["torch.nn.parallel.replicate"], name, fake)
+    replicating = sys.modules["torch.nn.parallel.replicate"]
+
+    def broadcast(given: list[Tensor], devices: list[int], **_: Any) -> list[list[Tensor]]:
+        return [[each.clone() for each in given] for _ in devices]
+
+    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(replicating, "_get_device_index", lambda device, *_: device)
     x = torch.randn(shape)
-    expected = [*outputs(copy.deepcopy(layer), (x,))]
+    expected = outputs(copy.deepcopy(layer), (x,))
     replica = nn.parallel.replicate(layer, [0, 1])[1]
     got = outputs(replica, (x,))
     assert all(map(torch.equal, got, expected))
