@@ -191,7 +191,7 @@ def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
     shake(layer)
     replicating = sys.modules["torch.nn.parallel.replicate"]
 
-    def broadcast(given: list[Tensor], devices: list[int], **_: Any) -> list[list[Tensor]]:
+    def broadcast(given: Any, devices: list[int], detach: bool = False) -> list[list[Tensor]]:
         return [[each.clone() for each in given] for _ in devices]
 
     monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", broadcast)
