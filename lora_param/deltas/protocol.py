@@ -76,7 +76,7 @@ class Delta(nn.Module):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build the delta of these tensors, of which none is copied, or raise `StateDictError`."""
-        delta = cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+        delta = cls.blank(tensors)
         for name in list(delta._parameters):
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
@@ -84,6 +84,11 @@ class Delta(nn.Module):
         delta._buffers.update({name: tensors[name] for name in delta._buffers})
         delta.numbers = dict(numbers)
         return delta
+
+    @classmethod
+    def blank(cls, tensors: Mapping[str, Tensor]) -> Delta:
+        """Build one that has tensors of these names, to be replaced."""
+        return cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
 
     @property
     def numbers(self) -> dict[str, Any]:
