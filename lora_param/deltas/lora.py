@@ -64,6 +64,7 @@ class LoRAParametrization(Pair):
     """
 
     kind = "lora"
+    adds = True
 
     def formula(self, weight: Tensor) -> Tensor:
         """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to `W`'s.
@@ -72,7 +73,7 @@ class LoRAParametrization(Pair):
         """
         dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
+        return (weight + update.view_as(weight) * self._factor).to(weight.dtype)
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
@@ -82,7 +83,8 @@ class LoRAParametrization(Pair):
         if not others:
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
             inner, outer = run.factors(self.lora_A, self.lora_B)
-            return run.up(y, run.down(x, inner), outer, self.scale)
+            factor = self.scale * self._places[-1].switch.strength  # without a call more
+            return run.up(y, run.down(x, inner), outer, factor)
         same = []
         for pair in (self, *others):
             if pair._dropout and pair.training:
@@ -92,7 +94,7 @@ class LoRAParametrization(Pair):
         if same:
             inner, outer = run.factors(
                 torch.cat([pair.lora_A for pair in same]),  # [sum of ranks, fan_in]
-                torch.cat([pair.lora_B * pair.scale for pair in same], 1),  # [fan_out, the same]
+                torch.cat([pair.lora_B * pair._factor for pair in same], 1),  # [fan_out, the same]
             )
             y = run.up(y, run.down(x, inner), outer, 1.0)
         return y

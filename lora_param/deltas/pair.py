@@ -195,6 +195,10 @@ class Pair(Delta):
         self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
 
     @property
+    def _factor(self) -> float:
+        return self.scale * self.strength
+
+    @property
     def dropout(self) -> float:
         """The probability with which an entry of the input is dropped."""
         return self._dropout
@@ -247,7 +251,7 @@ class Pair(Delta):
         numbers = {"rank": rank, "scaling": scaling, "alpha": self.scale * SCALINGS[scaling](rank)}
         others = {n: t for n, t in self._parameters.items() if n[:-2] not in ("lora", "shift")}
         tensors = cast("dict[str, Tensor]", {**others, "lora_A": A, "lora_B": B})
-        return cast("Self", self.restore(tensors, self.numbers | numbers))
+        return cast("Self", self.made_of(tensors, self.numbers | numbers))
 
     def lowered(self: Self, rank: int) -> Self:
         """Return the same update, within rounding, as a pair whose rank is the smaller side."""
@@ -262,13 +266,13 @@ class Pair(Delta):
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""
         own = cast("dict[str, Tensor]", {**self._parameters, **self._buffers})
         cut = {n: t if n[-2:] == "_A" and t.ndim == 2 else t[start:stop] for n, t in own.items()}
-        return self.restore(cut, self.numbers)
+        return self.made_of(cut, self.numbers)
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
         sides = self.lora_A.mT, self.lora_B
         A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
-        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale))
+        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self._factor))
 
 
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
