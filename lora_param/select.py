@@ -178,6 +178,8 @@ def _switches(
     switches, acting = [], dict[str, tuple[Weight, Delta]]()
     for weight, delta in walk.deltas:
         strength = strengths.get(delta.adapter, 0.0)
+        if delta.of_buffers and strength:
+            strength = 1.0  # a copy acts or doesn't
         try:
             delta.check_strength(strength or 1)  # 0 is of those that aren't named
         except LoRAError as error:
