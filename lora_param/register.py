@@ -136,11 +136,12 @@ def register_lora(
         view, own = weight.view, given | {"rank": own_rank, "alpha": own_alpha}
         own["transposed"] = weight.layer.transposed
         own = {name: own[name] for name in cls.options}
+        beneath = weight.value if cls.of_values else weight.like
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])
                 own["alpha"] = check_alpha(own_alpha, rank) / divisor(rank) * divisor(own["rank"])
-            deltas[weight.name] = cls.make(weight.like, view, adapter=adapter, **own)
+            deltas[weight.name] = cls.make(beneath, view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
     for weight in whole:

@@ -42,6 +42,26 @@ def _product(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.stack([y @ x for x, y in zip(a, b, strict=True)]).reshape(W.shape)
 
 
+def lengths(V: Tensor, magnitude: Tensor) -> Tensor:
+    """Return the lengths of a weight's parts that have one magnitude each."""
+    gone = [index for index, size in enumerate(magnitude.shape) if size == 1]
+    return torch.linalg.vector_norm(V.detach(), dim=gone, keepdim=True)
+
+
+def dora(W: Tensor, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Tensor:
+    A, B = pair_of(tensors)
+    m = tensors["magnitude"]
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    V = W.to(dtype) + (B.to(dtype) @ A.to(dtype)).view_as(W) * scale_of(numbers)
+    length = lengths(V, m)
+    return (V * (1 + (m.to(dtype) - length) / length)).to(W.dtype)
+
+
+def dora_slices(W: Tensor, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Tensor:
+    V, m = low_rank_slices(W, tensors, numbers), tensors["magnitude"]
+    return m * V / lengths(V, m)
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind, as it is registered in one way.
@@ -67,6 +87,8 @@ KINDS = {
         Kind("lora", "lora", {"rank": 2, "alpha": 3.0}),
         Kind("rslora", "lora", {"rank": 2, "alpha": 2.0, "scaling": "rslora"}),
         Kind("pissa", "lora", {"rank": 2, "alpha": 1.0, "init": "pissa"}),
+        Kind("dora", "dora", {"rank": 2, "alpha": 2.0}, dora, dora_slices),
+        Kind("dora olora rslora", "dora", {"rank": 2, "alpha": 1.0, "init": "olora", "scaling": "rslora"}, dora, dora_slices),
         Kind("dense", "dense", {}, lambda W, t, n: W + t["D"], lambda W, t, n: W + t["D"]),
     )
 }  # fmt: skip

@@ -62,6 +62,9 @@ class Delta(nn.Module):
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
+    of_values: ClassVar[bool] = False
+    """Whether a fresh one depends on what others beneath it have made of the weight."""
+
     adds: ClassVar[bool] = False
     """Whether its value is `W` plus something, which a strength can multiply."""
 
