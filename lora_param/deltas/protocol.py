@@ -100,6 +100,7 @@ class Delta(nn.Module):
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
             delta._parameters[name] = own
+        delta._buffers.update({name: tensors[name] for name in delta._buffers})
         delta.numbers = dict(numbers)
         return delta
 
@@ -133,6 +134,10 @@ class Delta(nn.Module):
     def block(self, start: int, stop: int) -> Delta:
         """Return the delta of some of the weight's rows; its tensors are views of these."""
         raise NotImplementedError
+
+    def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
+        """Return those of its tensors that are others on another base."""
+        return {}
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of what is added to a weight of this shape, `[*batch, count]`."""
@@ -270,7 +275,10 @@ class Delta(nn.Module):
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
         said = self.numbers | ({} if self.strength == 1 else {"strength": self.strength})
-        numbers = [f"{name}={value:g}" for name, value in said.items()]
+        numbers = [
+            f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+            for name, value in said.items()
+        ]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 
