@@ -61,7 +61,12 @@ def register_lora(
             suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a predicate
             `(module's path, module) -> bool`; or several of these. `None` means every weight that
             multiplies activations: of linear, convolution, bilinear, attention and recurrent
-            layers. Embeddings and other parameters are adapted only when named.
+            layers. Embeddings and other parameters are adapted only when named. A glob may end in
+            rows, `"*.c_attn[0:768]"`, and so adapts a block of output features with a pair of its
+            own, whichever way round the layer stores its matrix: `[start:stop]`,
+            `[start:stop:step]` or, as for the queries of heads, `[start:stop:step+width]`. The pair
+            `(selector, rows)` does the same for any selector, where rows are such a text, a slice,
+            numbers, or a function from the number of output features to numbers.
         exclude: The same, for what is left out of `target`.
         train: What to train whole, as `W + D` (`DenseDelta`): parameters of any dimensions. A
             module's path, type or predicate means all below it. `target=()` trains nothing else;
@@ -134,10 +139,12 @@ def register_lora(
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
     for weight in whole:
         deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
-    chosen = [w for w in found.weights if w.name in deltas] if whole else weights
-    pairs = [(weight, deltas[weight.name]) for weight in chosen]
+    if whole:
+        order = {weight.name: place for place, weight in enumerate(found.weights)}
+        weights = sorted([*weights, *whole], key=lambda weight: order[weight.whole.name])
+    pairs: list[tuple[Weight, Delta]] = [(weight, deltas[weight.name]) for weight in weights]
     if freeze:
-        checks.warn_of_thawed(found, deltas)
+        checks.warn_of_thawed(found, {weight.whole.name for weight in weights})
         moving = checks.moving_without(found, adapter)
         if statistics:
             pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]

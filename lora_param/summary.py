@@ -31,9 +31,9 @@ class AdapterSummary:
     strength: float = 1.0
 
     def _cells(self) -> tuple[str, ...]:
+        on = "on" if self.strength == 1 else f"x {self.strength:g}"
         rank = "-" if self.rank is None else str(self.rank)
         alpha = show_alpha(self.alpha, self.scaling)
-        on = "on" if self.strength == 1 else f"x {self.strength:g}"
         return self.name, self.kind, rank, alpha, on if self.enabled else "off"
 
 

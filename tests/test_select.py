@@ -262,7 +262,9 @@ def test_of_statistics_one_adapters_act_at_any_strength_and_two_are_refused() ->
     assert norm.num_batches_tracked == 1
     select_lora(model, "a")
     assert norm.num_batches_tracked == 0
-    with pytest.raises(AdapterError, match=r"1\.running_mean: adapters 'a' and 'b' have statistics"):
+    with pytest.raises(
+        AdapterError, match=r"1\.running_mean: adapters 'a' and 'b' have statistics"
+    ):
         select_lora(model, ["a", "b"])
 
 

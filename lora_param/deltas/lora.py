@@ -74,8 +74,8 @@ class LoRAParametrization(Delta):
     kind = "lora"
     options = ("rank", "alpha", "scaling", "dropout", "init", "generator", "dtype")
     least_dimensions = 2
-    adds = True
     rank, _alpha, _scaling, _dropout = 1, 1.0, "lora", 0.0
+    adds = True
 
     def __init__(
         self,
@@ -212,25 +212,31 @@ class LoRAParametrization(Delta):
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
 
-        Those of `others` that meet the same input, and so drop nothing of it, are one product.
+        Those of `others` that meet the same input are one product: all that drop nothing of it, and
+        the blocks of one adapter.
         """
         if not others:
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
-            inner, outer = run.factors(self.lora_A, self.lora_B)
+            A, B = self.lora_A, self.lora_B
+            inner, outer = run.factors(*(run.whole(A, B, self.rows) if self.rows else (A, B)))
             factor = self.scale * self._places[-1].switch.strength  # without a call more
             return run.up(y, run.down(x, inner), outer, factor)
-        same = []
+        meeting: dict[tuple[str, float], list[LoRAParametrization]] = {}
         for pair in (self, *others):
-            if pair._dropout and pair.training:
-                y = pair.act(y, x, run, ())
-            else:
-                same.append(pair)
-        if same:
-            inner, outer = run.factors(
-                torch.cat([pair.lora_A for pair in same]),  # [sum of ranks, fan_in]
-                torch.cat([pair.lora_B * pair._factor for pair in same], 1),  # [fan_out, the same]
+            dropout = pair._dropout if pair.training else 0.0
+            meeting.setdefault((pair.adapter if dropout else "", dropout), []).append(pair)
+        for (_, dropout), (first, *rest) in meeting.items():
+            if dropout and not rest:
+                y = first.act(y, x, run, ())
+                continue
+            As, Bs = zip(
+                *(run.whole(p.lora_A, p.lora_B * p._factor, p.rows) for p in (first, *rest)),
+                strict=True,
             )
-            y = run.up(y, run.down(x, inner), outer, 1.0)
+            # [sum of ranks, fan_in] and [fan_out, the same]
+            inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
+            low = run.down(F.dropout(x, dropout) if dropout else x, inner)
+            y = run.up(y, low, outer, 1.0)
         return y
 
     def lowered(self, rank: int) -> Delta:

@@ -96,5 +96,5 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
     sizes = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
-    numbers = rank, alpha, scaling, *sizes, count
-    return UpdateSummary(name, delta.kind, shape, *numbers, delta.strength)
+    said = rank, alpha, scaling, *sizes, count, delta.strength
+    return UpdateSummary(name, delta.kind, shape, *said)

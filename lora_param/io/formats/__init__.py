@@ -128,6 +128,7 @@ class AdapterFile:
                 faults.append(f"{name}: {fault}")
             else:
                 fitting[name] = _within_rank(deltas[name], found[name].view)
+                fitting[name].rows, fitting[name].dim = found[name].rows, found[name].dim
         lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
         if lowered and not faults:
             faults += faults_of(lowered)
@@ -236,7 +237,7 @@ def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
     if weight is None:
         return "it isn't said"
     if delta.rows != weight.rows:
-        return f"its rows are {delta.rows}, by its name {weight.rows}"
+        return f"its rows are [{delta.rows or ':'}], by its name [{weight.rows or ':'}]"
     return delta.misfit(weight.shape or (), weight.view)
 
 
