@@ -117,7 +117,7 @@ def _plan(chain: Any, layer: Layer) -> Plan:
     for each in entries[first:]:
         if isinstance(each, Delta) and not each.enabled:
             continue
-        can_act = isinstance(each, Delta) and each.acts and each.rows is None
+        can_act = isinstance(each, Delta) and each.acts
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):
@@ -129,5 +129,7 @@ def _plan(chain: Any, layer: Layer) -> Plan:
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:
     """Say whether a delta, one registered by hand, has another matrix view than its layer."""
+    if delta.rows is not None:
+        weight = delta.rows.take(weight, delta.dim)
     shape = tuple(weight.shape)
     return delta.misfit(shape, layer.view(shape)) is not None

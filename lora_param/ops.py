@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
+from .rows import Rows
+
 
 class _Run:
     x: Tensor
     transposed: bool
     in_place: bool
+    features: int  # of the output, known when the base has been computed
     lead: Sequence[int] | None = None  # the output's dimensions in front, where `x` has one instead
+
+    def whole(self, A: Tensor, B: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+        """Return a block's factors as those of the whole weight, with zeros for its other rows."""
+        if rows is None:
+            return A, B
+        if self.transposed:
+            return rows.spread(A, 1, self.features), B
+        return A, rows.spread(B, 0, self.features)
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return a stored weight's factors as `down` and `up` take them."""
@@ -47,6 +58,7 @@ class LinearRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[tokens, out]`."""
+        self.features = weight.shape[self.transposed]
         return F.linear(self.x, weight.t() if self.transposed else weight, self.bias)
 
     def down(self, x: Tensor, inner: Tensor) -> Tensor:
@@ -67,6 +79,7 @@ class ConvolutionRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[batch, out, *sizes]`."""
+        self.features = len(weight)
         return self._convolve(self.x, weight, self.module.bias)
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +125,7 @@ class EmbeddingRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[lookups, width]`."""
+        self.features = weight.shape[1]
         return F.embedding(self.x, weight, self.pad)
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
