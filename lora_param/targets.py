@@ -241,6 +241,8 @@ def _selectors(option: str, target: Target) -> list[Selector | Ranged]:
 
 def matches(pattern: str, weight: Weight) -> bool:
     """Say whether a pattern matches a weight's name or its module's path, and its rows."""
+    if pattern in (weight.name, weight.path):
+        return True
     pattern, rows = split_rows(pattern)
     if rows is not None and (weight.rows is None or weight.whole.block(rows) != weight):
         return False

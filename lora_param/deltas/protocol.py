@@ -117,7 +117,8 @@ class Delta(nn.Module):
     def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build another of its kind, with its adapter's name, its rows and its strength."""
         delta = self.restore(tensors, numbers)
-        delta.adapter, delta.rows, delta.strength = self.adapter, self.rows, self.strength
+        delta.adapter, delta.strength = self.adapter, self.strength
+        delta.rows, delta.dim = self.rows, self.dim
         return delta
 
     @property

@@ -148,7 +148,9 @@ def read_layers(
             raise FileError(f"{name} {error}") from None
         transposed = weight.module.layer.transposed
         check_shape(name, weight.shape, A, B, transposed)
-        return low_rank(weight.name, *stored_factors(A, B, transposed), alpha)
+        pair = low_rank(weight.full_name, *stored_factors(A, B, transposed), alpha)
+        pair[1].rows = weight.rows
+        return pair
 
     return collect(delta, found.items())
 
