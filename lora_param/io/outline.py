@@ -99,6 +99,12 @@ class WeightOutline:
         return None if source is None else _shape(source)
 
     @property
+    def value(self) -> Tensor | None:
+        """Its values without any delta, as far as they are known."""
+        source = self.source.like if isinstance(self.source, Weight) else self.source
+        return source if isinstance(source, Tensor) else None
+
+    @property
     def view(self) -> Shape:
         """The shape of its matrix view, of a vector its own."""
         shape = self.shape or ()
@@ -187,7 +193,11 @@ def outline_of_model(walk: Walk) -> Outline:
         modules,
         {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights},
         {weight.name: tensor for weight, tensor in walk.parameters},
-        {weight.name: tensor for weight, tensor in walk.tensors},
+        {
+            weight.name: tensor
+            for weight, tensor in walk.tensors
+            if weight.tensor not in weight.module._non_persistent_buffers_set
+        },
     )
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +24,19 @@ from ..frozen import bytes_of
 AnyPath = str | os.PathLike[str]
 
 Config = Mapping[str, Any]
-Content = tuple[Mapping[str, Tensor], Mapping[str, str], Config | None]
-"""What a file is going to hold: tensors, strings, and for a folder of PEFT's a config."""
+
+
+class Content(NamedTuple):
+    """What a file is going to hold, and a folder of PEFT's: a config, and a card if it has none."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Config | None = None
+    card: str = ""
+
 
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CARD = "README.md"
 """What the files in a folder of PEFT's are called."""
 
 CODES = dict(zip(FLOATS, ("F16", "BF16", "F32", "F64"), strict=True))  # a header's names for them
@@ -178,7 +187,7 @@ def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
 
 def write_content(path: Path, content: Content) -> None:
     """Write a file, or with a config a folder, which is made if it isn't there."""
-    tensors, metadata, config = content
+    tensors, metadata, config, card = content
     if config is None:
         save_tensors(path, tensors, metadata)
         return
@@ -188,6 +197,9 @@ def write_content(path: Path, content: Content) -> None:
         file.write(json.dumps(config, indent=2).encode())
         file.flush()
         save_tensors(path / SAFE, tensors, metadata)
+    if not (path / CARD).exists():
+        with replace_file(path / CARD) as file:
+            file.write(card.encode())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

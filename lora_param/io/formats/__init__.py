@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...checks import check_weights
-from ...deltas import Delta, LoRAParametrization
+from ...deltas import KINDS, Delta, LoRAParametrization
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
 from ...state import NUMBERS
@@ -23,6 +23,7 @@ from ...weight import Weight
 from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
 from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
+from ..values import NewValues
 from . import diffusers, kohya, loralib, native, peft
 
 Deltas = dict[str, Delta]
@@ -45,14 +46,15 @@ class Format(NamedTuple):
 
     name: str
     module: Any
-    any_kind: bool = False  # whether it has a place for every kind of delta, and for blocks of rows
+    kinds: Collection[str] = ("lora",)  # of the deltas that are written in it
+    blocks: Collection[str] = ()  # of those that may be of a block of rows
     silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
 FORMATS = (
-    Format("native", native, any_kind=True),
-    Format("peft", peft),
-    Format("kohya", kohya, silent=("dropout",)),
+    Format("native", native, KINDS, KINDS),
+    Format("peft", peft, ("lora", "dense"), ("dense",)),
+    Format("kohya", kohya, ("lora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
 )
@@ -127,6 +129,7 @@ class AdapterFile:
             if fault := _misfit(deltas[name], found[name]):
                 faults.append(f"{name}: {fault}")
             else:
+                deltas[name] = _known(deltas[name], found[name])
                 fitting[name] = _within_rank(deltas[name], found[name].view)
         lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
         if lowered and not faults:
@@ -182,9 +185,9 @@ def write_adapter(
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
-    for name, delta in {} if row.any_kind else deltas.items():
-        if not isinstance(delta, LoRAParametrization) or delta.rows is not None:
-            what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
+    for name, delta in deltas.items():
+        if delta.kind not in (row.kinds if delta.rows is None else row.blocks):
+            what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
     try:
         content = row.module.render(deltas, weights, about, **options)
@@ -234,6 +237,12 @@ def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
     if delta.rows != weight.rows:
         return f"its rows are {delta.rows}, by its name {weight.rows}"
     return delta.misfit(weight.shape or (), weight.view)
+
+
+def _known(delta: Delta, weight: WeightOutline) -> Delta:
+    """Turn new values to what is added to the weight."""
+    value = weight.value if isinstance(delta, NewValues) else None
+    return delta if value is None or value.is_meta else delta.added_to(value)  # type: ignore
 
 
 def _within_rank(delta: Delta, view: Shape) -> Delta:

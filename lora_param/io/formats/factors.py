@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...deltas import LoRAParametrization
+from ...deltas import Delta, DenseDelta, LoRAParametrization
 from ...errors import FileError, LoRAError
 from ..outline import NOTHING, Outline, Shape, WeightOutline
 
@@ -19,6 +19,7 @@ Factors = dict[str, dict[str, Tensor]]
 
 LoRADeltas = Mapping[str, LoRAParametrization]
 Pair = tuple[str, LoRAParametrization]
+AnyPair = tuple[str, Delta]
 Reader = Callable[[WeightOutline, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,6 +56,12 @@ def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0
         return name, delta
     except LoRAError as error:
         raise FileError(f"{name}: {error}") from None
+
+
+def dense(name: str, added: Tensor) -> tuple[str, DenseDelta]:
+    """Pair a weight's name with what is added to it."""
+    delta: Any = DenseDelta.restore({"D": added}, {})
+    return name, delta
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -161,7 +161,7 @@ def render(
         "base": check_strings("base", base),
     }
     record["sha256"] = _seal({**record, STRINGS: about.metadata}, tensors)
-    return tensors, {**about.metadata, KEY: json.dumps(record)}, None
+    return Content(tensors, {**about.metadata, KEY: json.dumps(record)})
 
 
 def _seal(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
