@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_param import (
     FileError,
-    base_state_dict,
     load_lora,
     lora_parameters,
     lora_summary,
+    merge_lora,
     register_lora,
     remove_lora,
     save_lora,
 )
+from lora_param.io import convert_file, merge_checkpoint
 from lora_param.io.values import difference
 
 from .cases import shake
@@ -240,9 +242,71 @@ def test_a_difference_is_no_wider_than_it_has_to_be() -> None:
     assert difference(torch.tensor([1e-30, 2.0]), old).dtype == torch.float64
 
 
-def test_what_is_merged_of_a_folder_with_a_head_is_what_the_model_reads(tmp_path: Path) -> None:
-    base, _ = trained_in_peft(WHOLE[0], tmp_path)
-    plain = base_state_dict(base)
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4), nn.BatchNorm1d(4))
+
+
+def test_a_norm_that_is_trained_whole_has_its_statistics_in_the_folder(tmp_path: Path) -> None:
+    base, x = normed(), torch.randn(8, 6)
+    model = copy.deepcopy(base)
+    register_lora(model, rank=2, train=["1", "3"])
+    shake(model)
+    model(x)  # moves them
+    save_lora(model, tmp_path, format="peft")
+    with quiet():
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(output(theirs, x), output(model.eval(), x))
     load_lora(base, tmp_path)
-    assert not torch.equal(base.classifier.weight, plain["classifier.weight"])
-    assert torch.equal(base_state_dict(base)["classifier.weight"], plain["classifier.weight"])
+    assert torch.equal(output(base.eval(), x), output(model, x))
+    assert base[1].parametrizations.running_mean[0].kind == "statistics"
+    assert base[1].num_batches_tracked == 1
+    remove_lora(base)
+    assert base[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_statistics_that_a_format_has_no_place_for_are_named(format: str, tmp_path: Path) -> None:
+    model = normed()
+    register_lora(model, rank=2, train="1" if format == "peft" else None)
+    shake(model)
+    names = "3.num_batches_tracked, 3" if format == "peft" else "1.running_mean, 1"
+    with pytest.warns(UserWarning, match=f"no place for a norm's statistics: left out are {names}"):
+        save_lora(model, tmp_path / "out", format=format)
+    whole = ["1.weight", "1.bias"] if format == "peft" else []
+    assert load_lora(normed(), tmp_path / "out") == ["0.weight", *whole, "2.weight"]
+
+
+def test_a_buffer_that_nothing_trains_has_to_be_the_models_own(tmp_path: Path) -> None:
+    base = bert()
+    base.pooler = nn.Sequential(nn.Linear(4, 4))
+    base.pooler.register_buffer("places", torch.arange(3))
+    case = Case("", lambda: base, tokens(2, 5), QUERY, options={"modules_to_save": ["pooler"]})
+    trained_in_peft(case, tmp_path)
+    with quiet():
+        load_lora(copy.deepcopy(base), tmp_path)
+    edit_tensors(tmp_path, lambda t: t[f"{PREFIX}pooler.places"].add_(1))
+    with pytest.raises(FileError, match=r"pooler\.places is neither a factor nor equal"):
+        load_lora(base, tmp_path)
+
+
+@pytest.mark.parametrize("to", ["native", "merged"])
+def test_a_folder_with_a_head_and_norms_is_read_beside_a_checkpoint(
+    to: str, tmp_path: Path
+) -> None:
+    base = bert()
+    base.norm = nn.BatchNorm1d(3)
+    options = {"modules_to_save": ["classifier", "norm"], "bias": "all"}
+    case = Case("", lambda: base, tokens(2, 5), QUERY, options=options)
+    trained_in_peft(case, tmp_path / "peft")
+    checkpoint, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file({name: each.clone() for name, each in base.state_dict().items()}, checkpoint)
+    load_lora(model := copy.deepcopy(base), tmp_path / "peft")
+    if to == "native":
+        convert_file(tmp_path / "peft", out, "native", checkpoint)
+        load_lora(base, out, base="require")
+    else:
+        merge_checkpoint(tmp_path / "peft", checkpoint, out)
+        base.load_state_dict(load_file(out))
+    merge_lora(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(attrgetter(name)(base), tensor)

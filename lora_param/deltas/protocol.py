@@ -43,6 +43,9 @@ class Delta(nn.Module):
     changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
     `run`, of `ops`, is all that is known of the layer."""
 
+    of_buffers: ClassVar[bool] = False
+    """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
+
     acts: ClassVar[bool] = False
     """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
     compute otherwise."""
@@ -78,6 +81,7 @@ class Delta(nn.Module):
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
             delta._parameters[name] = own
+        delta._buffers.update({name: tensors[name] for name in delta._buffers})
         delta.numbers = dict(numbers)
         return delta
 
@@ -105,6 +109,10 @@ class Delta(nn.Module):
     def block(self, start: int, stop: int) -> Delta:
         """Return the delta of some of the weight's rows; its tensors are views of these."""
         raise NotImplementedError
+
+    def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
+        """Return those of its tensors that are others on another base."""
+        return {}
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of what is added to a weight of this shape, `[*batch, count]`."""
@@ -183,7 +191,10 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
-        numbers = [f"{name}={value:g}" for name, value in self.numbers.items()]
+        numbers = [
+            f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+            for name, value in self.numbers.items()
+        ]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 

@@ -17,7 +17,8 @@ from ..activation import acts
 from ..chains import type_before
 from ..layers import CONV1D, TABLE, UNLISTED, Layer, layer_of, stack
 from ..targets import nearest
-from ..weight import Walk, Weight, join, tensor_names
+from ..walk import Walk
+from ..weight import Weight, join, tensor_names
 
 Shape = tuple[int, ...]
 Facts = Mapping[str, Any]
@@ -103,6 +104,11 @@ class WeightOutline:
         """Its values without any delta, as far as they are known."""
         source = self.source.like if isinstance(self.source, Weight) else self.source
         return source if isinstance(source, Tensor) else None
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer that training moves."""
+        return self.tensor in self.module.layer.moving
 
     @property
     def view(self) -> Shape:
@@ -191,13 +197,9 @@ def outline_of_model(walk: Walk) -> Outline:
         )
     return Outline(
         modules,
-        {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights},
+        {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights + walk.moving},
         {weight.name: tensor for weight, tensor in walk.parameters},
-        {
-            weight.name: tensor
-            for weight, tensor in walk.tensors
-            if weight.tensor not in weight.module._non_persistent_buffers_set
-        },
+        {weight.name: tensor for weight, tensor in walk.tensors},
     )
 
 
@@ -221,7 +223,8 @@ def outline_of_tensors(
         for tensor, source in inside.items()
     }
     values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
-    return Outline(modules, weights, values, values)
+    parameters = {name: each for name, each in values.items() if not weights[name].is_buffer}
+    return Outline(modules, weights, parameters, values)
 
 
 def _module(
@@ -240,6 +243,8 @@ def _module(
     elif "in_proj_weight" in own:  # another's attention has a plain layer behind it
         behind = facts.get(join(path, "out_proj"), {}).get("type", linear)
         layer = layer_of(nn.MultiheadAttention) if behind == linear else UNLISTED
+    elif "running_mean" in own:
+        layer = layer_of(nn.BatchNorm1d)
     elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
         layer = ROWS[CONV1D]
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..deltas import Delta, DenseDelta
+from ..deltas import Delta, DenseDelta, StatisticsDelta
 from ..deltas.protocol import Shape
 
 
@@ -19,6 +19,7 @@ class NewValues(Delta):
     def __init__(self, values: Tensor, rows: slice | None = None) -> None:
         super().__init__("default", None)
         self.register_buffer("V", values.detach())
+        self.__dict__["of_buffers"] = not values.is_floating_point()  # of any dtype
         self.__dict__["rows"] = rows
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
@@ -30,8 +31,10 @@ class NewValues(Delta):
         """Return the values with an update on top."""
         return NewValues(self.V + update.D, self.rows)
 
-    def added_to(self, tensor: Tensor) -> Delta:
-        """Return what is added to the tensor."""
+    def added_to(self, tensor: Tensor, is_buffer: bool) -> Delta:
+        """Return what is added to the tensor, of a buffer what stands in its place."""
+        if is_buffer:
+            return StatisticsDelta.restore({"S": self.V.to(tensor.dtype)}, {})
         delta = DenseDelta.restore({"D": difference(self.V, tensor)}, {})
         delta.rows = self.rows
         return delta

@@ -25,6 +25,7 @@ from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from ..values import NewValues
 from . import diffusers, kohya, loralib, native, peft
+from .factors import warn_of_statistics
 
 Deltas = dict[str, Delta]
 """An adapter: its deltas by their weights' names."""
@@ -53,7 +54,7 @@ class Format(NamedTuple):
 
 FORMATS = (
     Format("native", native, KINDS, KINDS),
-    Format("peft", peft, ("lora", "dense"), ("dense",)),
+    Format("peft", peft, ("lora", "dense", "statistics"), ("dense",)),
     Format("kohya", kohya, ("lora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
@@ -122,14 +123,14 @@ class AdapterFile:
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
             )
-        _check_adaptable(found.values(), adapter)
+        deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
+        _check_adaptable([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
         fitting, faults = Deltas(), list[str]()
         for name in sorted(found, key=lambda name: order[found[name].name]):
             if fault := _misfit(deltas[name], found[name]):
                 faults.append(f"{name}: {fault}")
             else:
-                deltas[name] = _known(deltas[name], found[name])
                 fitting[name] = _within_rank(deltas[name], found[name].view)
         lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
         if lowered and not faults:
@@ -185,6 +186,9 @@ def write_adapter(
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
+    if left := [n for n, d in deltas.items() if d.of_buffers and d.kind not in row.kinds]:
+        warn_of_statistics(format.capitalize(), left)
+        deltas = {name: delta for name, delta in deltas.items() if name not in left}
     for name, delta in deltas.items():
         if delta.kind not in (row.kinds if delta.rows is None else row.blocks):
             what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
@@ -212,7 +216,7 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
     for name, delta in progress(list(deltas.items()), "checking the factors"):
         tensors = list(native.tensors_of(delta).values())
         dtypes = {tensor.dtype for tensor in tensors}
-        if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        if len(dtypes) > 1 or not (dtypes <= set(FLOATS) or delta.of_buffers):
             allowed, got = show_dtypes(*FLOATS), show_dtypes(*(each.dtype for each in tensors))
             yield f"{name}: its tensors must share one of {allowed}, got {got}"
         elif any(tensor.is_meta or not tensor.numel() for tensor in tensors):
@@ -240,9 +244,11 @@ def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
 
 
 def _known(delta: Delta, weight: WeightOutline) -> Delta:
-    """Turn new values to what is added to the weight."""
-    value = weight.value if isinstance(delta, NewValues) else None
-    return delta if value is None or value.is_meta else delta.added_to(value)  # type: ignore
+    """Turn new values that fit to what is added to the weight."""
+    if not isinstance(delta, NewValues) or _misfit(delta, weight):
+        return delta
+    value = weight.value
+    return delta if value is None or value.is_meta else delta.added_to(value, weight.is_buffer)
 
 
 def _within_rank(delta: Delta, view: Shape) -> Delta:

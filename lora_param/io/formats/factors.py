@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -48,9 +49,9 @@ def collect(
     return results
 
 
-def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0) -> Pair:
+def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, **numbers: Any) -> Pair:
     """Pair a weight's name with the update that its factors are, in the matrix view."""
-    numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": dropout}
+    numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": 0.0, **numbers}
     try:
         delta: Any = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
         return name, delta
@@ -62,6 +63,23 @@ def dense(name: str, added: Tensor) -> tuple[str, DenseDelta]:
     """Pair a weight's name with what is added to it."""
     delta: Any = DenseDelta.restore({"D": added}, {})
     return name, delta
+
+
+def warn_of_statistics(format: str, names: Sequence[str]) -> None:
+    """Warn of the statistics that a format has no place for."""
+    more = f" and {len(names) - 3:,} more" * bool(names[3:])
+    reason = f"{format}'s files have no place for a norm's statistics"
+    fix = "train the whole norms too, or keep a native file"
+    warnings.warn(f"{reason}: left out are {', '.join(names[:3])}{more}; {fix}", stacklevel=6)
+
+
+def plain_scaling(delta: LoRAParametrization) -> LoRAParametrization:
+    """Return the same update with an alpha that is divided by the rank."""
+    if delta.scaling == "lora":
+        return delta
+    tensors = {"lora_A": delta.lora_A, "lora_B": delta.lora_B}
+    numbers = delta.numbers | {"scaling": "lora", "alpha": delta.scale * delta.rank}
+    return cast("LoRAParametrization", delta.restore(tensors, numbers))
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -104,7 +104,8 @@ def render(
         if isinstance(delta, DenseDelta):
             return {f"{name}.{NORM[tensor] if norm else DENSE[tensor]}": delta.D.detach()}
         shape = weights.weights[weight_name].shape
-        return _pair(name, weight_name, cast("LoRAParametrization", delta), shape)
+        lora = shared.plain_scaling(cast("LoRAParametrization", delta))
+        return _pair(name, weight_name, lora, shape)
 
     layers = shared.collect(tensors_of, deltas, "written")
     tensors = {key: tensor for layer in layers for key, tensor in layer.items()}

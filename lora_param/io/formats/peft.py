@@ -19,7 +19,7 @@ from ..outline import NOTHING, Outline, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from ..values import NewValues
 from . import factors as shared
-from .peft_config import costly_patterns, load_config, rank_and_alpha
+from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 from .peft_whole import NO_LAYERS, bias_of_update, new_values, render_whole
 
@@ -67,7 +67,7 @@ def parse(
         raise FileError(f'mha_out_proj must be "twice", "once" or None, got {mha_out_proj!r}')
     factors, rest = shared.group_factors(tensors, *KEYS)
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
-    new, base = new_values(rest, config)
+    new, base = new_values(rest, config, weights)
     complaints = [*shared.tensors_of_another_base(base, weights)]
     complaints += shared.incomplete_factors(factors)
     shared.refuse([*complaints, *costly_patterns(config, factors)])
@@ -88,17 +88,16 @@ def parse(
         return _delta(place, A, B * 2 if twice else B, config, transposed)
 
     deltas = shared.collect(delta, places)
-    biased = [place for place in places if "bias" in factors[place.name]]
-    for place in biased:
-        rank, alpha = rank_and_alpha(config, place.key)
-        name, update = bias_of_update(
-            place.name, factors[place.name]["bias"], alpha / rank, weights
-        )
-        values = new.get(name)
-        new[name] = values.and_added(update) if isinstance(values, NewValues) else update
+    biased = []
+    for place, (_, pair) in zip(places, deltas, strict=True):
+        if (bias := factors[place.name].get("bias")) is not None:
+            biased.append(place.name)
+            name, update = bias_of_update(place.name, bias * pair.scale, weights)
+            values = new.get(name)
+            new[name] = values.and_added(update) if isinstance(values, NewValues) else update
     if biased and not config.get("lora_bias"):
-        names = ", ".join(place.name for place in biased)
-        warnings.warn(f"{names}: lora_B.bias is read; PEFT drops it: lora_bias=False", stacklevel=4)
+        reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
+        warnings.warn(f"{', '.join(biased)}: {reason}", stacklevel=4)
     warn(places, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0)
     return [*deltas, *new.items()]
 
@@ -128,14 +127,15 @@ def _delta(
         shared.check_shape(place.name, place.weight.shape, A, B, transposed)
         A, B = shared.stored_factors(A, B, transposed)
     dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
-    return shared.low_rank(place.weight.name, A, B, alpha, dropout)
+    numbers = {"dropout": dropout, "scaling": scaling(config)}
+    return shared.low_rank(place.weight.name, A, B, alpha, **numbers)
 
 
 def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
     pairs = {name: d for name, d in deltas.items() if isinstance(d, LoRAParametrization)}
     whole = {name: delta for name, delta in deltas.items() if name not in pairs}
-    pairs = _with_whole_attentions(pairs, weights)
+    pairs = _with_whole_attentions(_of_one_scaling(pairs), weights)
     places = list(_places(pairs, weights).values())
     placed = list(zip(places, pairs.values(), strict=True))
     complaints = [fault for place in places for fault in refusals(place, written=True)]
@@ -212,6 +212,12 @@ def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, 
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
+def _of_one_scaling(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
+    """Return the deltas, all of them plain LoRA's where not all are rsLoRA's."""
+    mixed = len({delta.scaling for delta in deltas.values()}) > 1
+    return {n: shared.plain_scaling(delta) for n, delta in deltas.items()} if mixed else deltas
+
+
 def _with_whole_attentions(
     deltas: shared.LoRADeltas, weights: Outline
 ) -> dict[str, LoRAParametrization]:
@@ -221,12 +227,12 @@ def _with_whole_attentions(
         delta = deltas[name]
         A, B = delta.lora_A.detach(), delta.lora_B.detach()
         if place.kind == "out_proj":
-            result |= [shared.low_rank(name, A, B * 0.5, delta.alpha, delta.dropout)]
+            result |= [shared.low_rank(name, A, B * 0.5, **delta.numbers)]
         other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)
         partner = weights.weight(join(place.key, other)) if other else None
         if partner is not None and partner.name not in result and partner.shape:
             zeros = B.new_zeros(partner.shape[0], delta.rank)
-            result |= [shared.low_rank(partner.name, A, zeros, delta.alpha, delta.dropout)]
+            result |= [shared.low_rank(partner.name, A, zeros, **delta.numbers)]
     return result
 
 
@@ -243,6 +249,7 @@ def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
+        "use_rslora": any(delta.scaling == "rslora" for _, delta in placed),
         "rank_pattern": {f"^{re.escape(k)}": r for k, (r, _) in numbers.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
         "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else listed,

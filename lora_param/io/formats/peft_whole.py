@@ -41,7 +41,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def new_values(
-    tensors: Mapping[str, Tensor], config: Config
+    tensors: Mapping[str, Tensor], config: Config, weights: Outline
 ) -> tuple[dict[str, Delta], dict[str, Tensor]]:
     """Tell what of a file's plain tensors is trained from what is the base's, by plain names."""
     saved, biased = tuple(config.get("modules_to_save") or ()), config.get("bias", "none") != "none"
@@ -56,7 +56,9 @@ def new_values(
             continue
         name = re.sub(r"(\.base_layer)+\.|\.(modules_to_save|original_module)\.", ".", key)
         inside = any(path.endswith(saved) for path in _parents(name.rpartition(".")[0]) if saved)
-        if (inside or (biased and name.endswith(".bias"))) and ".original_module." not in key:
+        still = name in weights.tensors and weights.weight(name) is None  # nothing can train it
+        trained = inside or (biased and name.endswith(".bias"))
+        if trained and not still and ".original_module." not in key:
             new[name] = NewValues(tensor)  # of a head's bias there are two copies
         else:
             base[name] = tensor
@@ -81,13 +83,11 @@ def _rows(path: str, tensor: Tensor, config: Config) -> dict[str, Delta]:
     return blocks
 
 
-def bias_of_update(
-    path: str, bias: Tensor, scale: float, weights: Outline
-) -> tuple[str, DenseDelta]:
+def bias_of_update(path: str, bias: Tensor, weights: Outline) -> tuple[str, DenseDelta]:
     """Read the update's own bias, which adds to the layer's."""
     if weights.weight(join(path, "bias")) is None:
         raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
-    return shared.dense(join(path, "bias"), bias * scale)
+    return shared.dense(join(path, "bias"), bias)
 
 
 def render_whole(
@@ -113,8 +113,10 @@ def render_whole(
         key, found = f"{path}.{TOKENS}", tokens.setdefault(path, [])
         tensors[key] = torch.cat([tensors[key], new[name]]) if found else new[name]
         found.extend(range(rows.start, rows.stop))
-    biases = set()
-    for name in sorted(names - tensors.keys()):
+    biases, left = set(), sorted(names - tensors.keys())
+    if moving := [name for name in left if deltas[name].of_buffers]:
+        shared.warn_of_statistics("PEFT", moving)
+    for name in (name for name in left if name not in moving):
         path, _, tensor = name.rpartition(".")
         if tensor != "bias" or not all(wrapped.get(each, True) for each in _parents(path)):
             complaints.append(f"{name}: PEFT trains biases and whole modules; train all of {path}")
