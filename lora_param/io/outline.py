@@ -137,6 +137,7 @@ class Outline:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     unknown: bool = False
+    live: bool = False  # whether it is a model's, and no file's
 
     def module(self, path: str) -> ModuleOutline | None:
         """Return what is known of the module at a path; `None` if there is none."""
@@ -200,6 +201,7 @@ def outline_of_model(walk: Walk) -> Outline:
         {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights + walk.moving},
         {weight.name: tensor for weight, tensor in walk.parameters},
         {weight.name: tensor for weight, tensor in walk.tensors},
+        live=True,
     )
 
 

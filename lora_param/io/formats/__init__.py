@@ -122,6 +122,7 @@ class AdapterFile:
                 f"{self.path}: an adapter's file holds only changes to its base, the weights"
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
+                f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
         deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
         _check_adaptable([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
@@ -157,7 +158,8 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
                 file.check_whole()
             known = ", ".join(row.name for row in rows or FORMATS)
             what = "could be any of" if rows else "is of no known format:"
-            raise FileError(f"{path}: {what} {known}")
+            held = f"; it holds {shortened([*names])}" if (names := file.header.tensors) else ""
+            raise FileError(f"{path}: {what} {known}{held}")
         describe = getattr(rows[0].module, "describe", _describe)
         yield AdapterFile(path, rows[0], file, *describe(file))
 
