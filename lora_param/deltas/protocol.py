@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
+from ..rows import Rows
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
@@ -20,8 +23,21 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Shape = tuple[int, ...]
 
 
-class _Switch:
-    on = True
+class Switch(NamedTuple):
+    """How a delta acts: at all, how strongly, and whether it may be trained meanwhile."""
+
+    on: bool = True
+    strength: float = 1.0
+    trained: bool = True
+
+
+class _Place:
+    """Where a switch is, with an identity."""
+
+    switch = Switch()
+
+
+_flags = threading.Lock()
 
 
 class Delta(nn.Module):
@@ -30,7 +46,7 @@ class Delta(nn.Module):
     A kind is a subclass in a file of its own and a row in `KINDS`. It says what the weight becomes
     (`value`) and, where that can be had without forming the weight, how the layer's output changes
     (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state. `rows`
-    are those of the weight that change, all of them for `None`.
+    are those of the weight that change, all of them for `None`, counted in its dimension `dim`.
     """
 
     kind: ClassVar[str]
@@ -46,6 +62,12 @@ class Delta(nn.Module):
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
+    of_values: ClassVar[bool] = False
+    """Whether a fresh one depends on what others beneath it have made of the weight."""
+
+    adds: ClassVar[bool] = False
+    """Whether its value is `W` plus something, which a strength can multiply."""
+
     acts: ClassVar[bool] = False
     """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
     compute otherwise."""
@@ -54,9 +76,11 @@ class Delta(nn.Module):
     """Another object after every change of a switch: what was planned before holds no more."""
 
     adapter = ""  # not annotated, because torch.jit.script reads that
-    rows = cast("slice | None", None)
+    rows = cast("Rows | None", None)
+    dim = 0
     _holds = cast("set[Any]", frozenset())  # of `frozen`
-    _switches = cast("list[_Switch]", [])  # its own, and those of blocks that aren't over
+    _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
+    _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -66,7 +90,7 @@ class Delta(nn.Module):
         super().__init__()
         check_adapter(adapter)
         check_dtype(dtype or torch.get_default_dtype())
-        self.__dict__.update(adapter=adapter, _switches=[_Switch()])
+        self.__dict__.update(adapter=adapter, _places=[_Place()])
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
@@ -76,13 +100,25 @@ class Delta(nn.Module):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build the delta of these tensors, of which none is copied, or raise `StateDictError`."""
-        delta = cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+        delta = cls.blank(tensors)
         for name in list(delta._parameters):
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
             delta._parameters[name] = own
         delta._buffers.update({name: tensors[name] for name in delta._buffers})
         delta.numbers = dict(numbers)
+        return delta
+
+    @classmethod
+    def blank(cls, tensors: Mapping[str, Tensor]) -> Delta:
+        """Build one that has tensors of these names, to be replaced."""
+        return cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+
+    def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+        """Build another of its kind, with its adapter's name, its rows and its strength."""
+        delta = self.restore(tensors, numbers)
+        delta.adapter, delta.strength = self.adapter, self.strength
+        delta.rows, delta.dim = self.rows, self.dim
         return delta
 
     @property
@@ -119,25 +155,79 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     @property
+    def switch(self) -> Switch:
+        """How it acts now."""
+        return self._places[-1].switch
+
+    @switch.setter
+    def switch(self, switch: Switch) -> None:
+        self._places[-1].switch = switch
+        self._switched()
+
+    @contextmanager
+    def switched_for_now(self, switch: Switch) -> Iterator[None]:
+        """Switch it for a block, also beside other blocks that begin and end in any order.
+
+        Gradients of what may not be trained in the block are away meanwhile.
+        """
+        own, resting = _Place(), [] if switch.trained else list(self.parameters())
+        own.switch, grads = switch, [(each, each.grad) for each in resting]
+        self._places.append(own)
+        try:
+            self._switched()
+            yield
+        finally:
+            self._places.remove(own)
+            self._switched()
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+    def _switched(self) -> None:
+        """Let plans know, and flags follow: those that were taken away come back."""
+        Delta.switched = object()
+        if self.switch.trained and not self._resting:
+            return
+        with _flags:
+            own, trained = dict(self.named_parameters()), self.switch.trained
+            flagged = tuple(name for name in own if own[name].requires_grad)
+            resting = tuple(dict.fromkeys((*self._resting, *flagged)))
+            self.__dict__["_resting"] = () if trained else resting
+            for name in self.__dict__["_resting"] or resting:
+                own[name].requires_grad_(trained)
+                own[name].grad = own[name].grad if trained else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters requires a gradient, or did when it was last trained."""
+        return bool(self._resting) or any(each.requires_grad for each in self.parameters())
+
+    @property
     def enabled(self) -> bool:
         """Whether it acts."""
-        return self._switches[-1].on
+        return self.switch.on
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
-        self._switches[-1].on = enabled
-        Delta.switched = object()
+        self.switch = self.switch._replace(on=enabled)
 
-    @contextmanager
-    def switched_for_now(self, enabled: bool) -> Iterator[None]:
-        """Switch it for a block, also beside other blocks that begin and end in any order."""
-        self._switches.append(own := _Switch())
-        try:
-            self.enabled = enabled
-            yield
-        finally:
-            self._switches.remove(own)
-            Delta.switched = object()
+    @property
+    def strength(self) -> float:
+        """What multiplies all that it adds to a weight."""
+        return self.switch.strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self.check_strength(strength)
+        self.switch = self.switch._replace(strength=strength)
+
+    def check_strength(self, strength: object) -> None:
+        """Raise unless it can act with a strength."""
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not number or not math.isfinite(cast(float, strength)):
+            raise LoRAError(f"a strength must be a finite number, got {strength!r:.40}")
+        if strength != 1 and not self.adds:
+            reason = f"a {self.kind} delta adds nothing that could be multiplied"
+            raise LoRAError(f"a strength must be 1, because {reason}, got {strength!r}")
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
@@ -148,14 +238,15 @@ class Delta(nn.Module):
                 return self.forward(weight)
         if self.rows is None:
             return self.value(weight)
-        start, stop, _ = self.rows.indices(len(weight))
-        return torch.cat([weight[:start], self.value(weight[start:stop]), weight[stop:]])
+        return self.rows.put(weight, self.value(self.rows.take(weight, self.dim)), self.dim)
 
     def get_extra_state(self) -> Tensor:
         """Return kind and numbers as a tensor, which every way to keep a state dict can hold."""
         said: dict[str, Any] = {"kind": self.kind, **self.numbers}
+        if self.strength != 1:
+            said["strength"] = self.strength
         if self.rows is not None:
-            said["rows"] = [self.rows.start, self.rows.stop]
+            said["rows"] = str(self.rows)
         text = json.dumps(said).encode()
         text = text.ljust(
             -(-len(text) // 256) * 256
@@ -172,11 +263,13 @@ class Delta(nn.Module):
         if not isinstance(said, dict):
             got = type(state).__name__
             raise StateDictError(f"must hold a delta's kind and numbers, got {got}")
-        rows = None if self.rows is None else [self.rows.start, self.rows.stop]
+        rows = None if self.rows is None else str(self.rows)
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
-        self.numbers = said
+        strength = said.pop("strength", 1.0)
+        self.check_strength(strength)
+        self.numbers, self.strength = said, strength
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -191,9 +284,10 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
+        said = self.numbers | ({} if self.strength == 1 else {"strength": self.strength})
         numbers = [
             f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
-            for name, value in self.numbers.items()
+            for name, value in said.items()
         ]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 

@@ -28,10 +28,9 @@ class UpdateSummary:
     alpha: float | None
     scaling: str | None
     norm: float | None  # Frobenius, of what is added to the weight; of new values not known
-    effective_rank: (
-        float | None
-    )  # exp of the entropy of the singular values' distribution; 0 for zeros
+    effective_rank: float | None  # exp of the entropy of the singular values' shares; 0 for zeros
     parameters: int
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,5 +99,6 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     known = values.numel() > 0
     norm, effective_rank = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
-    sizes = (norm, effective_rank, count) if known else (None, None, count)
-    return UpdateSummary(name, delta.kind, shape, rank, alpha, scaling, *sizes)
+    sizes = (norm, effective_rank) if known else (None, None)
+    said = rank, alpha, scaling, *sizes, count, delta.strength
+    return UpdateSummary(name, delta.kind, shape, *said)

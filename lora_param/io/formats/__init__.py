@@ -48,13 +48,13 @@ class Format(NamedTuple):
     name: str
     module: Any
     kinds: Collection[str] = ("lora",)  # of the deltas that are written in it
-    blocks: Collection[str] = ()  # of those that may be of a block of rows
+    any_kind: bool = False  # whether it has a place for all kinds, blocks of rows and strengths
     silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
 FORMATS = (
-    Format("native", native, KINDS, KINDS),
-    Format("peft", peft, ("lora", "dense", "statistics"), ("dense",)),
+    Format("native", native, KINDS, any_kind=True),
+    Format("peft", peft, ("lora", "dense", "statistics")),
     Format("kohya", kohya, ("lora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
@@ -133,6 +133,7 @@ class AdapterFile:
                 faults.append(f"{name}: {fault}")
             else:
                 fitting[name] = _within_rank(deltas[name], found[name].view)
+                fitting[name].rows, fitting[name].dim = found[name].rows, found[name].dim
         lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
         if lowered and not faults:
             faults += faults_of(lowered)
@@ -168,7 +169,7 @@ def _check_no_state_dict(file: OpenFile) -> None:
     """Raise if a file holds what `lora_state_dict(model)` or `model.state_dict()` returned."""
     names = file.tensors if loralib.recognises(file) else file.header.tensors
     stems = [name.removesuffix(NUMBERS) for name in names if name.endswith(f".{NUMBERS}")]
-    if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "D")):
+    if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "shift_A", "D")):
         what, call = "lora_state_dict(model)", "load_lora_state_dict(model, "
         if "parametrizations." in stems[0]:
             what, call = "model.state_dict()", "model.load_state_dict("
@@ -192,9 +193,13 @@ def write_adapter(
         warn_of_statistics(format.capitalize(), left)
         deltas = {name: delta for name, delta in deltas.items() if name not in left}
     for name, delta in deltas.items():
-        if delta.kind not in (row.kinds if delta.rows is None else row.blocks):
+        if delta.kind not in row.kinds or (delta.rows is not None and not row.any_kind):
             what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
+    strong = [name for name, delta in deltas.items() if delta.strength != 1]
+    if strong and not row.any_kind:
+        reason = f"the format {format} has no place for a strength, and these are saved without"
+        warnings.warn(f"{path}: {reason}: {shortened(strong)}", stacklevel=4)
     try:
         content = row.module.render(deltas, weights, about, **options)
     except FileError as error:
@@ -241,7 +246,7 @@ def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
     if weight is None:
         return "it isn't said"
     if delta.rows != weight.rows:
-        return f"its rows are {delta.rows}, by its name {weight.rows}"
+        return f"its rows are [{delta.rows or ':'}], by its name [{weight.rows or ':'}]"
     return delta.misfit(weight.shape or (), weight.view)
 
 

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,15 +71,6 @@ def warn_of_statistics(format: str, names: Sequence[str]) -> None:
     reason = f"{format}'s files have no place for a norm's statistics"
     fix = "train the whole norms too, or keep a native file"
     warnings.warn(f"{reason}: left out are {', '.join(names[:3])}{more}; {fix}", stacklevel=6)
-
-
-def plain_scaling(delta: LoRAParametrization) -> LoRAParametrization:
-    """Return the same update with an alpha that is divided by the rank."""
-    if delta.scaling == "lora":
-        return delta
-    tensors = {"lora_A": delta.lora_A, "lora_B": delta.lora_B}
-    numbers = delta.numbers | {"scaling": "lora", "alpha": delta.scale * delta.rank}
-    return cast("LoRAParametrization", delta.restore(tensors, numbers))
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
@@ -173,7 +164,9 @@ def read_layers(
             raise FileError(f"{name} {error}") from None
         transposed = weight.module.layer.transposed
         check_shape(name, weight.shape, A, B, transposed)
-        return low_rank(weight.name, *stored_factors(A, B, transposed), alpha)
+        pair = low_rank(weight.full_name, *stored_factors(A, B, transposed), alpha)
+        pair[1].rows = weight.rows
+        return pair
 
     return collect(delta, found.items())
 

@@ -104,7 +104,7 @@ def render(
         if isinstance(delta, DenseDelta):
             return {f"{name}.{NORM[tensor] if norm else DENSE[tensor]}": delta.D.detach()}
         shape = weights.weights[weight_name].shape
-        lora = shared.plain_scaling(cast("LoRAParametrization", delta))
+        lora = cast("LoRAParametrization", delta).plain("lora")
         return _pair(name, weight_name, lora, shape)
 
     layers = shared.collect(tensors_of, deltas, "written")

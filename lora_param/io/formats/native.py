@@ -13,6 +13,7 @@ from torch import Tensor
 from ...deltas import KINDS, Delta
 from ...errors import FileError
 from ...frozen import digest_of
+from ...rows import Rows
 from ...state import NUMBERS
 from ..outline import Outline
 from ..progress import progress
@@ -29,9 +30,8 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _is_spec(spec: Any) -> bool:
-    rows = spec.get("rows", [0, 0])
-    kinds = type(spec["kind"]), type(spec["numbers"])
-    return kinds == (str, dict) and _are_sizes(rows) and len(rows) == 2
+    kinds = type(spec["kind"]), type(spec["numbers"]), type(spec.get("rows", ""))
+    return kinds == (str, dict, str)
 
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
@@ -41,7 +41,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "base": lambda digest: type(digest) is str,
 }
 """What our metadata hold by names, and what is sound there; of each weight its kind, its numbers,
-and if it is a block its rows."""
+if it is a block its rows, and a strength that isn't 1."""
 
 
 def recognises(file: OpenFile) -> bool:
@@ -118,7 +118,8 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     unknown = tensors.keys() - tensors_of(delta).keys()
     if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
         raise FileError(f"unexpected: {min(unknown):.80}")
-    delta.rows = slice(*spec["rows"]) if "rows" in spec else None
+    delta.rows = Rows.read(spec["rows"]) if "rows" in spec else None
+    delta.strength = spec.get("strength", 1.0)
     return delta
 
 
@@ -145,8 +146,10 @@ def render(
     specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
     for name, delta in deltas.items():
         specs[name] = {"kind": delta.kind, "numbers": delta.numbers}
+        if delta.strength != 1:
+            specs[name]["strength"] = delta.strength
         if delta.rows is not None:
-            specs[name]["rows"] = [delta.rows.start, delta.rows.stop]
+            specs[name]["rows"] = str(delta.rows)
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
     modules = [weight.module for name in deltas if (weight := weights.weight(name))]
     record = {

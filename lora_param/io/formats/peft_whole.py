@@ -1,14 +1,14 @@
-"""What PEFT trains whole: `modules_to_save`, biases and rows of tokens, read and written."""
+"""What PEFT trains whole: `modules_to_save` and biases, read and written, and tokens, read."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from itertools import accumulate, groupby
+from itertools import accumulate
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...deltas import Delta, DenseDelta
 from ...errors import FileError
@@ -52,7 +52,8 @@ def new_values(
     new, base = dict[str, Delta](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         if key.endswith(f".{TOKENS}"):
-            new |= _rows(key.removesuffix(f".{TOKENS}"), tensor, config)
+            path = key.removesuffix(f".{TOKENS}")
+            new[f"{path}.weight"] = _tokens(path, tensor, config)
             continue
         name = re.sub(r"(\.base_layer)+\.|\.(modules_to_save|original_module)\.", ".", key)
         inside = any(path.endswith(saved) for path in _parents(name.rpartition(".")[0]) if saved)
@@ -65,22 +66,20 @@ def new_values(
     return new, base
 
 
-def _rows(path: str, tensor: Tensor, config: Config) -> dict[str, Delta]:
-    """Read the new rows of an embedding, as a block for each run of successive tokens."""
+def _tokens(path: str, tensor: Tensor, config: Config) -> NewValues:
+    """Read an embedding's new rows, for which there is no narrower delta than the whole."""
     said = config.get("trainable_token_indices")
     if isinstance(said, Mapping):
         said = next((tokens for name, tokens in said.items() if path.endswith(name)), None)
     tokens = said if isinstance(said, list) and {*map(type, said)} == {int} else []
-    if tensor.ndim != 2 or len(tokens) != len(tensor) or min(tokens, default=-1) < 0:
+    repeated = len({*tokens}) < len(tokens) or min(tokens, default=-1) < 0
+    if tensor.ndim != 2 or len(tokens) != len(tensor) or repeated:
         raise FileError(f"{path}: trainable_token_indices={said!r:.60} for {tuple(tensor.shape)}")
-    places = {token: place for place, token in enumerate(tokens)}  # the last of equal ones acts
-    blocks: dict[str, Delta] = {}
-    for _, run in groupby(enumerate(sorted(places)), lambda item: item[1] - item[0]):
-        found = [token for _, token in run]
-        rows = slice(found[0], found[-1] + 1)
-        values = NewValues(tensor[[places[token] for token in found]], rows)
-        blocks[f"{path}.weight[{rows.start}:{rows.stop}]"] = values
-    return blocks
+    warnings.warn(
+        f"{path}.weight: PEFT trained {len(tokens)} tokens of it; here training goes on with all",
+        stacklevel=5,
+    )
+    return NewValues(tensor, tokens)
 
 
 def bias_of_update(path: str, bias: Tensor, weights: Outline) -> tuple[str, DenseDelta]:
@@ -95,9 +94,7 @@ def render_whole(
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas and statistics; `wrapped` are paths, with whether each is a layer."""
     new = {name: _value(name, delta, weights) for name, delta in deltas.items()}
-    blocks = {name: delta.rows for name, delta in deltas.items() if delta.rows is not None}
-    names = new.keys() - blocks.keys()
-    modules = list(_whole_modules(names, weights))
+    modules = list(_whole_modules(new, weights))
     tensors, complaints = dict[str, Tensor](), list[str]()
     for path in modules:
         own = {name: each for name, each in weights.tensors.items() if name.startswith(f"{path}.")}
@@ -105,15 +102,7 @@ def render_whole(
         for other in weights.modules:
             if other.endswith(path) and other not in modules:
                 complaints.append(f"{other}: PEFT would save it too, because it ends like {path}")
-    tokens: dict[str, list[int]] = {}
-    for name, rows in blocks.items():
-        path = name.rpartition("[")[0].removesuffix(".weight")
-        if (module := weights.module(path)) is None or module.layer.kind is not nn.Embedding:
-            complaints.append(f"{name}: PEFT has no place for a block of rows")
-        key, found = f"{path}.{TOKENS}", tokens.setdefault(path, [])
-        tensors[key] = torch.cat([tensors[key], new[name]]) if found else new[name]
-        found.extend(range(rows.start, rows.stop))
-    biases, left = set(), sorted(names - tensors.keys())
+    biases, left = set(), sorted(new.keys() - tensors.keys())
     if moving := [name for name in left if deltas[name].of_buffers]:
         shared.warn_of_statistics("PEFT", moving)
     for name in (name for name in left if name not in moving):
@@ -126,7 +115,6 @@ def render_whole(
     return tensors, {
         "bias": ("lora_only" if biases <= wrapped.keys() else "all") if biases else "none",
         "modules_to_save": modules or None,
-        "trainable_token_indices": tokens or None,
         **_task(about, weights, modules),
     }
 
