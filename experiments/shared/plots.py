@@ -128,3 +128,26 @@ def draw_shares(pairs: Mapping[str, tuple[int, int]], caption: str, path: Path) 
     axes.set_xlabel(caption)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+def stacked_bars(bars: Mapping[str, Mapping[str, float]], caption: str, path: Path) -> None:
+    """Draw a lying bar for each of several sums, made of its parts, with the sum at its end.
+
+    Args:
+        bars: What to say at the left, and the parts by their names; the same names in each.
+        caption: What to say below.
+        path: Where the PNG goes.
+    """
+    figure, axes = new_figure(0.9 + 0.45 * len(bars))
+    left = [0.0] * len(bars)
+    for part, fill in zip(next(iter(bars.values())), FILLS, strict=False):
+        sizes = [each[part] for each in bars.values()]
+        axes.barh(range(len(bars)), sizes, 0.7, left, label=part, **OUTLINE, **fill)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for place, end in enumerate(left):
+        axes.text(end, place, f" {end:,.0f}", va="center")
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.invert_yaxis()
+    axes.set_xlabel(caption)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
