@@ -54,6 +54,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         seen = traced or torch._C._are_functorch_transforms_active()
         in_place = not (seen or torch._C._len_torch_dispatch_stack())
         at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
+        at_work.weight, at_work.acting = weight, acting
         y = at_work.base(weight)
         for first, *others in acting:
             y = first.act(y, at_work.x, at_work, others)

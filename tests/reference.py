@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from lora_param import lora_summary, named_lora_parameters
+from lora_param import lora_state_dict, lora_summary, named_lora_parameters
 
 from .cases import Experts, outputs
 from .kinds import KINDS
@@ -38,9 +38,11 @@ def reference(plain: nn.Module, adapted: nn.Module, inputs: tuple[Tensor, ...]) 
     The loss behind the gradients is half the sum of the squares of all outputs.
     """
     plain = copy.deepcopy(plain).to(torch.float64)
+    trained = dict(named_lora_parameters(adapted))
     factors = {
-        name: tensor.detach().double().requires_grad_()
-        for name, tensor in named_lora_parameters(adapted)
+        name: tensor.detach().double().requires_grad_(name in trained)
+        for name, tensor in lora_state_dict(adapted).items()
+        if not name.endswith("_extra_state")
     }
     inputs = tuple(x.double().requires_grad_() if x.is_floating_point() else x for x in inputs)
     adapted_weights = _adapted_weights(plain, adapted, factors)
@@ -64,7 +66,8 @@ def _adapted_weights(
     for weight in lora_summary(adapted).weights:
         for adapter in weight.adapters:
             kind, prefix = KINDS[adapter.kind], f"{weight.name}.{adapter.name}"
-            tensors = {name: factors[f"{prefix}.{name}"] for name in kind.tensors}
+            start = len(prefix) + 1
+            tensors = {n[start:]: t for n, t in factors.items() if n.startswith(f"{prefix}.")}
             if adapter.enabled:
                 name, _, rows = weight.name.partition("[")
                 dim = feature_dim(plain, name) if rows else 0

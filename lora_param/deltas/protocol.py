@@ -62,6 +62,9 @@ class Delta(nn.Module):
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
+    of_values: ClassVar[bool] = False
+    """Whether a fresh one depends on what others beneath it have made of the weight."""
+
     adds: ClassVar[bool] = False
     """Whether its value is `W` plus something, which a strength can multiply."""
 
@@ -97,7 +100,7 @@ class Delta(nn.Module):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build the delta of these tensors, of which none is copied, or raise `StateDictError`."""
-        delta = cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+        delta = cls.blank(tensors)
         for name in list(delta._parameters):
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
@@ -106,10 +109,16 @@ class Delta(nn.Module):
         delta.numbers = dict(numbers)
         return delta
 
+    @classmethod
+    def blank(cls, tensors: Mapping[str, Tensor]) -> Delta:
+        """Build one that has tensors of these names, to be replaced."""
+        return cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+
     def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build another of its kind, with its adapter's name, its rows and its strength."""
         delta = self.restore(tensors, numbers)
-        delta.adapter, delta.rows, delta.strength = self.adapter, self.rows, self.strength
+        delta.adapter, delta.strength = self.adapter, self.strength
+        delta.rows, delta.dim = self.rows, self.dim
         return delta
 
     @property

@@ -91,6 +91,11 @@ class WeightOutline:
         """Its full name in the plain model, of a block that of the whole tensor."""
         return join(self.module.path, self.tensor)
 
+    @property
+    def full_name(self) -> str:
+        """Its name with its rows."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows}]"
+
     @cached_property
     def shape(self) -> Shape | None:
         """Its shape; `None` if it isn't known or there is no such tensor."""

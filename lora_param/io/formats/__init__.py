@@ -163,7 +163,7 @@ def _check_no_state_dict(file: OpenFile) -> None:
     """Raise if a file holds what `lora_state_dict(model)` or `model.state_dict()` returned."""
     names = file.tensors if loralib.recognises(file) else file.header.tensors
     stems = [name.removesuffix(NUMBERS) for name in names if name.endswith(f".{NUMBERS}")]
-    if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "D")):
+    if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "shift_A", "D")):
         what, call = "lora_state_dict(model)", "load_lora_state_dict(model, "
         if "parametrizations." in stems[0]:
             what, call = "model.state_dict()", "model.load_state_dict("
