@@ -21,14 +21,25 @@ FIXED = {
     "DistributedDataParallel": "it synchronises the parameters it was given; register before "
     "wrapping, and afterwards pass its .module, when it is no longer trained",
     "FullyShardedDataParallel": "its parameters are sharded; call this before sharding",
-    "FSDPModule": "its parameters are sharded; call this before sharding",
     "ScriptModule": "its code is compiled; call this before scripting",
 }
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
 
-def check_structure(walk: Walk, call: str) -> None:
-    """Raise unless the structure of a model can be changed."""
+def check_at_hand(walk: Walk, call: str) -> None:
+    """Raise unless the tensors of a model are in it, or were never made."""
+    for module, path in walk.owners.items():
+        if "_hf_hook" in module.__dict__ and any(each.is_meta for each in module.parameters(False)):
+            reason = "its weights are away, where accelerate has put them"
+            fix = "call accelerate.hooks.remove_hook_from_submodules(model), and dispatch it again"
+            raise LoRAError(
+                f"{path or 'model'}: {call} can't be called: {reason}; first {fix} after"
+            )
+
+
+def check_present(walk: Walk, call: str) -> None:
+    """Raise unless the adapters of a model can be seen as they are."""
+    check_at_hand(walk, call)
     for module, path in walk.owners.items():
         refusal = f"{path or 'model'}: {call} can't be called"
         if module in merged_for_now:
@@ -37,6 +48,24 @@ def check_structure(walk: Walk, call: str) -> None:
         for base in type(module).__mro__:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
                 raise LoRAError(f"{refusal} on a {base.__name__}: {FIXED[base.__name__]}")
+
+
+def check_structure(walk: Walk, call: str) -> None:
+    """Raise unless the structure of a model can be changed: nobody keeps a list of its parameters.
+
+    Their marks are there too while the parameters are whole for a moment.
+    """
+    check_present(walk, call)
+    for module, path in walk.owners.items():
+        if "_is_fsdp_managed_module" in module.__dict__:
+            reason = "it knows those parameters alone that it was given; call this before sharding"
+            raise LoRAError(
+                f"{path or 'model'}: {call} can't be called on what FSDP shards: {reason}"
+            )
+    for weight, tensor in walk.parameters:
+        if hasattr(tensor, "ds_id"):
+            reason = "DeepSpeed partitions it; call this before deepspeed.initialize, and outside"
+            raise LoRAError(f"{weight.name}: {call} can't be called: {reason} of zero.Init")
 
 
 def check_model(walk: Walk, call: str) -> None:
@@ -107,6 +136,16 @@ def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
                     f"{delta.kind} delta beside it would end; set its dropout to 0, or exclude "
                     "this weight"
                 )
+
+
+def check_beside(pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Raise for the first delta without values whose weight has some."""
+    for weight, delta in pairs:
+        first: Any = next(iter(delta._parameters.values()), None)
+        if first is not None and first.is_meta and not weight.like.is_meta:
+            reason = "its adapter is made on the meta device, and the weight isn't there"
+            fix = "call this outside of init_empty_weights"
+            raise LoRAError(f"{weight.name}: {reason}; {fix}, or on a model that was built in it")
 
 
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:

@@ -190,12 +190,15 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
         LoRAError: It has none of its own.
     """
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+    # As DeepSpeed and FSDP mark what they leave a part of, or nothing, in its place.
+    plain = plain and getattr(tensor, "ds_shape", tensor.shape) == tensor.shape
+    plain = plain and not hasattr(tensor, "_fsdp_flattened")
     size = tensor.numel() * tensor.element_size() if plain else 0
     if plain and not tensor.is_meta:
         tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not plain or tensor.is_meta or (size and not tensor.data_ptr()):
         what = f"a {type(tensor).__name__} of {tensor.layout} on {tensor.device}"
-        fix = "do this before the model is sharded or converted"
+        fix = "do this before the model is sharded, offloaded or converted"
         raise LoRAError(f"{name}: {what} has no bytes of its own; {fix}")
     if not size:
         return b""

@@ -189,9 +189,13 @@ def _loading(base: Any) -> Method:
 
 
 def _accept_base_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: object
 ) -> None:
-    """Translate a base's keys to the adapted model's; its deltas then keep their state."""
+    """Translate a base's keys to the adapted model's; its deltas then keep their state.
+
+    Those that are on the meta device have none to keep: where the base leaves it they are drawn,
+    else they are missing.
+    """
     for name, chain in chains_of(module).items():
         stem = f"{prefix}parametrizations.{name}."
         deltas = {index: entry for index, entry in enumerate(chain) if isinstance(entry, Delta)}
@@ -202,14 +206,20 @@ def _accept_base_keys(
         # By parameters, because others' parametrizations may have an extra state too.
         said = any(isinstance(states[key], nn.Parameter) for key in states.keys() & state_dict)
         if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
-            state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
+            value = state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
+            if metadata.get("assign_to_params_buffers") and chain.original.is_meta:
+                for index, delta in deltas.items():
+                    delta.to_empty(device=value.device)
+                    states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
         elif not others or said:
             continue
         for plain, index in reversed(list(enumerate(others))):
             for key in [key for key in state_dict if key.startswith(f"{stem}{plain}.")]:
                 inside = key.removeprefix(f"{stem}{plain}.")
                 state_dict[f"{stem}{index}.{inside}"] = state_dict.pop(key)
-        state_dict.update({key: value for key, value in states.items() if key not in state_dict})
+        for key, value in states.items():
+            if not value.is_meta:
+                state_dict.setdefault(key, value)
 
 
 def _reduction(base: Any) -> Method:

@@ -136,6 +136,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     """Attach deltas to weights that `check_weights` has passed, all or none; return the names."""
     weights = [weight for weight, _ in pairs]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
+    checks.check_beside(pairs)
     checks.check_dropping(pairs)
     with all_or_nothing() as undo:
         if freeze:

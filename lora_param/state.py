@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_structure, deltas_called
+from .checks import check_at_hand, check_structure, deltas_called
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
 from .undo import all_or_nothing
@@ -77,8 +77,9 @@ def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, T
         >>> list(lora_state_dict(model))
         ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
+    check_at_hand(found := walk(model, "lora_state_dict"), "lora_state_dict")
     state: dict[str, Tensor] = {}
-    for weight, delta in deltas_called(walk(model, "lora_state_dict"), adapter):
+    for weight, delta in deltas_called(found, adapter):
         state |= delta.state_dict(prefix=f"{weight.name}.{delta.adapter}.")
     return state
 
@@ -106,7 +107,8 @@ def load_lora_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
-    pairs = deltas_called(walk(model, "load_lora_state_dict"), adapter)
+    check_at_hand(found := walk(model, "load_lora_state_dict"), "load_lora_state_dict")
+    pairs = deltas_called(found, adapter)
     with all_or_nothing() as undo:
         load_deltas({f"{w.name}.{d.adapter}.": d for w, d in pairs}, state_dict, undo)
 

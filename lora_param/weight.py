@@ -205,8 +205,8 @@ def without_side_effects(chain: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-WRAPPERS = ("", "_orig_mod")
-"""What stands in a path for a wrapper around a module: `torch.compile`'s."""
+WRAPPERS = ("", "_orig_mod", "_checkpoint_wrapped_module")
+"""What stands in a path for a wrapper around a module: of `torch.compile`, for checkpointing."""
 
 merged_for_now: WeakSet[nn.Module] = WeakSet()
 """Modules whose chains `lora_merged` has put away."""

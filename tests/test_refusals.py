@@ -155,13 +155,14 @@ def fully_sharded(model: nn.Module) -> nn.Module:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
-    ("wrap", "name"), [(distributed, "DistributedDataParallel"), (fully_sharded, "FSDPModule")]
+    ("wrap", "name"),
+    [(distributed, "a DistributedDataParallel"), (fully_sharded, "what FSDP shards")],
 )
 @pytest.mark.parametrize("verb", [register_lora, remove_lora, merge_lora])
 @pytest.mark.parametrize("outer", [lambda model: model, nn.Sequential])
 def test_a_wrapped_or_sharded_model_is_refused(wrap, name, verb, outer) -> None:
     model = outer(wrap(nn.Linear(9, 8)))
-    with pytest.raises(LoRAError, match=f"{verb.__name__} can't be called on a {name}: it"):
+    with pytest.raises(LoRAError, match=f"{verb.__name__} can't be called on {name}: it"):
         verb(model)
 
 

@@ -41,6 +41,10 @@ class DenseDelta(Delta):
         super().__init__(adapter, dtype)
         self.D = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Make `D` zero."""
+        nn.init.zeros_(self.D)
+
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> DenseDelta:
         """Build a `D` of zeros on the weight's device and, unless told otherwise, of its dtype."""

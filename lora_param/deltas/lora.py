@@ -91,14 +91,29 @@ class LoRAParametrization(Delta):
             raise LoRAError(f"generator must be a torch.Generator or None, got {got}")
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
-        source = device if generator is None else generator.device
-        A = torch.empty(*batch, self.rank, fan_in, device=source, dtype=dtype)
-        if init == "kaiming":  # with a = sqrt(5), as torch draws a Linear's weight
-            A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)
+        self.__dict__.update(_init=init, _generator=generator)
+        A = torch.empty(*batch, self.rank, fan_in, device=device, dtype=dtype)
+        B = torch.empty(*batch, fan_out, self.rank, device=device, dtype=dtype)
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw `lora_A` as `init` said, and make `lora_B` zero.
+
+        On the meta device it waits until the factors have left that, and so does the generator.
+        """
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        if B.is_meta:
+            return
+        generator = self.__dict__.pop("_generator", None)
+        source = A.device if generator is None else generator.device
+        drawn = torch.empty(A.shape, device=source, dtype=A.dtype)
+        if self._init == "kaiming":  # with a = sqrt(5), as torch draws a Linear's weight
+            drawn.uniform_(-(A.shape[-1] ** -0.5), A.shape[-1] ** -0.5, generator=generator)
         else:
-            A.normal_(0, 1 / self.rank, generator=generator)
-        B = torch.zeros(*batch, fan_out, self.rank, device=device, dtype=dtype)
-        self.lora_A, self.lora_B = nn.Parameter(A.to(B.device)), nn.Parameter(B)
+            drawn.normal_(0, 1 / self.rank, generator=generator)
+        A.copy_(drawn)
+        B.zero_()
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> LoRAParametrization:

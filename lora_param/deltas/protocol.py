@@ -110,6 +110,17 @@ class Delta(nn.Module):
         """Return those of what is added to a weight of this shape, `[*batch, count]`."""
         raise NotImplementedError
 
+    def reset_parameters(self) -> None:
+        """Make its tensors those of a fresh delta, which changes nothing."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        away = any(each.is_meta for each in self._parameters.values() if each is not None)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if away and not any(each.is_meta for each in self.parameters()):
+            self.reset_parameters()  # `to_empty` has given them memory, and no values
+        return self
+
     @property
     def enabled(self) -> bool:
         """Whether it acts."""

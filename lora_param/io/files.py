@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from ..chains import type_before
-from ..checks import check_droppable, check_model, check_structure, deltas_called
+from ..checks import check_droppable, check_model, check_present, deltas_called
 from ..deltas import KINDS, Delta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
@@ -71,7 +71,7 @@ def save_lora(
         ['weight']
     """
     found = walk(model, "save_lora")
-    check_structure(found, "save_lora")
+    check_present(found, "save_lora")
     pairs = deltas_called(found, adapter)
     names = sorted({delta.adapter for _, delta in pairs})
     if len(names) > 1:
