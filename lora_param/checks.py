@@ -15,7 +15,8 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
-from .weight import Walk, Weight, merged_for_now
+from .walk import Walk
+from .weight import Weight, merged_for_now
 
 FIXED = {
     "DistributedDataParallel": "it synchronises the parameters it was given; register before "
@@ -182,6 +183,23 @@ def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
         fix = "name them with train= to train them whole, or pass freeze=False"
         reason = "could be trained in a model that was frozen else, and no adapter trains them"
         warnings.warn(f"freeze=True freezes {what}, which {reason}; {fix}", stacklevel=4)
+
+
+def moving_without(walk: Walk, adapter: str) -> list[Weight]:
+    """List the buffers that training moves and of which an adapter has no copy, or raise."""
+    for weight in walk.moving:
+        if is_lazy(weight.original):  # type: ignore[arg-type]
+            fix = "run one forward first, or pass statistics=False"
+            raise TargetError(f"{weight.name}: it is lazy and has no shape yet; {fix}")
+    return [w for w in walk.moving if adapter not in (delta.adapter for delta in w.deltas)]
+
+
+def warn_of_moving(weights: Sequence[Weight]) -> None:
+    """Warn of the base's buffers that training is going to move."""
+    if weights:
+        what = f"{weights[0].name} and {len(weights) - 1} others: training moves these buffers"
+        fix = "keep such layers in eval mode, or drop statistics=False"
+        warnings.warn(f"{what} of the base, which no adapter holds; {fix}", stacklevel=4)
 
 
 def _names(weights: Sequence[Weight]) -> str:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .deltas.protocol import Delta
-from .errors import FrozenError, LoRAError
+from .errors import FrozenError, LoRAError, TargetError
+from .targets import matches
 from .undo import keep_entries, set_flags
-from .weight import Walk, Weight, walk
+from .walk import Walk, walk
+from .weight import Weight
 
 FROZEN = "_lora_frozen"
 """Where a module keeps the holds on its parameters that `freeze` has frozen, by their names."""
@@ -94,14 +96,14 @@ def _holds(module: nn.Module) -> dict[str, Hold]:
     return holds
 
 
-def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
+def fingerprint(model: nn.Module, *, buffers: bool = True) -> dict[str, str]:
     """Return the SHA-256 digest of each original, over its bytes, dtype and shape.
 
-    Adapters are left out: it is the same before `register_lora`, after it and after `remove_lora`.
-    `buffers` includes buffers, such as a batch norm's statistics, which training mode moves.
+    Of all that the plain model's state dict has; `buffers=False` leaves its buffers out. Adapters
+    don't count: it is the same before `register_lora`, after it and after `remove_lora`.
 
     Returns:
-        Hexadecimal digests by the parameters' names in the plain model, `"linear1.weight"`.
+        Hexadecimal digests by the originals' names in the plain model, `"linear1.weight"`.
 
     Raises:
         LoRAError: A tensor has no bytes of its own: on the meta device, sparse, sharded, wrapped.
@@ -116,7 +118,9 @@ def fingerprint(model: nn.Module, *, buffers: bool = False) -> dict[str, str]:
     Source:
         FIPS 180-4 for SHA-256.
     """
-    return {name: digest_of(name, each) for name, each in _originals(model, buffers).items()}
+    tensors = walk(model, "fingerprint").tensors
+    kept = [(w.name, each) for w, each in tensors if buffers or isinstance(each, nn.Parameter)]
+    return {name: digest_of(name, each) for name, each in kept}
 
 
 def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
@@ -140,7 +144,7 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
     if not isinstance(fingerprint, Mapping) or not fingerprint:
         rule = "assert_frozen takes what fingerprint(model) returned"
         raise LoRAError(f"{rule}, got nothing to compare")
-    now = _originals(model, buffers=True)
+    now = {weight.name: each for weight, each in walk(model, "assert_frozen").tensors}
     gone = [name for name in fingerprint if name not in now]
     there = {name: digest for name, digest in fingerprint.items() if name in now}
     changed = [name for name, digest in there.items() if digest_of(name, now[name]) != digest]
@@ -150,16 +154,25 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         for what, names in faults.items()
         if names
     ]:
+        if moved := [name for name in changed if not isinstance(now[name], nn.Parameter)]:
+            fix = "keep them in eval mode, or leave these out (exclude=, buffers=False)"
+            complaints.append(
+                f"{moved[0]} is a buffer, which its module may move in training; {fix}"
+            )
         raise FrozenError("; ".join(complaints))
 
 
 @contextmanager
-def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
-    """Check that a block leaves every original as it was, to the bit, with `buffers` those too.
+def base_frozen(
+    model: nn.Module, *, buffers: bool = True, exclude: str | Sequence[str] = ()
+) -> Iterator[None]:
+    """Check that a block leaves every original as it was, to the bit.
 
-    The model may gain or lose adapters in the block.
+    The model may gain or lose adapters in the block. `buffers=False` leaves its buffers out, and
+    `exclude`, of one pattern or several as `register_lora` takes them, what these match.
 
     Raises:
+        TargetError: A pattern matches nothing.
         FrozenError: Names every original that changed. An exception of the block's own passes
             through instead.
 
@@ -174,13 +187,15 @@ def base_frozen(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
         ...     optimizer.step()
     """
     before = fingerprint(model, buffers=buffers)
+    weights = [weight for weight, _ in walk(model, "base_frozen").tensors]
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        hits = [weight.name for weight in weights if matches(pattern, weight)]
+        if not hits:
+            raise TargetError(f'exclude "{pattern}" matches no original; mend it, or drop it')
+        for name in hits:
+            before.pop(name, None)
     yield
     assert_frozen(model, before)
-
-
-def _originals(model: nn.Module, buffers: bool) -> dict[str, Tensor]:
-    found = walk(model, "a call about the base")
-    return {weight.name: each for weight, each in (found.tensors if buffers else found.parameters)}
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:

@@ -66,12 +66,14 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
             body["forward"] = _reading_once(base)
         elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
-        body |= {name: _weight_property(name) for name in names}
+        body |= {name: _weight_property(name, name in layer.moving) for name in names}
         cls = _classes[key] = meta(f"Parametrized{base.__name__}", (base,), body)
     return cls
 
 
-def _weight_property(name: str) -> property:
+def _weight_property(name: str, moving: bool = False) -> property:
+    compute = _spare if moving else _call
+
     def read(self: Any) -> Any:
         chains = self._modules.get("parametrizations")
         chain = None if chains is None else chains._modules.get(name)
@@ -86,9 +88,9 @@ def _weight_property(name: str) -> property:
             state = (torch.is_grad_enabled(), Delta.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         else:
-            return chain()
+            return compute(self, chain)
         if key not in store:
-            store[key] = chain()
+            store[key] = compute(self, chain)
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
@@ -98,6 +100,16 @@ def _weight_property(name: str) -> property:
             chains_of(self)[name].right_inverse(value)
 
     return property(read, write)
+
+
+def _call(module: nn.Module, chain: Any) -> Any:
+    return chain()
+
+
+def _spare(module: nn.Module, chain: Any) -> Any:
+    """Compute a buffer; of the base's own a copy, where training is going to move what it reads."""
+    value = chain()
+    return value.clone() if module.training and value is chain._buffers.get("original") else value
 
 
 class _Reading(threading.local):
@@ -178,8 +190,13 @@ def _check_assignable(module: nn.Module, name: str) -> None:
 
 def _loading(base: Any) -> Method:
     def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
+        state_dict, prefix = args[:2]
+        # Where a checkpoint is older than a buffer, a batch norm puts in what it reads itself.
+        moving = [name for name in layer_of(base).moving if name in chains_of(self)]
+        absent = [name for name in moving if f"{prefix}{name}" not in state_dict]
+        accept = functools.partial(_accept_base_keys, absent)
         # As the last of the hooks, because others may give keys their names.
-        handle = self.register_load_state_dict_pre_hook(_accept_base_keys)
+        handle = self.register_load_state_dict_pre_hook(accept)
         try:
             base._load_from_state_dict(self, *args, **kwargs)
         finally:
@@ -189,15 +206,24 @@ def _loading(base: Any) -> Method:
 
 
 def _accept_base_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: object
+    absent: list[str],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    *_: object,
 ) -> None:
     """Translate a base's keys to the adapted model's; its deltas then keep their state.
 
-    Those that are on the meta device have none to keep: where the base leaves it they are drawn,
-    else they are missing.
+    What was `absent` has been put in since, of the adapted module, and isn't the base's. A delta on
+    the meta device has no state to keep: it is drawn where the base leaves that, or is missing.
     """
     for name, chain in chains_of(module).items():
         stem = f"{prefix}parametrizations.{name}."
+        if name in absent and f"{prefix}{name}" in state_dict:
+            state_dict[f"{prefix}{name}"] = chain.original
+            if f"{stem}original" in state_dict:
+                del state_dict[f"{prefix}{name}"]
         deltas = {index: entry for index, entry in enumerate(chain) if isinstance(entry, Delta)}
         others = [index for index in range(len(chain)) if index not in deltas]
         states: dict[str, Any] = {}
@@ -206,11 +232,14 @@ def _accept_base_keys(
         # By parameters, because others' parametrizations may have an extra state too.
         said = any(isinstance(states[key], nn.Parameter) for key in states.keys() & state_dict)
         if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
-            value = state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
-            if metadata.get("assign_to_params_buffers") and chain.original.is_meta:
-                for index, delta in deltas.items():
-                    delta.to_empty(device=value.device)
+            base = state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
+            arrives = metadata.get("assign_to_params_buffers") and chain.original.is_meta
+            for index, delta in deltas.items():
+                if arrives:
+                    delta.to_empty(device=base.device)
                     states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
+                for part, value in delta.rebased(chain.original, base).items():
+                    states[f"{stem}{index}.{part}"] = value
         elif not others or said:
             continue
         for plain, index in reversed(list(enumerate(others))):

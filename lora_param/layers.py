@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import LoRAError
 from .ops import ConvolutionRun, EmbeddingRun, LinearRun
@@ -92,6 +93,7 @@ class Layer:
     drops: bool = True  # whether dropout can act on its input
     default: bool = True  # whether `target=None` adapts it
     refusal: Callable[[nn.Module], str | None] = lambda module: None  # why it can't be adapted
+    moving: tuple[str, ...] = ()  # buffers that its forward moves in training
     rereads: bool = False  # whether its forward reads one weight several times
     overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """Methods that an adapted module has in place of its own, made from its class."""
@@ -101,6 +103,7 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
 STACKS = Layer(nn.Module, ("*",), stack, default=False)
 
@@ -116,6 +119,7 @@ TABLE: tuple[Layer, ...] = (
     Layer("torch_geometric.nn.dense.linear.Linear", run=LinearRun),
     replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
     LOOKUP,
+    replace(STACKS, kind=_NormBase, moving=STATISTICS, rereads=True),
     replace(STACKS, kind=nn.ParameterList, overrides={"__getitem__": _without_slices}),
     replace(
         STACKS,

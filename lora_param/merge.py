@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from .chains import run_through
+from .chains import chains_of, run_through
 from .checks import check_model, check_structure, check_unshared, deltas_called
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .register import take_off
 from .undo import all_or_nothing
-from .weight import Weight, merged_for_now, walk, without_side_effects
+from .walk import walk
+from .weight import Weight, merged_for_now, without_side_effects
 
 
 def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -97,11 +98,16 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
             undo.callback(_follow, chains, module, module.training)
             undo.callback(merged_for_now.discard, module)
             merged_for_now.add(module)
-            memory = value.untyped_storage().data_ptr()
-            shared = any(memory == each.untyped_storage().data_ptr() for each in weight.originals)
-            own = value.clone() if shared else value
-            weight.make_plain(nn.Parameter(own, requires_grad=False), undo)
+            chain = chains_of(module)[weight.tensor]
+            held = {_memory_of(each) for each in (*chain.parameters(), *chain.buffers())}
+            own = value.clone() if _memory_of(value) in held else value
+            plain = own if weight.is_buffer else nn.Parameter(own, requires_grad=False)
+            weight.make_plain(plain, undo)
         yield
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _follow(chains: Any, module: nn.Module, training: bool) -> None:

@@ -12,16 +12,17 @@ from torch import nn
 
 from . import checks
 from .checks import check_model, deltas_called
-from .deltas import KINDS, Delta, DenseDelta
-from .deltas.lora import Init, check_alpha, check_dropout
+from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
+from .deltas.lora import SCALINGS, Init, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
 from .targets import Target, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
+from .walk import Walk, walk
 from .watch import watch
-from .weight import Walk, Weight, walk
+from .weight import Weight
 from .words import in_our_words
 
 
@@ -36,7 +37,9 @@ def register_lora(
     train: Target | None = None,
     adapter: str = "default",
     freeze: bool = True,
+    statistics: bool = True,
     kind: str = "lora",
+    scaling: Scaling = "lora",
     dropout: float = 0.0,
     init: Init = "kaiming",
     generator: torch.Generator | None = None,
@@ -67,7 +70,11 @@ def register_lora(
         freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
             gives the flags back. Warns of those in a frozen model that had been thawed, a new head
             perhaps, and aren't trained now. `False` leaves them as they are.
+        statistics: With `freeze`, give each buffer that training moves, a batch norm's statistics,
+            a copy of the adapter's own to move (`StatisticsDelta`), so that off the base has its
+            own again. `False` lets training move the base's, and warns.
         kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
+        scaling: What `alpha` is divided by: the rank, or with `"rslora"` its square root.
         dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
         init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
         generator: Source of the draws, made in model order; the global one if `None`.
@@ -101,7 +108,7 @@ def register_lora(
     check_model(found, "register_lora")
     checks.check_ready(found)
     check_adapter(adapter)
-    given: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout}
+    given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
     whole = [] if train is None else resolve_whole(found, train)
@@ -109,6 +116,7 @@ def register_lora(
     checks.check_weights([*weights, *whole], adapter)
     if target is None:
         weights = checks.without_tied(found, weights)
+    divisor = SCALINGS[check_scaling(scaling)]
     if check_dropout(dropout):
         checks.check_droppable(weights)
     ranks = number_for_each("rank", rank, weights)
@@ -120,21 +128,28 @@ def register_lora(
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])
-                own["alpha"] = check_alpha(own_alpha, rank) / rank * own["rank"]
+                own["alpha"] = check_alpha(own_alpha, rank) / divisor(rank) * divisor(own["rank"])
             deltas[weight.name] = cls.make(weight.like, view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
     for weight in whole:
         deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
+    chosen = [w for w in found.weights if w.name in deltas] if whole else weights
+    pairs = [(weight, deltas[weight.name]) for weight in chosen]
     if freeze:
         checks.warn_of_thawed(found, deltas)
-    chosen = [w for w in found.weights if w.name in deltas] if whole else weights
-    return install(found, [(weight, deltas[weight.name]) for weight in chosen], freeze)
+        moving = checks.moving_without(found, adapter)
+        if statistics:
+            pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
+        else:
+            checks.warn_of_moving(moving)
+    return install(found, pairs, freeze)
 
 
 def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
-    """Attach deltas to weights that `check_weights` has passed, all or none; return the names."""
+    """Attach deltas to weights that have passed the checks, all or none; name the parameters."""
     weights = [weight for weight, _ in pairs]
+    names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
     checks.check_beside(pairs)
     checks.check_dropping(pairs)
@@ -146,13 +161,14 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
             weight.attach(delta, undo)
         if freeze:
             watch(walk)
-        return [weight.name for weight in weights]
+        return names
 
 
-def _kind(kind: object, given: Mapping[str, Any]) -> type[Delta]:
+def _kind(kind: str, given: Mapping[str, Any]) -> type[Delta]:
     """Return the kind of that name; options that it doesn't take must be as by default."""
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise LoRAError(f"kind must be one of {sorted(KINDS)}, got {kind!r}")
+    known = sorted(name for name, cls in KINDS.items() if not cls.of_buffers)
+    if kind not in known:
+        raise LoRAError(f"kind must be one of {known}, got {kind!r}")
     defaults = inspect.signature(register_lora).parameters
     for name in given.keys() - set(KINDS[kind].options):
         default = defaults[name].default

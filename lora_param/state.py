@@ -13,7 +13,7 @@ from .checks import check_at_hand, check_structure, deltas_called
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
 from .undo import all_or_nothing
-from .weight import Walk, walk
+from .walk import Walk, walk
 
 NUMBERS = "_extra_state"
 """What torch calls the part of a state dict that holds no parameter: a delta's kind and numbers."""
@@ -124,10 +124,12 @@ def load_deltas(
     expected = {key for prefix, each in deltas.items() for key in each.state_dict(prefix=prefix)}
     complaints = [f"missing: {name}" for name in sorted(expected) if name not in state_dict]
     complaints += [f"unexpected: {name}" for name in state_dict if name not in expected]
-    copies: list[tuple[nn.Parameter, Tensor]] = []
+    copies: list[tuple[Tensor, Tensor]] = []
     for prefix, delta in deltas.items():
-        for name, parameter in delta.named_parameters(prefix[:-1]):
+        for name, parameter in delta.state_dict(prefix=prefix, keep_vars=True).items():
             value = state_dict.get(name, parameter)
+            if name.endswith(NUMBERS):
+                continue
             if fault := _fault(value, parameter):
                 complaints.append(fault.format(name))
             else:  # a copy, for the case that it is a view of another delta's tensor
@@ -146,11 +148,12 @@ def load_deltas(
         parameter.detach().copy_(value)
 
 
-def _fault(value: object, parameter: nn.Parameter) -> str | None:
+def _fault(value: object, parameter: Tensor) -> str | None:
     """Say what keeps a value from being copied into a parameter, with a place for its name."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    floating = parameter.is_floating_point()
+    if not isinstance(value, Tensor) or value.is_floating_point() != floating:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        return f"no floating-point tensor: {{}} is {kind}"
+        return f"no {'floating-point' if floating else 'integer'} tensor: {{}} is {kind}"
     if value.shape != parameter.shape:
         return f"misshapen: {{}} is {tuple(value.shape)}, should be {tuple(parameter.shape)}"
     if value.layout is not torch.strided or value.is_meta != parameter.is_meta:

@@ -10,7 +10,8 @@ from torch import nn
 from .activation import acts
 from .checks import deltas_called
 from .deltas import Delta
-from .weight import Weight, walk
+from .walk import walk
+from .weight import Weight
 
 NUMERIC = ("rank", "alpha", "parameters")
 """Columns that are aligned to the right."""
@@ -18,18 +19,20 @@ NUMERIC = ("rank", "alpha", "parameters")
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter on one weight; rank and alpha are `None` for a kind that has none."""
+    """One adapter on one weight; rank, alpha and scaling are `None` for a kind without them."""
 
     name: str
     rank: int | None
     alpha: float | None
+    scaling: str | None
     parameters: int
     enabled: bool
     kind: str
 
     def _cells(self) -> tuple[str, ...]:
-        numbers = ("-" if each is None else f"{each:g}" for each in (self.rank, self.alpha))
-        return self.name, self.kind, *numbers, "on" if self.enabled else "off"
+        rank = "-" if self.rank is None else str(self.rank)
+        alpha = show_alpha(self.alpha, self.scaling)
+        return self.name, self.kind, rank, alpha, "on" if self.enabled else "off"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class WeightSummary:
 class LoRASummary:
     """What `lora_summary` returns; `print` it for the table.
 
-    The adapted weights in model order, and numbers of elements: of the model without adapters,
-    shared tensors once; of all adapters; and of all that requires a gradient.
+    The adapted weights in model order, the buffers that are moved in copies, and numbers of
+    elements: of the model without adapters, shared tensors once; of all adapters; and of all that
+    requires a gradient.
     """
 
     weights: tuple[WeightSummary, ...]
+    statistics: tuple[WeightSummary, ...]
     base_parameters: int
     lora_parameters: int
     trainable_parameters: int
@@ -89,7 +94,15 @@ class LoRASummary:
             f"{self.total_parameters:,} parameters; LoRA is {self.percentage:.3f} % of the base; "
             f"{self.trainable_parameters:,} trainable"
         )
+        if self.statistics:
+            totals += f"; {len(self.statistics)} buffers are moved in copies"
         return "\n".join([lines[0], rule, *lines[1:], rule, totals])
+
+
+def show_alpha(alpha: float | None, scaling: str | None) -> str:
+    """Return an alpha, and what divides it if that isn't the rank."""
+    said = "-" if alpha is None else f"{alpha:g}"
+    return said if scaling in (None, "lora") else f"{said} {scaling}"
 
 
 def lora_summary(model: nn.Module) -> LoRASummary:
@@ -118,10 +131,14 @@ def lora_summary(model: nn.Module) -> LoRASummary:
     deltas: defaultdict[str, list[Delta]] = defaultdict(list)
     for weight, delta in pairs:
         deltas[weight.name].append(delta)
-    weights = {weight.name: _summarised(weight, deltas[weight.name]) for weight, _ in pairs}
+    weights, statistics = (
+        {w.name: _summarised(w, deltas[w.name]) for w, _ in pairs if w.is_buffer == buffers}
+        for buffers in (False, True)
+    )
     base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
     return LoRASummary(
         tuple(weights.values()),
+        tuple(statistics.values()),
         sum(base.values()),
         sum(adapter.parameters for weight in weights.values() for adapter in weight.adapters),
         sum(each.numel() for each in model.parameters() if each.requires_grad),
@@ -132,8 +149,8 @@ def _summarised(weight: Weight, deltas: list[Delta]) -> WeightSummary:
     adapters = []
     for delta in deltas:
         size = sum(parameter.numel() for parameter in delta.parameters())
-        rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
-        summary = AdapterSummary(delta.adapter, rank, alpha, size, delta.enabled, delta.kind)
-        adapters.append(summary)
+        rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
+        state = size, delta.enabled, delta.kind
+        adapters.append(AdapterSummary(delta.adapter, rank, alpha, scaling, *state))
     space = "activation" if acts(weight.module, weight.tensor) else "weight"
     return WeightSummary(weight.name, tuple(weight.like.shape), space, tuple(adapters))

@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from .errors import TargetError
 from .layers import UNLISTED, layer_of, listed_tensors
-from .weight import Walk, Weight, join, tensor_names
+from .walk import Walk
+from .weight import Weight, join, tensor_names
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
@@ -86,9 +87,9 @@ def number_for_each(
     for pattern in value:
         if not isinstance(pattern, str):
             raise TargetError(f"{option}: a pattern must be a string, got {pattern!r}")
-        if not any(_matches(pattern, weight) for weight in weights):
+        if not any(matches(pattern, weight) for weight in weights):
             raise TargetError(_unmatched(option, pattern, names, []))
-    deciders = [next((p for p in value if _matches(p, weight)), None) for weight in weights]
+    deciders = [next((p for p in value if matches(p, weight)), None) for weight in weights]
     if None in deciders:
         unmatched = f'no pattern matches "{weights[deciders.index(None)].name}"'
         raise TargetError(f'{option}: {unmatched}; end the mapping with "*" for the rest')
@@ -194,7 +195,8 @@ def _selectors(option: str, target: Target) -> list[Selector]:
     return selectors
 
 
-def _matches(pattern: str, weight: Weight) -> bool:
+def matches(pattern: str, weight: Weight) -> bool:
+    """Say whether a pattern matches a weight's name or its module's path."""
     return _glob(pattern, weight.name) or _glob(pattern, weight.path)
 
 
@@ -226,7 +228,7 @@ def _unmatched(
     if known := {type(place.module).__name__ for place in places if _glob(selector, place.path)}:
         return f"{said} is a {', '.join(sorted(known))} with nothing to adapt"
     broad = [weight for weight in weights.values() if not is_flat(weight.original)]
-    if any(_matches(f"{selector}*", weight) for weight in broad):
+    if any(matches(f"{selector}*", weight) for weight in broad):
         return f'{said} matches no weight, because a name is matched whole; write "{selector}*"'
     return f"{said} matches no weight; the nearest are {nearest(selector, weights)}"
 

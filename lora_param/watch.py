@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .deltas import Delta
-from .weight import Walk, Weight
+from .walk import Walk
+from .weight import Weight
 
 FIX = "build the optimizer after register_lora, of lora_parameters(model)"
 
@@ -47,7 +48,8 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
 
 def check_saved(walk: Walk, pairs: Sequence[tuple[Weight, Delta]]) -> None:
     """Warn of an adapter that changes nothing, and of training of the base, which isn't saved."""
-    if all(any(not each.any() for each in delta.parameters()) for _, delta in pairs):
+    trained = [list(delta.parameters()) for _, delta in pairs if not delta.of_buffers]
+    if all(any(not each.any() for each in parameters) for parameters in trained):
         reason = f"adapter {pairs[0][1].adapter!r} was never trained: its update is zero everywhere"
         warnings.warn(f"{reason}; if it should have been, {FIX}", stacklevel=3)
     if loose := [weight.name for weight, tensor in walk.parameters if tensor.requires_grad]:

@@ -15,9 +15,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
 from .deltas.protocol import Delta, Shape
-from .errors import LoRAError
 from .install import parametrized_class, properties_of
-from .layers import Layer, layer_of, listed_tensors
+from .layers import Layer, layer_of
 from .undo import in_order, keep_entries
 
 
@@ -78,6 +77,12 @@ class Weight:
         return tensor if tensor is None or self.rows is None else tensor[self.rows]
 
     @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer of its module and no parameter."""
+        chain = chains_of(self.module).get(self.tensor)
+        return "original" in chain._buffers if chain else self.tensor in self.module._buffers
+
+    @property
     def originals(self) -> list[Tensor]:
         """The tensors at the start of its chain, several for some of others' parametrizations."""
         return originals_of(chains_of(self.module)[self.tensor])
@@ -110,17 +115,19 @@ class Weight:
         module, name, base = self.module, self.tensor, type_before(self.module)
         delta.__dict__["rows"] = self.rows
         if "_lora" not in module.__dict__:
-            module.__dict__["_lora"] = Record(type(module), tuple(module._parameters))
+            order = (*module._parameters, *module._buffers)
+            module.__dict__["_lora"] = Record(type(module), order)
         if "parametrizations" not in module._modules:
             module._modules["parametrizations"] = nn.ModuleDict()
         # Past ModuleDict's own check, which refuses a parameter called "keys" or "values".
         chains: Any = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
         if name not in chains:
-            chains[name] = _new_chain(module._parameters[name], module.training)
+            chains[name] = _new_chain(self.whole.original, module.training)
         chains[name]._modules[str(len(chains[name]._modules))] = delta
         if delta.training != module.training:
             delta.train(module.training)
         module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
         object.__setattr__(module, "__class__", parametrized_class(base, tuple(chains)))
 
     def detach(self, delta: Delta, undo: ExitStack) -> None:
@@ -144,8 +151,8 @@ class Weight:
         table[self.tensor] = tensor
         if isinstance(module, nn.RNNBase) and "_flat_weights" in module.__dict__:
             module._init_flat_weights()  # its own list of its weights
-        for name in in_order(module._parameters, order):
-            module._parameters[name] = module._parameters.pop(name)
+        for name in in_order(table, order):
+            table[name] = table.pop(name)
 
     def _keep(self, undo: ExitStack) -> None:
         """Push what brings the tensor's place in its module back: tables, record and class."""
@@ -167,13 +174,14 @@ class Weight:
 _TEMPLATE = ParametrizationList([nn.Identity()], nn.Parameter(torch.empty(0)), unsafe=True)
 
 
-def _new_chain(original: nn.Parameter | None, training: bool) -> ParametrizationList:
+def _new_chain(original: Tensor | None, training: bool) -> ParametrizationList:
     # Past torch's constructor, which calls set_() on the tensor that it is given and so would
     # invalidate any graph that has saved the original.
     chain = ParametrizationList.__new__(ParametrizationList)
     nn.Module.__init__(chain)
     chain.__dict__.update({**vars(_TEMPLATE), **vars(chain), "training": training})
-    chain._parameters["original"] = original
+    table: Any = chain._parameters if isinstance(original, nn.Parameter) else chain._buffers
+    table["original"] = original
     return chain
 
 
@@ -205,119 +213,8 @@ def without_side_effects(chain: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-WRAPPERS = ("", "_orig_mod", "_checkpoint_wrapped_module")
-"""What stands in a path for a wrapper around a module: of `torch.compile`, for checkpointing."""
-
 merged_for_now: WeakSet[nn.Module] = WeakSet()
 """Modules whose chains `lora_merged` has put away."""
-
-
-class Walk:
-    """One walk over a model: what every verb takes and passes on.
-
-    `places` are paths and modules of the base, a shared one at each of its places; `owners` is
-    every module, others' parametrizations too, with the path that it has without deltas.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.places: list[tuple[str, nn.Module]] = []
-        self.owners: dict[nn.Module, str] = {}
-        self._visit("", model, [])
-
-    def _visit(self, path: str, module: nn.Module, above: list[nn.Module]) -> None:
-        if isinstance(module, Delta) or module in above:
-            return
-        new = module not in self.owners
-        self.places.append((path, module))
-        self.owners.setdefault(module, path)
-        chains = chains_of(module)
-        for name, child in module._modules.items():
-            inner = path if name in WRAPPERS else join(path, name)
-            if chains and name == "parametrizations":
-                for tensor, chain in chains.items() if new else ():
-                    self._visit_chain(join(inner, tensor), chain)
-            elif child is not None:
-                self._visit(inner, child, [*above, module])
-
-    def _visit_chain(self, path: str, chain: nn.Module) -> None:
-        self.owners[chain] = path
-        others = [entry for entry in chain.children() if not isinstance(entry, Delta)]
-        for index, entry in enumerate(others):  # its number in the chain without deltas
-            for inside, module in entry.named_modules(prefix=f"{path}.{index}"):
-                self.owners.setdefault(module, inside)
-
-    @cached_property
-    def modules(self) -> list[tuple[str, nn.Module]]:
-        """Paths and modules of the base, each once."""
-        first = {module: path for path, module in reversed(self.places)}
-        return [(first.pop(module), module) for _, module in self.places if module in first]
-
-    @cached_property
-    def weights(self) -> list[Weight]:
-        """Every parameter of the base, and every tensor that its row expects, there or not."""
-        weights = []
-        for path, module in self.modules:
-            present = tensor_names(module)
-            names = dict.fromkeys([*listed_tensors(layer_of(type(module)), present), *present])
-            weights += [Weight(path, module, name) for name in names if "." not in name]
-        return weights
-
-    @cached_property
-    def deltas(self) -> list[tuple[Weight, Delta]]:
-        """Every delta with its weight, in model order and chain order."""
-        return [
-            (replace(weight, rows=delta.rows), delta)
-            for weight in self.weights
-            for delta in (weight.deltas if "parametrizations" in weight.module._modules else ())
-        ]
-
-    @cached_property
-    def tensors(self) -> list[tuple[Weight, Tensor]]:
-        """The base's parameters and buffers, those of others' parametrizations too."""
-        tensors = []
-        for module, path in self.owners.items():
-            for name in (*tensor_names(module), *module._buffers):
-                weight = Weight(path, module, name)
-                # A chain's one original goes by its owner's name.
-                twice = name == "original" and isinstance(module, ParametrizationList)
-                if not twice and (tensor := weight.original) is not None:
-                    tensors.append((weight, tensor))
-        return tensors
-
-    @cached_property
-    def parameters(self) -> list[tuple[Weight, nn.Parameter]]:
-        """The parameters among them."""
-        return [pair for pair in self.tensors if isinstance(pair[1], nn.Parameter)]  # type: ignore[misc]
-
-    @cached_property
-    def shared(self) -> dict[str, list[Weight]]:
-        """The parameters whose memory others have too, whole or in part, by name with these."""
-        spans = []
-        for index, (weight, tensor) in enumerate(self.parameters):
-            spans.append((*_span(tensor), index, weight))
-        shared: dict[str, list[Weight]] = {}
-        before: list[tuple[int, int, int, Weight]] = []
-        for span in sorted(spans):
-            start, _, _, weight = span
-            while before and before[0][1] <= start:
-                del before[0]
-            for _, end, _, other in before:
-                if end > start:
-                    shared.setdefault(weight.name, []).append(other)
-                    shared.setdefault(other.name, []).append(weight)
-            before.append(span)
-        return shared
-
-    def partners(self, weight: Weight) -> list[Weight]:
-        """List the others that are the same Parameter, or a part of its memory."""
-        return self.shared.get(weight.whole.name, [])
-
-
-def walk(model: object, call: str) -> Walk:
-    """Walk a model once, or raise if it is no module."""
-    if not isinstance(model, nn.Module):
-        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; pass a model")
-    return Walk(model)
 
 
 def join(*names: str) -> str:
@@ -325,25 +222,15 @@ def join(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return where a tensor's bytes begin and end; of one without bytes, what is its alone."""
-    start = 0
-    if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
-        start = tensor.data_ptr()
-    if not start:
-        return id(tensor), id(tensor) + 1
-    length = tensor.numel()
-    if not tensor.is_contiguous():
-        length = 1 + sum((n - 1) * k for n, k in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + length * tensor.element_size()
-
-
-def tensor_names(module: nn.Module) -> list[str]:
-    """List the names of a module's own parameters, in the order they had before any delta."""
+def tensor_names(module: nn.Module, buffers: bool = False) -> list[str]:
+    """List the names of a module's own parameters or buffers, in the order before any delta."""
     present = []
-    for name, value in module._parameters.items():
+    for name, value in (module._buffers if buffers else module._parameters).items():
         if value is not None:
             present.append(name)
     if "parametrizations" in module._modules and (chains := chains_of(module)):
-        return list(in_order(dict.fromkeys([*present, *chains]), record_of(module).order))
+        for name, chain in chains.items():
+            if ("original" in chain._buffers) == buffers:
+                present.append(name)
+        return list(in_order(dict.fromkeys(present), record_of(module).order))
     return present

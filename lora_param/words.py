@@ -21,7 +21,7 @@ WORDS = {
     "modules_to_save": "train",
     "bias": 'leave "none" out; for biases write train="*.bias"',
     "layers_to_transform": 'name the layers in target, such as "layers.[0-3].*.q_proj"',
-    "use_rslora": "multiply alpha by rank**0.5, which gives its scale of alpha / rank**0.5",
+    "use_rslora": 'write scaling="rslora"',
     "use_dora": "leave it out, there is no DoRA",
     "peft_config": "write rank=, alpha=, dropout= and target= as it has them",
 }

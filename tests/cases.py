@@ -86,8 +86,9 @@ class Case:
     def adapt(
         self, layer: nn.Module, adapter: str = "default", kind: str = "lora", **options: Any
     ) -> list[str]:
-        options = {"target": self.target, **KINDS[kind].options, **options}
-        return register_lora(layer, adapter=adapter, kind=kind, **options)
+        row = KINDS[kind]
+        options = {"target": self.target, "kind": row.name, **row.options, **options}
+        return register_lora(layer, adapter=adapter, **options)
 
 
 def shake(layer: nn.Module, adapter: str | None = None) -> None:

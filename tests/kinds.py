@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 
+def scale_of(numbers: Mapping[str, Any]) -> float:
+    rank = numbers["rank"]
+    return numbers["alpha"] / (rank**0.5 if numbers["scaling"] == "rslora" else rank)
+
+
 def low_rank(W: Tensor, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Tensor:
     product = tensors["lora_B"] @ tensors["lora_A"]
-    return W + product.view_as(W) * (numbers["alpha"] / numbers["rank"])
+    return W + product.view_as(W) * scale_of(numbers)
 
 
 def low_rank_slices(W: Tensor, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Tensor:
     """Compute a low-rank update a slice of a stack at a time."""
     A, B = tensors["lora_A"], tensors["lora_B"]
-    scale = numbers["alpha"] / numbers["rank"]
+    scale = scale_of(numbers)
     slices = [
         w + b @ a * scale
         for w, a, b in zip(
@@ -33,9 +38,10 @@ def low_rank_slices(W: Tensor, tensors: Mapping[str, Tensor], numbers: Mapping[s
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind.
+    """One kind, as it is registered in one way.
 
     Attributes:
+        id: The test's id.
         name: What `register_lora(kind=...)` takes.
         options: What else it is given.
         formula: The adapted weight, in the order of operations that its bits depend on.
@@ -43,6 +49,7 @@ class Kind:
         tensors: The names of its tensors.
     """
 
+    id: str
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     formula: Callable[..., Tensor] = low_rank
@@ -51,9 +58,10 @@ class Kind:
 
 
 KINDS = {
-    kind.name: kind
+    kind.id: kind
     for kind in (
-        Kind("lora", {"rank": 2, "alpha": 3.0}),
-        Kind("dense", {}, lambda W, t, n: W + t["D"], lambda W, t, n: W + t["D"], ("D",)),
+        Kind("lora", "lora", {"rank": 2, "alpha": 3.0}),
+        Kind("rslora", "lora", {"rank": 2, "alpha": 2.0, "scaling": "rslora"}),
+        Kind("dense", "dense", {}, lambda W, t, n: W + t["D"], lambda W, t, n: W + t["D"], ("D",)),
     )
 }  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from lora_param import (
+    LoRAParametrization,
     assert_frozen,
     fingerprint,
     lora_parameters,
@@ -63,6 +64,8 @@ def shake_gently(model: nn.Module) -> None:
         for module in model.modules():
             for name in getattr(module, "parametrizations", {}):
                 lora = module.parametrizations[name][0]
+                if not isinstance(lora, LoRAParametrization):
+                    continue
                 original = module.parametrizations[name].original
                 size = (lora.lora_B @ lora.lora_A).norm() * abs(lora.scale)
                 lora.lora_B.mul_(0.1 * original.norm() / size)
@@ -119,7 +122,7 @@ def check_against_oracle(
         ordered: Whether the outputs' order has a meaning.
     """
     plain, before, bits = copy.deepcopy(model), state(model), fingerprint(model)
-    register_lora(model, rank=1, alpha=0.5)
+    register_lora(model)
     shake_gently(model)
     dense, acts = oracle(plain, model), False
     for training in (False, True):

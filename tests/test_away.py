@@ -92,6 +92,20 @@ def test_a_generator_given_on_meta_is_drawn_from_when_there_are_values(
         assert torch.equal(factor, factors(expected)[name]), name
 
 
+@pytest.mark.parametrize("arrive", ARRIVALS)
+def test_a_batch_norms_statistics_are_the_bases_when_it_gets_values(
+    arrive: Callable[..., None],
+) -> None:
+    plain = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    plain(torch.randn(9, 6))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    register_lora(model, rank=2)
+    arrive(model, dict(plain.state_dict()))
+    x = torch.randn(3, 6)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")
 def test_strict_loading_does_not_count_what_stays_on_meta() -> None:
     model = net("meta")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from lycoris import create_lycoris, create_lycoris_from_weights
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -67,12 +67,13 @@ def trained(alpha: float) -> tuple[nn.ModuleDict, dict[str, Any]]:
     """Adapt both parts as diffusers does; return what it takes to save them."""
     parts, saved = pipeline(), {}
     for part, model in parts.items():
-        model.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS[part]))
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS[part])
+        inject_adapter_in_model(config, model)  # as its add_adapter does, with any release of PEFT
         for name, each in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(each, std=0.1)
-        saved[f"{part}_lora_layers"] = get_peft_model_state_dict(model)
-        saved[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        saved[f"{part}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
+        saved[f"{part}_lora_adapter_metadata"] = config.to_dict()
     return parts, saved
 
 

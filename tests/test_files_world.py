@@ -29,7 +29,8 @@ from lora_param.deltas import KINDS, Delta, LoRAParametrization
 from lora_param.errors import StateDictError
 from lora_param.io import convert_file, file_summary, merge_checkpoint
 from lora_param.register import install
-from lora_param.weight import Weight, walk
+from lora_param.walk import walk
+from lora_param.weight import Weight
 
 from .cases import shake
 from .file_cases import header_of, plain

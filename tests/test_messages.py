@@ -63,7 +63,7 @@ ELSEWHERE: list[tuple[dict[str, Any], str]] = [
     ({"bias": "lora_only"}, 'write train="*.bias"'),
     ({"layers_to_transform": [0]}, "name the layers in target"),
     ({"init_lora_weights": True}, 'write init="kaiming"'),
-    ({"use_rslora": True}, "multiply alpha by rank**0.5"),
+    ({"use_rslora": True}, 'write scaling="rslora"'),
     ({"use_dora": True}, "there is no DoRA"),
     ({"peft_config": 1}, "write rank=, alpha="),
     ({"rnak": 4}, "for rnak=4 write rank=4"),

@@ -172,7 +172,8 @@ def test_a_bad_argument_is_refused(options: dict[str, object], message: str) -> 
 
 def test_print_shows_what_it_is() -> None:
     lora = LoRAParametrization(5, 6, rank=4, alpha=0.5, adapter="style")
-    assert repr(lora) == "LoRAParametrization('style', rank=4, alpha=0.5, dropout=0, enabled)"
+    numbers = "rank=4, alpha=0.5, scaling=lora, dropout=0"
+    assert repr(lora) == f"LoRAParametrization('style', {numbers}, enabled)"
 
 
 def test_alpha_is_what_was_given_and_follows_the_scale() -> None:

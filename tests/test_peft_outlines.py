@@ -14,7 +14,7 @@ from lora_param.deltas import LoRAParametrization
 from lora_param.io.formats import open_adapter, write_adapter
 from lora_param.io.outline import UNKNOWN, Outline, outline_of_model, outline_of_tensors
 from lora_param.io.tensors import About
-from lora_param.weight import walk
+from lora_param.walk import walk
 
 from .peft_cases import (
     CASES,

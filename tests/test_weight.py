@@ -13,7 +13,8 @@ from lora_param import AdapterError, LoRAParametrization, lora_summary, merge_lo
 from lora_param.checks import check_weights
 from lora_param.deltas import DenseDelta
 from lora_param.undo import all_or_nothing
-from lora_param.weight import Walk, Weight
+from lora_param.walk import Walk
+from lora_param.weight import Weight
 
 from .cases import adapted, shake
 

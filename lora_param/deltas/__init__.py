@@ -3,8 +3,11 @@
 from .dense import DenseDelta
 from .lora import LoRAParametrization
 from .protocol import Delta
+from .statistics import StatisticsDelta
 
-KINDS: dict[str, type[Delta]] = {each.kind: each for each in (LoRAParametrization, DenseDelta)}
+KINDS: dict[str, type[Delta]] = {
+    each.kind: each for each in (LoRAParametrization, DenseDelta, StatisticsDelta)
+}
 """By what `register_lora(kind=...)`, state dicts and files call them."""
 
-__all__ = ["KINDS", "Delta", "DenseDelta", "LoRAParametrization"]
+__all__ = ["KINDS", "Delta", "DenseDelta", "LoRAParametrization", "StatisticsDelta"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, cast
 
@@ -16,6 +16,10 @@ from ..errors import LoRAError, StateDictError
 from .protocol import Delta, Shape
 
 Init = Literal["kaiming", "gaussian"]
+Scaling = Literal["lora", "rslora"]
+
+SCALINGS: dict[str, Callable[[int], float]] = {"lora": float, "rslora": math.sqrt}
+"""What alpha is divided by, given the rank."""
 
 
 class LoRAParametrization(Delta):
@@ -30,7 +34,9 @@ class LoRAParametrization(Delta):
         fan_out: Rows of the weight's matrix view.
         fan_in: Columns of the weight's matrix view.
         rank: Rank of the update, `1 <= rank <= min(fan_out, fan_in)`.
-        alpha: Finite numerator of the scale; `None` means `rank`, a scale of one.
+        alpha: Finite numerator of the scale; `None` means `rank`.
+        scaling: What `alpha` is divided by: `"lora"`, the rank, or `"rslora"`, its square root, by
+            which the size of what is learnt doesn't fall with the rank.
         batch: Leading dimensions of a stack of matrices, each of which gets a pair of its own.
         adapter: The adapter's name, by which `enable_lora` and the like find it.
         dropout: Probability, `0 <= dropout < 1`, with which entries of a layer's input are dropped
@@ -42,8 +48,8 @@ class LoRAParametrization(Delta):
         dtype: Dtype of both factors, one of float16, bfloat16, float32 and float64.
 
     Raises:
-        LoRAError: `rank`, `alpha` or `dropout` is out of range; `init`, `dtype` or `generator` is
-            unknown.
+        LoRAError: `rank`, `alpha` or `dropout` is out of range; `scaling`, `init`, `dtype` or
+            `generator` is unknown.
         AdapterError: `adapter` is no usable name.
 
     Example:
@@ -61,11 +67,14 @@ class LoRAParametrization(Delta):
 
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, eq. 3.
+        Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+        arXiv:2312.03732, for `"rslora"`.
     """
 
     kind = "lora"
-    options = ("rank", "alpha", "dropout", "init", "generator", "dtype")
+    options = ("rank", "alpha", "scaling", "dropout", "init", "generator", "dtype")
     least_dimensions = 2
+    rank, _alpha, _scaling, _dropout = 1, 1.0, "lora", 0.0
 
     def __init__(
         self,
@@ -74,6 +83,7 @@ class LoRAParametrization(Delta):
         rank: int = 8,
         alpha: float | None = None,
         *,
+        scaling: Scaling = "lora",
         batch: tuple[int, ...] = (),
         adapter: str = "default",
         dropout: float = 0.0,
@@ -83,17 +93,17 @@ class LoRAParametrization(Delta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(adapter, dtype)
-        self.rank = check_rank(rank, fan_out, fan_in)
-        self._alpha = check_alpha(alpha, self.rank)
-        self._dropout = check_dropout(dropout)
+        rank = check_rank(rank, fan_out, fan_in)
+        self.__dict__.update(rank=rank, _alpha=check_alpha(alpha, rank))
+        self.__dict__.update(_scaling=check_scaling(scaling), _dropout=check_dropout(dropout))
         if not isinstance(generator, (torch.Generator, type(None))):
             got = type(generator).__name__
             raise LoRAError(f"generator must be a torch.Generator or None, got {got}")
         if init not in ("kaiming", "gaussian"):
             raise LoRAError(f'init must be "kaiming" or "gaussian", got {init!r}')
         self.__dict__.update(_init=init, _generator=generator)
-        A = torch.empty(*batch, self.rank, fan_in, device=device, dtype=dtype)
-        B = torch.empty(*batch, fan_out, self.rank, device=device, dtype=dtype)
+        A = torch.empty(*batch, rank, fan_in, device=device, dtype=dtype)
+        B = torch.empty(*batch, fan_out, rank, device=device, dtype=dtype)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.reset_parameters()
 
@@ -136,15 +146,16 @@ class LoRAParametrization(Delta):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Rank, alpha and dropout."""
-        return {"rank": self.rank, "alpha": self._alpha, "dropout": self._dropout}
+        """Rank, alpha, scaling and dropout."""
+        named = {"rank": self.rank, "alpha": self._alpha, "scaling": self._scaling}
+        return {**named, "dropout": self._dropout}
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
         own = self.lora_B.shape[-1]
         if (rank := numbers.get("rank", own)) != own or type(rank) is not int:
             raise StateDictError(f"its rank must be {own}, got {rank!r:.40}")
-        Delta.numbers.__set__(self, numbers)  # type: ignore[attr-defined]
+        Delta.numbers.__set__(self, {"scaling": "lora", **numbers})  # type: ignore[attr-defined]
 
     @property
     def alpha(self) -> float:
@@ -157,13 +168,23 @@ class LoRAParametrization(Delta):
         Delta.switched = object()
 
     @property
+    def scaling(self) -> str:
+        """What alpha is divided by."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, scaling: Scaling) -> None:
+        self._scaling = check_scaling(scaling)
+        Delta.switched = object()
+
+    @property
     def scale(self) -> float:
         """What the product is multiplied by."""
-        return self._alpha / self.rank
+        return self._alpha / SCALINGS[self._scaling](self.rank)
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self.alpha = check_alpha(scale, 1, "scale") * self.rank
+        self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
 
     @property
     def dropout(self) -> float:
@@ -228,7 +249,8 @@ class LoRAParametrization(Delta):
         eye = torch.eye(rank, dtype=product.dtype, device=product.device)
         eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
         A, B = (eye, product) if tall else (product, eye)
-        numbers = self.numbers | {"rank": rank, "alpha": self.scale * rank}
+        alpha = self.scale * SCALINGS[self._scaling](rank)
+        numbers = self.numbers | {"rank": rank, "alpha": alpha}
         return self.restore({"lora_A": A, "lora_B": B}, numbers)
 
     def block(self, start: int, stop: int) -> Delta:
@@ -263,6 +285,13 @@ def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
         rule = "a finite number" + (", or None for the rank" if name == "alpha" else "")
         raise LoRAError(f"{name} must be {rule}, got {alpha!r:.40}; give a number")
     return value
+
+
+def check_scaling(scaling: object) -> str:
+    """Return `scaling`, or raise unless it is known."""
+    if not isinstance(scaling, str) or scaling not in SCALINGS:
+        raise LoRAError(f"scaling must be one of {[*SCALINGS]}, got {scaling!r:.40}")
+    return scaling
 
 
 def check_dropout(dropout: object) -> float:

@@ -43,6 +43,9 @@ class Delta(nn.Module):
     changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
     `run`, of `ops`, is all that is known of the layer."""
 
+    of_buffers: ClassVar[bool] = False
+    """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
+
     acts: ClassVar[bool] = False
     """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
     compute otherwise."""
@@ -78,6 +81,7 @@ class Delta(nn.Module):
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
             delta._parameters[name] = own
+        delta._buffers.update({name: tensors[name] for name in delta._buffers})
         delta.numbers = dict(numbers)
         return delta
 
@@ -106,6 +110,10 @@ class Delta(nn.Module):
         """Return the delta of some of the weight's rows; its tensors are views of these."""
         raise NotImplementedError
 
+    def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
+        """Return those of its tensors that are others on another base."""
+        return {}
+
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of what is added to a weight of this shape, `[*batch, count]`."""
         raise NotImplementedError
@@ -114,10 +122,15 @@ class Delta(nn.Module):
         """Make its tensors those of a fresh delta, which changes nothing."""
         raise NotImplementedError
 
+    @property
+    def is_away(self) -> bool:
+        """Whether its tensors are on the meta device, in part or all."""
+        return any(each.is_meta for each in (*self.parameters(), *self.buffers()))
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        away = any(each.is_meta for each in self._parameters.values() if each is not None)
+        away = self.is_away
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if away and not any(each.is_meta for each in self.parameters()):
+        if away and not self.is_away:
             self.reset_parameters()  # `to_empty` has given them memory, and no values
         return self
 
@@ -194,7 +207,10 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
-        numbers = [f"{name}={value:g}" for name, value in self.numbers.items()]
+        numbers = [
+            f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
+            for name, value in self.numbers.items()
+        ]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
-from ..weight import WRAPPERS, join
+from ..walk import WRAPPERS
+from ..weight import join
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
 from .progress import progress
@@ -232,7 +233,7 @@ def merged_blocks(
 ) -> Iterator[Any]:
     """Yield a tensor's bytes in blocks of whole rows, with its updates added."""
     digested, size = digest(dtype, entry.shape), entry.end - entry.begin
-    row = size // entry.shape[0] if deltas else 1
+    row = size // (*entry.shape, 1)[0] if deltas else 1
     rows = max(1, BLOCK // row)
     file.seek(entry.begin)
     for begin in range(0, size // row, rows):

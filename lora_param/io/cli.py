@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import LoRAError
+from ..summary import show_alpha
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .formats import WRITTEN
 from .summary import FileSummary, file_summary
@@ -38,7 +39,7 @@ def _print_table(summary: FileSummary) -> None:
             _printable(each.weight),
             "x".join(map(str, each.shape)),
             "-" if each.rank is None else str(each.rank),
-            "-" if each.alpha is None else f"{each.alpha:g}",
+            show_alpha(each.alpha, each.scaling),
             f"{each.norm:.4g}",
             f"{each.effective_rank:.2f}",
         )

@@ -18,8 +18,9 @@ from ..frozen import digest_of
 from ..register import install
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
+from ..walk import walk
 from ..watch import check_saved
-from ..weight import Weight, walk
+from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
 from .outline import Outline, WeightOutline, outline_of_model
@@ -149,7 +150,7 @@ def load_lora(
             _load(file, own, deltas, trainable)
         else:
             install(found, _attachable(deltas, weights, adapter, trainable), freeze)
-    return list(deltas)
+    return [name for name, delta in deltas.items() if not delta.of_buffers]
 
 
 def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool) -> Pairs:

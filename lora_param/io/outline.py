@@ -17,7 +17,8 @@ from ..activation import acts
 from ..chains import type_before
 from ..layers import CONV1D, TABLE, UNLISTED, Layer, layer_of, stack
 from ..targets import nearest
-from ..weight import Walk, Weight, join, tensor_names
+from ..walk import Walk
+from ..weight import Weight, join, tensor_names
 
 Shape = tuple[int, ...]
 Facts = Mapping[str, Any]
@@ -185,7 +186,7 @@ def outline_of_model(walk: Walk) -> Outline:
         )
     return Outline(
         modules,
-        {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights},
+        {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights + walk.moving},
         {weight.name: tensor for weight, tensor in walk.parameters},
         {weight.name: tensor for weight, tensor in walk.tensors},
     )

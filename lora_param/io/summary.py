@@ -24,8 +24,9 @@ class UpdateSummary:
     weight: str
     kind: str
     shape: Shape
-    rank: int | None  # like alpha `None` for a kind that has none
+    rank: int | None  # like alpha and scaling `None` for a kind that has none
     alpha: float | None
+    scaling: str | None
     norm: float  # Frobenius, of what is added to the weight
     effective_rank: float  # exp of the entropy of the singular values' distribution; 0 for zeros
     parameters: int
@@ -91,7 +92,7 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
         raise FileError(f"{name}: its update isn't finite")
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
-    rank, alpha = map(delta.numbers.get, ("rank", "alpha"))
+    rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
     sizes = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
-    return UpdateSummary(name, delta.kind, shape, rank, alpha, *sizes, count)
+    return UpdateSummary(name, delta.kind, shape, rank, alpha, scaling, *sizes, count)

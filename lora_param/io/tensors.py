@@ -30,7 +30,8 @@ Content = tuple[Mapping[str, Tensor], Mapping[str, str], Config | None]
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """What the files in a folder of PEFT's are called."""
 
-CODES = dict(zip(FLOATS, ("F16", "BF16", "F32", "F64"), strict=True))  # a header's names for them
+CODES = dict(zip((*FLOATS, torch.int64), ("F16", "BF16", "F32", "F64", "I64"), strict=True))
+"""A header's names for the dtypes that are written."""
 
 DAMAGE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError)
 """What opening a damaged file can raise, by release and platform."""

@@ -120,7 +120,7 @@ class AdapterFile:
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
             )
-        _check_adaptable(found.values(), adapter)
+        _check_adaptable([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
         fitting, faults = Deltas(), list[str]()
         for name in sorted(found, key=lambda name: order[found[name].name]):
@@ -209,7 +209,7 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
     for name, delta in progress(list(deltas.items()), "checking the factors"):
         tensors = list(native.tensors_of(delta).values())
         dtypes = {tensor.dtype for tensor in tensors}
-        if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        if len(dtypes) > 1 or not (dtypes <= set(FLOATS) or delta.of_buffers):
             allowed, got = show_dtypes(*FLOATS), show_dtypes(*(each.dtype for each in tensors))
             yield f"{name}: its tensors must share one of {allowed}, got {got}"
         elif any(tensor.is_meta or not tensor.numel() for tensor in tensors):

@@ -14,7 +14,7 @@ from ..outline import Outline
 from ..tensors import About, Config, OpenFile, strict_json
 from . import factors as shared
 from . import peft
-from .peft_config import costly_patterns, rank_and_alpha, unsupported_fields
+from .peft_config import costly_patterns, rank_and_alpha, scaling, unsupported_fields
 
 CONFIG = "lora_adapter_metadata"
 """The key of the metadata under which PEFT's config is kept."""
@@ -76,6 +76,7 @@ def parse(
     for name, (_, delta) in zip(factors, deltas, strict=True):
         if (part := _part(name)) in config:
             rank, delta.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
+            delta.scaling = scaling(config[part])
             if rank != delta.rank:
                 complaints.append(f"{name} has rank {delta.rank}, by its config {rank}")
     shared.refuse(complaints)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -47,14 +47,23 @@ def collect(
     return results
 
 
-def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, dropout: float = 0.0) -> Pair:
+def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, **numbers: Any) -> Pair:
     """Pair a weight's name with the update that its factors are, in the matrix view."""
-    numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": dropout}
+    numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": 0.0, **numbers}
     try:
         delta: Any = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
         return name, delta
     except LoRAError as error:
         raise FileError(f"{name}: {error}") from None
+
+
+def plain_scaling(delta: LoRAParametrization) -> LoRAParametrization:
+    """Return the same update with an alpha that is divided by the rank."""
+    if delta.scaling == "lora":
+        return delta
+    tensors = {"lora_A": delta.lora_A, "lora_B": delta.lora_B}
+    numbers = delta.numbers | {"scaling": "lora", "alpha": delta.scale * delta.rank}
+    return cast("LoRAParametrization", delta.restore(tensors, numbers))
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -17,7 +17,7 @@ from ...weight import join
 from ..outline import NOTHING, Outline, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
-from .peft_config import costly_patterns, load_config, rank_and_alpha
+from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 
 Placed = Sequence[tuple[Place, LoRAParametrization]]
@@ -112,12 +112,13 @@ def _delta(
         shared.check_shape(place.name, place.weight.shape, A, B, transposed)
         A, B = shared.stored_factors(A, B, transposed)
     dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
-    return shared.low_rank(place.weight.name, A, B, alpha, dropout)
+    numbers = {"dropout": dropout, "scaling": scaling(config)}
+    return shared.low_rank(place.weight.name, A, B, alpha, **numbers)
 
 
 def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
-    deltas = _with_whole_attentions(deltas, weights)
+    deltas = _with_whole_attentions(_of_one_scaling(deltas), weights)
     places = list(_places(deltas, weights).values())
     placed = list(zip(places, deltas.values(), strict=True))
     complaints = [fault for place in places for fault in refusals(place, written=True)]
@@ -183,6 +184,12 @@ def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, 
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
+def _of_one_scaling(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
+    """Return the deltas, all of them plain LoRA's where not all are rsLoRA's."""
+    mixed = len({delta.scaling for delta in deltas.values()}) > 1
+    return {n: shared.plain_scaling(delta) for n, delta in deltas.items()} if mixed else deltas
+
+
 def _with_whole_attentions(
     deltas: shared.LoRADeltas, weights: Outline
 ) -> dict[str, LoRAParametrization]:
@@ -192,12 +199,12 @@ def _with_whole_attentions(
         delta = deltas[name]
         A, B = delta.lora_A.detach(), delta.lora_B.detach()
         if place.kind == "out_proj":
-            result |= [shared.low_rank(name, A, B * 0.5, delta.alpha, delta.dropout)]
+            result |= [shared.low_rank(name, A, B * 0.5, **delta.numbers)]
         other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)
         partner = weights.weight(join(place.key, other)) if other else None
         if partner is not None and partner.name not in result and partner.shape:
             zeros = B.new_zeros(partner.shape[0], delta.rank)
-            result |= [shared.low_rank(partner.name, A, zeros, delta.alpha, delta.dropout)]
+            result |= [shared.low_rank(partner.name, A, zeros, **delta.numbers)]
     return result
 
 
@@ -213,6 +220,7 @@ def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
+        "use_rslora": all(delta.scaling == "rslora" for _, delta in placed),
         "rank_pattern": {f"^{re.escape(k)}": r for k, (r, _) in numbers.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
         "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else sorted(targets),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from ...deltas.lora import Scaling
 from ...errors import FileError
 from ..tensors import Config, check_regular, strict_json
 
@@ -86,13 +86,18 @@ def costly_patterns(config: Config, names: Collection[str]) -> Iterator[str]:
 
 
 def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
-    """Return the rank and the alpha, for rsLoRA times `sqrt(rank)`, of a path or parameter."""
+    """Return the rank and the alpha of a path or parameter."""
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     # As in PEFT, the first pattern that matches the key, or its end after a dot, decides.
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     rank = next((ranks[each] for each in ranks if _ending(each).match(key)), rank)
     alpha = next((alphas[each] for each in alphas if _ending(each).match(key)), alpha)
-    return rank, alpha * math.sqrt(max(rank, 0)) if config.get("use_rslora") else float(alpha)
+    return rank, float(alpha)
+
+
+def scaling(config: Config) -> Scaling:
+    """Return what alpha is divided by, in our word for it."""
+    return "rslora" if config.get("use_rslora") else "lora"
 
 
 @functools.lru_cache(maxsize=4096)  # re itself keeps 512
