@@ -14,7 +14,8 @@ from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictEr
 from .frozen import assert_frozen, base_frozen, fingerprint
 from .io import load_lora, save_lora
 from .merge import lora_merged, merge_lora
-from .register import disable_lora, enable_lora, lora_disabled, register_lora, remove_lora
+from .register import register_lora, remove_lora
+from .select import disable_lora, enable_lora, lora_disabled, lora_selected, select_lora
 from .state import (
     base_state_dict,
     load_lora_state_dict,
@@ -48,6 +49,7 @@ __all__ = [
     "lora_disabled",
     "lora_merged",
     "lora_parameters",
+    "lora_selected",
     "lora_state_dict",
     "lora_summary",
     "merge_lora",
@@ -55,4 +57,5 @@ __all__ = [
     "register_lora",
     "remove_lora",
     "save_lora",
+    "select_lora",
 ]

@@ -1,10 +1,10 @@
-"""The verbs: register, enable, disable, remove. Each does all of its work or none."""
+"""The verbs that adapt a model and give it back. Each does all of its work or none."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -175,69 +175,6 @@ def _kind(kind: str, given: Mapping[str, Any]) -> type[Delta]:
         if type(given[name]) is not type(default) or given[name] != default:
             raise LoRAError(f"a {kind} delta takes no {name}, got {given[name]!r:.60}; drop it")
     return KINDS[kind]
-
-
-def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Switch adapters on: the one of that name, or all.
-
-    Raises:
-        AdapterError: There is no such adapter.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
-        >>> disable_lora(model)
-        >>> enable_lora(model)
-    """
-    with all_or_nothing() as undo:
-        _switch(walk(model, "enable_lora"), adapter, True, undo)
-
-
-def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Switch adapters off: with none on, reading a weight returns the original tensor itself.
-
-    Raises:
-        AdapterError: There is no such adapter.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
-        >>> disable_lora(model)
-        >>> model.weight is model.parametrizations.weight.original
-        True
-    """
-    with all_or_nothing() as undo:
-        _switch(walk(model, "disable_lora"), adapter, False, undo)
-
-
-@contextmanager
-def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
-    """Switch adapters off for a block, then give each the state back that it had before.
-
-    Blocks may overlap, in threads or generators. A switch inside a block holds until its end.
-
-    Raises:
-        AdapterError: There is no such adapter.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
-        >>> with lora_disabled(model):
-        ...     base_output = model(torch.ones(1, 3))
-    """
-    with ExitStack() as block:
-        for _, delta in deltas_called(walk(model, "lora_disabled"), adapter):
-            block.enter_context(delta.switched_for_now(False))
-        yield
-
-
-def _switch(walk: Walk, adapter: str | None, enabled: bool, undo: ExitStack) -> None:
-    for _, delta in deltas_called(walk, adapter):
-        undo.callback(setattr, delta, "enabled", delta.enabled)
-        delta.enabled = enabled
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:

@@ -28,11 +28,13 @@ class AdapterSummary:
     parameters: int
     enabled: bool
     kind: str
+    strength: float = 1.0
 
     def _cells(self) -> tuple[str, ...]:
+        on = "on" if self.strength == 1 else f"x {self.strength:g}"
         rank = "-" if self.rank is None else str(self.rank)
         alpha = show_alpha(self.alpha, self.scaling)
-        return self.name, self.kind, rank, alpha, "on" if self.enabled else "off"
+        return self.name, self.kind, rank, alpha, on if self.enabled else "off"
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _summarised(weight: Weight, deltas: list[Delta]) -> WeightSummary:
     for delta in deltas:
         size = sum(parameter.numel() for parameter in delta.parameters())
         rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
-        state = size, delta.enabled, delta.kind
+        state = size, delta.enabled, delta.kind, delta.strength
         adapters.append(AdapterSummary(delta.adapter, rank, alpha, scaling, *state))
     space = "activation" if acts(weight.module, weight.tensor) else "weight"
     return WeightSummary(weight.name, tuple(weight.like.shape), space, tuple(adapters))

@@ -37,6 +37,7 @@ def test_the_public_names_are_these() -> None:
         "lora_disabled",
         "lora_merged",
         "lora_parameters",
+        "lora_selected",
         "lora_state_dict",
         "lora_summary",
         "merge_lora",
@@ -44,6 +45,7 @@ def test_the_public_names_are_these() -> None:
         "register_lora",
         "remove_lora",
         "save_lora",
+        "select_lora",
     ]
     assert all(hasattr(lora_param, name) for name in lora_param.__all__)
 

@@ -29,6 +29,7 @@ class DenseDelta(Delta):
 
     kind = "dense"
     options = ("dtype",)
+    adds = True
 
     def __init__(
         self,
@@ -58,14 +59,15 @@ class DenseDelta(Delta):
 
     def value(self, weight: Tensor) -> Tensor:
         """Return `W + D`, computed in the wider dtype and rounded once to `W`'s."""
-        return (weight + self.D).to(weight.dtype)
+        D = self.D if self.strength == 1 else self.D * self.strength
+        return (weight + D).to(weight.dtype)
 
     def block(self, start: int, stop: int) -> Delta:
         """Return the delta of some of the weight's rows."""
-        return self.restore({"D": self.D[start:stop]}, {})
+        return self.made_of({"D": self.D[start:stop]}, {})
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of `D` as a matrix of its first dimension by all the others."""
-        matrix = self.D.detach().double()
+        matrix = self.D.detach().double() * self.strength
         matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix[None]
         return cast("Tensor", torch.linalg.svdvals(matrix))

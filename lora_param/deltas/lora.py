@@ -75,6 +75,7 @@ class LoRAParametrization(Delta):
     options = ("rank", "alpha", "scaling", "dropout", "init", "generator", "dtype")
     least_dimensions = 2
     rank, _alpha, _scaling, _dropout = 1, 1.0, "lora", 0.0
+    adds = True
 
     def __init__(
         self,
@@ -187,6 +188,10 @@ class LoRAParametrization(Delta):
         self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
 
     @property
+    def _factor(self) -> float:
+        return self.scale * self.strength
+
+    @property
     def dropout(self) -> float:
         """The probability with which an entry of the input is dropped."""
         return self._dropout
@@ -217,7 +222,7 @@ class LoRAParametrization(Delta):
             )
         dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        return (weight + update.view_as(weight) * self.scale).to(weight.dtype)
+        return (weight + update.view_as(weight) * self._factor).to(weight.dtype)
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
@@ -227,7 +232,8 @@ class LoRAParametrization(Delta):
         if not others:
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
             inner, outer = run.factors(self.lora_A, self.lora_B)
-            return run.up(y, run.down(x, inner), outer, self.scale)
+            factor = self.scale * self._places[-1].switch.strength  # without a call more
+            return run.up(y, run.down(x, inner), outer, factor)
         same = []
         for pair in (self, *others):
             if pair._dropout and pair.training:
@@ -237,7 +243,7 @@ class LoRAParametrization(Delta):
         if same:
             inner, outer = run.factors(
                 torch.cat([pair.lora_A for pair in same]),  # [sum of ranks, fan_in]
-                torch.cat([pair.lora_B * pair.scale for pair in same], 1),  # [fan_out, the same]
+                torch.cat([pair.lora_B * pair._factor for pair in same], 1),  # [fan_out, the same]
             )
             y = run.up(y, run.down(x, inner), outer, 1.0)
         return y
@@ -251,18 +257,18 @@ class LoRAParametrization(Delta):
         A, B = (eye, product) if tall else (product, eye)
         alpha = self.scale * SCALINGS[self._scaling](rank)
         numbers = self.numbers | {"rank": rank, "alpha": alpha}
-        return self.restore({"lora_A": A, "lora_B": B}, numbers)
+        return self.made_of({"lora_A": A, "lora_B": B}, numbers)
 
     def block(self, start: int, stop: int) -> Delta:
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""
         A = self.lora_A[start:stop] if self.lora_A.ndim > 2 else self.lora_A
-        return self.restore({"lora_A": A, "lora_B": self.lora_B[start:stop]}, self.numbers)
+        return self.made_of({"lora_A": A, "lora_B": self.lora_B[start:stop]}, self.numbers)
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
         sides = self.lora_A.mT, self.lora_B
         A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
-        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale))
+        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self._factor))
 
 
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:

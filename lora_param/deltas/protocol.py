@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 from weakref import ref
 
 import torch
@@ -20,8 +22,21 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Shape = tuple[int, ...]
 
 
-class _Switch:
-    on = True
+class Switch(NamedTuple):
+    """How a delta acts: at all, how strongly, and whether it may be trained meanwhile."""
+
+    on: bool = True
+    strength: float = 1.0
+    trained: bool = True
+
+
+class _Place:
+    """Where a switch is, with an identity."""
+
+    switch = Switch()
+
+
+_flags = threading.Lock()
 
 
 class Delta(nn.Module):
@@ -46,6 +61,9 @@ class Delta(nn.Module):
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
+    adds: ClassVar[bool] = False
+    """Whether its value is `W` plus something, which a strength can multiply."""
+
     acts: ClassVar[bool] = False
     """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
     compute otherwise."""
@@ -56,7 +74,8 @@ class Delta(nn.Module):
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("slice | None", None)
     _holds = cast("set[Any]", frozenset())  # of `frozen`
-    _switches = cast("list[_Switch]", [])  # its own, and those of blocks that aren't over
+    _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
+    _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -66,7 +85,7 @@ class Delta(nn.Module):
         super().__init__()
         check_adapter(adapter)
         check_dtype(dtype or torch.get_default_dtype())
-        self.__dict__.update(adapter=adapter, _switches=[_Switch()])
+        self.__dict__.update(adapter=adapter, _places=[_Place()])
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
@@ -83,6 +102,12 @@ class Delta(nn.Module):
             delta._parameters[name] = own
         delta._buffers.update({name: tensors[name] for name in delta._buffers})
         delta.numbers = dict(numbers)
+        return delta
+
+    def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+        """Build another of its kind, with its adapter's name, its rows and its strength."""
+        delta = self.restore(tensors, numbers)
+        delta.adapter, delta.rows, delta.strength = self.adapter, self.rows, self.strength
         return delta
 
     @property
@@ -135,25 +160,79 @@ class Delta(nn.Module):
         return self
 
     @property
+    def switch(self) -> Switch:
+        """How it acts now."""
+        return self._places[-1].switch
+
+    @switch.setter
+    def switch(self, switch: Switch) -> None:
+        self._places[-1].switch = switch
+        self._switched()
+
+    @contextmanager
+    def switched_for_now(self, switch: Switch) -> Iterator[None]:
+        """Switch it for a block, also beside other blocks that begin and end in any order.
+
+        Gradients of what may not be trained in the block are away meanwhile.
+        """
+        own, resting = _Place(), [] if switch.trained else list(self.parameters())
+        own.switch, grads = switch, [(each, each.grad) for each in resting]
+        self._places.append(own)
+        try:
+            self._switched()
+            yield
+        finally:
+            self._places.remove(own)
+            self._switched()
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+    def _switched(self) -> None:
+        """Let plans know, and flags follow: those that were taken away come back."""
+        Delta.switched = object()
+        if self.switch.trained and not self._resting:
+            return
+        with _flags:
+            own, trained = dict(self.named_parameters()), self.switch.trained
+            flagged = tuple(name for name in own if own[name].requires_grad)
+            resting = tuple(dict.fromkeys((*self._resting, *flagged)))
+            self.__dict__["_resting"] = () if trained else resting
+            for name in self.__dict__["_resting"] or resting:
+                own[name].requires_grad_(trained)
+                own[name].grad = own[name].grad if trained else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters requires a gradient, or did when it was last trained."""
+        return bool(self._resting) or any(each.requires_grad for each in self.parameters())
+
+    @property
     def enabled(self) -> bool:
         """Whether it acts."""
-        return self._switches[-1].on
+        return self.switch.on
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
-        self._switches[-1].on = enabled
-        Delta.switched = object()
+        self.switch = self.switch._replace(on=enabled)
 
-    @contextmanager
-    def switched_for_now(self, enabled: bool) -> Iterator[None]:
-        """Switch it for a block, also beside other blocks that begin and end in any order."""
-        self._switches.append(own := _Switch())
-        try:
-            self.enabled = enabled
-            yield
-        finally:
-            self._switches.remove(own)
-            Delta.switched = object()
+    @property
+    def strength(self) -> float:
+        """What multiplies all that it adds to a weight."""
+        return self.switch.strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self.check_strength(strength)
+        self.switch = self.switch._replace(strength=strength)
+
+    def check_strength(self, strength: object) -> None:
+        """Raise unless it can act with a strength."""
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not number or not math.isfinite(cast(float, strength)):
+            raise LoRAError(f"a strength must be a finite number, got {strength!r:.40}")
+        if strength != 1 and not self.adds:
+            reason = f"a {self.kind} delta adds nothing that could be multiplied"
+            raise LoRAError(f"a strength must be 1, because {reason}, got {strength!r}")
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
@@ -170,6 +249,8 @@ class Delta(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return kind and numbers as a tensor, which every way to keep a state dict can hold."""
         said: dict[str, Any] = {"kind": self.kind, **self.numbers}
+        if self.strength != 1:
+            said["strength"] = self.strength
         if self.rows is not None:
             said["rows"] = [self.rows.start, self.rows.stop]
         text = json.dumps(said).encode()
@@ -192,7 +273,9 @@ class Delta(nn.Module):
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")
-        self.numbers = said
+        strength = said.pop("strength", 1.0)
+        self.check_strength(strength)
+        self.numbers, self.strength = said, strength
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -207,9 +290,10 @@ class Delta(nn.Module):
 
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
+        said = self.numbers | ({} if self.strength == 1 else {"strength": self.strength})
         numbers = [
             f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
-            for name, value in self.numbers.items()
+            for name, value in said.items()
         ]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 

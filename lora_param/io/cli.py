@@ -39,7 +39,8 @@ def _print_table(summary: FileSummary) -> None:
             _printable(each.weight),
             "x".join(map(str, each.shape)),
             "-" if each.rank is None else str(each.rank),
-            show_alpha(each.alpha, each.scaling),
+            show_alpha(each.alpha, each.scaling)
+            + ("" if each.strength == 1 else f" x {each.strength:g}"),
             f"{each.norm:.4g}",
             f"{each.effective_rank:.2f}",
         )

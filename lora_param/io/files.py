@@ -11,7 +11,7 @@ from torch import nn
 
 from ..chains import type_before
 from ..checks import check_droppable, check_model, check_present, deltas_called
-from ..deltas import KINDS, Delta
+from ..deltas import Delta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
@@ -162,8 +162,8 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{name} is on the meta device; load when the model has values")
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
-        copy = KINDS[delta.kind].restore(tensors, delta.numbers).requires_grad_(trainable)
-        copy.adapter, copy.rows = adapter, delta.rows
+        copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
+        copy.adapter = adapter
         pairs.append((weight, copy))
     check_droppable([weight for weight, delta in pairs if delta.numbers.get("dropout")])
     return pairs
@@ -178,6 +178,8 @@ def _load(
         if name in own and own[name].kind == delta.kind:
             silent = {number: own[name].numbers[number] for number in file.format.silent}
             delta.numbers = delta.numbers | silent
+            if not file.format.any_kind:
+                delta.strength = own[name].strength
         state |= delta.state_dict(prefix=f"{name}.{adapter}.")
     try:
         with all_or_nothing() as undo:

@@ -30,6 +30,7 @@ class UpdateSummary:
     norm: float  # Frobenius, of what is added to the weight
     effective_rank: float  # exp of the entropy of the singular values' distribution; 0 for zeros
     parameters: int
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,4 +96,5 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
     sizes = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
-    return UpdateSummary(name, delta.kind, shape, rank, alpha, scaling, *sizes, count)
+    said = rank, alpha, scaling, *sizes, count, delta.strength
+    return UpdateSummary(name, delta.kind, shape, *said)

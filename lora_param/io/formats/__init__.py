@@ -45,7 +45,7 @@ class Format(NamedTuple):
 
     name: str
     module: Any
-    any_kind: bool = False  # whether it has a place for every kind of delta, and for blocks of rows
+    any_kind: bool = False  # whether it has a place for all kinds, blocks of rows and strengths
     silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
@@ -186,6 +186,10 @@ def write_adapter(
         if not isinstance(delta, LoRAParametrization) or delta.rows is not None:
             what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
+    strong = [name for name, delta in deltas.items() if delta.strength != 1]
+    if strong and not row.any_kind:
+        reason = f"the format {format} has no place for a strength, and these are saved without"
+        warnings.warn(f"{path}: {reason}: {shortened(strong)}", stacklevel=4)
     try:
         content = row.module.render(deltas, weights, about, **options)
     except FileError as error:

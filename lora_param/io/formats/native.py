@@ -41,7 +41,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "base": lambda digest: type(digest) is str,
 }
 """What our metadata hold by names, and what is sound there; of each weight its kind, its numbers,
-and if it is a block its rows."""
+if it is a block its rows, and a strength that isn't 1."""
 
 
 def recognises(file: OpenFile) -> bool:
@@ -119,6 +119,7 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
         raise FileError(f"unexpected: {min(unknown):.80}")
     delta.rows = slice(*spec["rows"]) if "rows" in spec else None
+    delta.strength = spec.get("strength", 1.0)
     return delta
 
 
@@ -145,6 +146,8 @@ def render(
     specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
     for name, delta in deltas.items():
         specs[name] = {"kind": delta.kind, "numbers": delta.numbers}
+        if delta.strength != 1:
+            specs[name]["strength"] = delta.strength
         if delta.rows is not None:
             specs[name]["rows"] = [delta.rows.start, delta.rows.stop]
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}

@@ -1,0 +1,200 @@
+"""Which adapters act, how strongly, and which are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from .checks import deltas_called
+from .deltas import Delta
+from .deltas.protocol import Switch
+from .errors import AdapterError, LoRAError
+from .undo import all_or_nothing
+from .walk import Walk, walk
+from .weight import Weight
+
+Selection = str | Iterable[str] | Mapping[str, float] | None
+"""One adapter's name, several, names with strengths, or `None` for none."""
+
+
+def select_lora(
+    model: nn.Module, adapters: Selection, *, trainable: str | Iterable[str] | None = None
+) -> None:
+    """Let these adapters act, with these strengths, and no others, and train what acts.
+
+    What acts reads `W + sum(strength * update)`. A strength multiplies an adapter's update beside
+    its scale; state dicts, our own files and `lora_summary` know both. Factors that aren't trained
+    get `requires_grad=False` and lose their gradients; their flags come back when the adapter is
+    selected again, so that what was frozen by hand stays frozen. An adapter that is registered
+    later acts beside them, until the next call.
+
+    Args:
+        model: An adapted model.
+        adapters: A name, several names, a mapping from name to strength, or `None` for the base
+            alone. A strength of either sign; with 0 an adapter is off.
+        trainable: The adapters to train instead of those that act.
+
+    Raises:
+        AdapterError: There is no such adapter, or two have statistics for one buffer.
+        LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> for name in ("language", "task"):
+        ...     _ = register_lora(model, rank=1, adapter=name)
+        >>> select_lora(model, {"language": 0.7, "task": -0.3})
+        >>> select_lora(model, ["language", "task"], trainable="task")
+        >>> [name for name, factor in model.named_parameters() if factor.requires_grad]
+        ['parametrizations.weight.1.lora_A', 'parametrizations.weight.1.lora_B']
+    """
+    switches = _switches(walk(model, "select_lora"), adapters, trainable)
+    with all_or_nothing() as undo:
+        for delta, switch in switches:
+            _put(delta, switch, undo)
+
+
+@contextmanager
+def lora_selected(
+    model: nn.Module, adapters: Selection, *, trainable: str | Iterable[str] | None = None
+) -> Iterator[None]:
+    """Select adapters for a block, as `select_lora` does, then give back what was before.
+
+    Blocks may overlap, in threads or generators: the one that was entered last decides, for all
+    threads. Flags come back with the block's end, and gradients of what wasn't trained in it.
+
+    Raises:
+        AdapterError: There is no such adapter, or two have statistics for one buffer.
+        LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with lora_selected(model, {"default": 0.5}):
+        ...     output = model(torch.ones(1, 3))
+    """
+    switches = _switches(walk(model, "lora_selected"), adapters, trainable)
+    with ExitStack() as block:
+        for delta, switch in switches:
+            block.enter_context(delta.switched_for_now(switch))
+        yield
+
+
+def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
+    """Switch adapters on: the one of that name, or all. Each has the strength that it had.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> disable_lora(model)
+        >>> enable_lora(model)
+    """
+    with all_or_nothing() as undo:
+        for _, delta in deltas_called(walk(model, "enable_lora"), adapter):
+            _put(delta, delta.switch._replace(on=True), undo)
+
+
+def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
+    """Switch adapters off: with none on, reading a weight returns the original tensor itself.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> disable_lora(model)
+        >>> model.weight is model.parametrizations.weight.original
+        True
+    """
+    with all_or_nothing() as undo:
+        for _, delta in deltas_called(walk(model, "disable_lora"), adapter):
+            _put(delta, delta.switch._replace(on=False), undo)
+
+
+@contextmanager
+def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
+    """Switch adapters off for a block, then give each the state back that it had before.
+
+    Blocks may overlap, in threads or generators. A switch inside a block holds until its end.
+
+    Raises:
+        AdapterError: There is no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
+        >>> with lora_disabled(model):
+        ...     base_output = model(torch.ones(1, 3))
+    """
+    with ExitStack() as block:
+        for _, delta in deltas_called(walk(model, "lora_disabled"), adapter):
+            block.enter_context(delta.switched_for_now(delta.switch._replace(on=False)))
+        yield
+
+
+def strengths_of(walk: Walk, adapters: Selection) -> dict[str, float]:
+    """Return what a selection says, by adapter, or raise if it names none of the model's."""
+    if isinstance(adapters, str):
+        adapters = [adapters]
+    if not isinstance(adapters, (Iterable, type(None))):
+        rule = "adapters must be a name, names, a mapping from name to strength, or None"
+        raise AdapterError(f"{rule}, got {adapters!r:.60}")
+    listed = [] if adapters is None else list(adapters)
+    names: list[str | None] = [*listed] or [None]
+    for name in names:
+        deltas_called(walk, name)
+    if len({*listed}) < len(listed):
+        raise AdapterError(f"each adapter can be named once, got {listed}")
+    strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(listed, 1.0)
+    return {name: strength for name, strength in strengths.items() if strength != 0}
+
+
+def _switches(
+    walk: Walk, adapters: Selection, trainable: str | Iterable[str] | None
+) -> list[tuple[Delta, Switch]]:
+    """Pair every delta of a model with what a selection makes of it, or raise."""
+    strengths = strengths_of(walk, adapters)
+    trained = strengths if trainable is None else strengths_of(walk, trainable)
+    for name in trained if trainable is not None else ():
+        own = [delta for _, delta in deltas_called(walk, name)]
+        if not any(delta.trains for delta in own):
+            fix = "set requires_grad on lora_parameters(model, it) first"
+            raise AdapterError(f"adapter {name!r} can't be trained: all of it was frozen; {fix}")
+    switches, acting = [], dict[str, tuple[Weight, Delta]]()
+    for weight, delta in walk.deltas:
+        strength = strengths.get(delta.adapter, 0.0)
+        try:
+            delta.check_strength(strength or 1)  # 0 is of those that aren't named
+        except LoRAError as error:
+            raise LoRAError(f"{weight.name}: adapter {delta.adapter!r}: {error}") from None
+        if strength and delta.of_buffers:
+            _, first = acting.setdefault(weight.name, (weight, delta))
+            if first is not delta:
+                pair = f"adapters {first.adapter!r} and {delta.adapter!r}"
+                reason = "have statistics of their own here, and only one's can be moved"
+                raise AdapterError(f"{weight.name}: {pair} {reason}; select one of them")
+        on, strength = bool(strength), float(strength or delta.strength)
+        switches.append((delta, Switch(on, strength, delta.adapter in trained)))
+    return switches
+
+
+def _put(delta: Delta, switch: Switch, undo: ExitStack) -> None:
+    undo.callback(setattr, delta, "switch", delta.switch)
+    for parameter in delta.parameters():
+        undo.callback(setattr, parameter, "grad", parameter.grad)
+    delta.switch = switch
