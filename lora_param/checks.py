@@ -15,6 +15,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
+from .sharding import is_sharded
 from .walk import Walk
 from .weight import Weight, merged_for_now
 
@@ -69,9 +70,9 @@ def check_structure(walk: Walk, call: str) -> None:
             raise LoRAError(f"{weight.name}: {call} can't be called: {reason} of zero.Init")
 
 
-def check_model(walk: Walk, call: str) -> None:
-    """Raise unless the structure of a model can be changed for good, here and now."""
-    check_structure(walk, call)
+def check_model(walk: Walk, call: str, changes: bool = True) -> None:
+    """Raise unless a model can be changed for good, here and now, also its structure or not."""
+    (check_structure if changes else check_present)(walk, call)
     if torch.is_inference_mode_enabled():
         reason = "what is made there never gets a gradient; call it outside"
         raise LoRAError(f"{call} can't be called in torch.inference_mode: {reason}")
@@ -243,7 +244,7 @@ def _norms(module: nn.Module, tensor: str) -> Iterator[str]:
 
 
 def _cant_be_added_to(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, nn.Parameter):
+    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
         return False
     try:
         with torch.no_grad():
@@ -266,10 +267,6 @@ TENSOR_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
         lambda tensor: tensor.layout is not torch.strided,
         "its layout must be strided, got {0.layout}; make it dense",
-    ),
-    (
-        lambda tensor: "DTensor" in [base.__name__ for base in type(tensor).__mro__],
-        "it is a DTensor, already sharded; adapt the model before sharding it",
     ),
     (_cant_be_added_to, "a {1} can't be added to a plain tensor; dequantize it first"),
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .deltas.protocol import Delta
 from .errors import FrozenError, LoRAError, TargetError
+from .sharding import whole
 from .targets import matches
 from .undo import keep_entries, set_flags
 from .walk import Walk, walk
@@ -224,7 +225,7 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
 
 def digest_of(name: str, tensor: Tensor) -> str:
     """Return the SHA-256 digest of a tensor, over its bytes, dtype and shape."""
-    content, found = bytes_of(name, tensor), digest(tensor.dtype, tensor.shape)
+    content, found = bytes_of(name, whole(tensor)), digest(tensor.dtype, tensor.shape)
     found.update(content)
     return found.hexdigest()
 

@@ -11,7 +11,7 @@ import copyreg
 import functools
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -25,6 +25,7 @@ from .chains import chains_of
 from .deltas.protocol import Delta
 from .errors import LoRAError
 from .layers import computes_as_its_row, layer_of
+from .sharding import is_sharded, news
 
 Method = Callable[..., Any]
 
@@ -154,6 +155,8 @@ def _refusing_reset(base: Any) -> Method:
 
 def _registering(base: Any) -> Method:
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if is_sharded(param) and name.startswith("parametrizations."):  # by parallelize_module
+            raise LoRAError(f"{name}: an adapted layer can't be sharded; register_lora after that")
         _check_assignable(self, name)
         base.register_parameter(self, name, param)
 
@@ -229,6 +232,7 @@ def _accept_base_keys(
         states: dict[str, Any] = {}
         for index, delta in deltas.items():
             states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
+        _take_in(state_dict, f"{prefix}{name}", f"{stem}original", chain, states)
         # By parameters, because others' parametrizations may have an extra state too.
         said = any(isinstance(states[key], nn.Parameter) for key in states.keys() & state_dict)
         if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
@@ -249,6 +253,24 @@ def _accept_base_keys(
         for key, value in states.items():
             if not value.is_meta:
                 state_dict.setdefault(key, value)
+
+
+def _take_in(
+    state_dict: dict[str, Any], plain: str, key: str, chain: Any, states: Mapping[str, Any]
+) -> None:
+    """Lay out a sharded weight's base, which the first rank alone may have, under its plain key.
+
+    torch.distributed.checkpoint fills in what is there already, and marks for extra states.
+    """
+    for each in states.keys() & state_dict:
+        if type(state_dict[each]).__name__ == "_EXTRA_STATE":
+            del state_dict[each]
+    original = getattr(chain, "original", None)
+    if not is_sharded(original) or state_dict.get(key, original) is not original:
+        return
+    if (value := news(state_dict.get(plain), original)) is not None:
+        state_dict.pop(key, None)
+        state_dict[plain] = value
 
 
 def _reduction(base: Any) -> Method:

@@ -167,14 +167,14 @@ def test_a_wrapped_or_sharded_model_is_refused(wrap, name, verb, outer) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.6, on a CPU
-def test_a_sharded_tensor_in_an_unwrapped_module_is_refused() -> None:
+def test_splitting_an_adapted_layer_is_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    model = distribute_module(nn.Linear(9, 8), init_device_mesh("cpu", (1,)))
-    with pytest.raises(TargetError, match="it is a DTensor, already sharded"):
-        register_lora(model)
+    model = nn.Linear(9, 8, bias=False)
+    register_lora(model, rank=2)
+    with pytest.raises(LoRAError, match="an adapted layer can't be sharded; register_lora after"):
+        parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallel())
 
 
 @pytest.mark.usefixtures("process_group")

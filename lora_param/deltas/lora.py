@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from ..errors import LoRAError, StateDictError
+from ..sharding import spread
 from .protocol import Delta, Shape
 
 Init = Literal["kaiming", "gaussian"]
@@ -123,7 +124,7 @@ class LoRAParametrization(Delta):
             drawn.uniform_(-(A.shape[-1] ** -0.5), A.shape[-1] ** -0.5, generator=generator)
         else:
             drawn.normal_(0, 1 / self.rank, generator=generator)
-        A.copy_(drawn)
+        A.copy_(spread(drawn, A))
         B.zero_()
 
     @classmethod
@@ -199,6 +200,13 @@ class LoRAParametrization(Delta):
     @dropout.setter
     def dropout(self, dropout: float) -> None:
         self._dropout = check_dropout(dropout)
+
+    def along(self, name: str, dim: int) -> int | None:
+        """Return a stack's dimension in both, the rows' in `lora_B`, the columns' in `lora_A`."""
+        batch = self.lora_A.ndim - 2
+        if dim < batch:
+            return dim
+        return {("lora_A", False): batch + 1, ("lora_B", True): batch}.get((name, dim == batch))
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why the factors can't be those of a weight of this matrix view."""
