@@ -57,6 +57,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         seen = traced or torch._C._are_functorch_transforms_active()
         in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
+        at_work.weight, at_work.acting = weight, acting
         y = at_work.base(weight)
         for first, *others in acting:
             y = first.act(y, at_work.x, at_work, others)
@@ -120,7 +121,7 @@ def _plan(chain: Any, layer: Layer) -> Plan:
     for each in entries[first:]:
         if isinstance(each, Delta) and not each.enabled:
             continue
-        can_act = isinstance(each, Delta) and each.acts and each.rows is None
+        can_act = isinstance(each, Delta) and each.acts
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):
@@ -132,5 +133,7 @@ def _plan(chain: Any, layer: Layer) -> Plan:
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:
     """Say whether a delta, one registered by hand, has another matrix view than its layer."""
+    if delta.rows is not None:
+        weight = delta.rows.take(weight, delta.dim)
     shape = tuple(weight.shape)
     return delta.misfit(shape, layer.view(shape)) is not None

@@ -106,11 +106,14 @@ def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]
 def check_weights(weights: Sequence[Weight], adapter: str) -> None:
     """Raise for the first weight that can't be adapted, naming the rule and the fix."""
     for weight in weights:
-        for reason in _reasons(weight):
+        for reason in _reasons(weight.whole):
+            raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
+        if weight.rows and getattr(weight.module, "groups", 1) > 1 == weight.dim:
+            reason = "in groups, its output features are no rows of one tensor; adapt all of it"
             raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
         for entry in weight.chain:
-            ours = isinstance(entry, Delta) and weight.overlaps(entry.rows)
-            if ours and entry.adapter == adapter:
+            ours = isinstance(entry, Delta) and entry.adapter == adapter
+            if ours and weight.overlaps(entry.rows):  # type: ignore[arg-type]
                 there = f'there is an adapter "{adapter}" on this weight already'
                 fix = "choose another name, or remove that one first"
                 raise AdapterError(f"{weight.name}: {there}; {fix}")
@@ -131,7 +134,7 @@ def check_droppable(weights: Sequence[Weight]) -> None:
 def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
     """Raise for the first delta that would take another's dropout away, having no `act`."""
     for weight, delta in pairs:
-        for other in weight.deltas if weight.chain and not delta.acts else ():
+        for other in weight.whole.deltas if weight.chain and not delta.acts else ():
             if other.numbers.get("dropout"):
                 raise TargetError(
                     f"{weight.name}: adapter {other.adapter!r} drops entries of the input, which a "
@@ -140,23 +143,15 @@ def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
                 )
 
 
-def check_beside(pairs: Sequence[tuple[Weight, Delta]]) -> None:
-    """Raise for the first delta without values whose weight has some."""
-    for weight, delta in pairs:
-        first: Any = next(iter(delta._parameters.values()), None)
-        if first is not None and first.is_meta and not weight.like.is_meta:
-            reason = "its adapter is made on the meta device, and the weight isn't there"
-            fix = "call this outside of init_empty_weights"
-            raise LoRAError(f"{weight.name}: {reason}; {fix}, or on a model that was built in it")
-
-
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
     """Raise for the first weight whose Parameter is another module's too."""
     for weight in weights if walk.shared else ():
         if others := walk.partners(weight):
-            fix = "give each place a Parameter of its own, or exclude this weight"
-            same = all(other.original is weight.original for other in others)
-            what = "is the same Parameter" if same else "has memory in common with it"
+            what = "buffer" if weight.is_buffer else "Parameter"
+            otherwise = "pass statistics=False" if weight.is_buffer else "exclude this weight"
+            fix = f"give each place a {what} of its own, or {otherwise}"
+            same = all(other.original is weight.whole.original for other in others)
+            what = f"is the same {what}" if same else "has memory in common with it"
             raise TargetError(f"{weight.name}: {_names(others)} {what}, and {consequence}; {fix}")
 
 
@@ -192,6 +187,9 @@ def moving_without(walk: Walk, adapter: str) -> list[Weight]:
         if is_lazy(weight.original):  # type: ignore[arg-type]
             fix = "run one forward first, or pass statistics=False"
             raise TargetError(f"{weight.name}: it is lazy and has no shape yet; {fix}")
+        if getattr(weight.module, weight.tensor) is not weight.value and not weight.chain:
+            rule = "reading it gives something else than the buffer itself"
+            raise TargetError(f"{weight.name}: {rule}; pass statistics=False")
     return [w for w in walk.moving if adapter not in (delta.adapter for delta in w.deltas)]
 
 

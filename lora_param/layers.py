@@ -86,6 +86,7 @@ class Layer:
     tensors: tuple[str, ...] = ("weight",)  # globs over own tensors, or a child's tensor by path
     view: Callable[[Shape], Shape] = rows_by_rest  # from a shape to that of the matrix view
     transposed: bool = False  # stored `(in, out)`, so that `lora_B` meets the input
+    features: int = 0  # the dimension that counts output features, of a vector its only one
     run: Callable[[Any, Any, bool, bool], Any] | None = None
     """`(module, x, transposed, in_place)` to the layer at work on `x`, in activation space, whose
     result may be changed in place or not; `None` where it stays in weight space."""
@@ -98,28 +99,35 @@ class Layer:
     overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """Methods that an adapted module has in place of its own, made from its class."""
 
+    def features_of(self, shape: Shape, is_transposed: bool = False) -> int:
+        """Return which dimension of a tensor counts output features; some stacks say theirs."""
+        if is_transposed and self.features == -2:
+            return len(shape) - 1
+        return self.features % len(shape) if len(shape) > 1 else 0
+
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
-STACKS = Layer(nn.Module, ("*",), stack, default=False)
+LOOKUP = Layer(nn.EmbeddingBag, transposed=True, features=1, default=False, refusal=_embedding_rule)
+STACKS = Layer(nn.Module, ("*",), stack, features=-2, default=False)
 
 TABLE: tuple[Layer, ...] = (
     Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
     Layer(nn.Linear, run=LinearRun),
     *(Layer(kind, run=ConvolutionRun, suits=_is_ungrouped) for kind in CONVOLUTIONS),
-    *(Layer(kind) for kind in (*TRANSPOSED_CONVOLUTIONS, nn.Bilinear)),
+    *(Layer(kind, features=1) for kind in TRANSPOSED_CONVOLUTIONS),
+    Layer(nn.Bilinear),
     Layer(nn.MultiheadAttention, ATTENTION, rereads=True),
     Layer(nn.RNNBase, ("weight_*",), rereads=True),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
-    Layer(CONV1D, transposed=True, run=LinearRun),
+    Layer(CONV1D, transposed=True, features=1, run=LinearRun),
     Layer("torch_geometric.nn.dense.linear.Linear", run=LinearRun),
     replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
     LOOKUP,
-    replace(STACKS, kind=_NormBase, moving=STATISTICS, rereads=True),
+    replace(STACKS, kind=_NormBase, moving=STATISTICS),
     replace(STACKS, kind=nn.ParameterList, overrides={"__getitem__": _without_slices}),
     replace(
         STACKS,
@@ -129,7 +137,7 @@ TABLE: tuple[Layer, ...] = (
     replace(STACKS, kind="torch.fx.graph_module.GraphModule", refusal=_graph_rule),
 )
 
-UNLISTED = Layer(nn.Module, tensors=(), view=stack, default=False)
+UNLISTED = Layer(nn.Module, tensors=(), view=stack, features=-2, default=False)
 """Any other module: each of its tensors of two or more dimensions, where the caller names it."""
 
 

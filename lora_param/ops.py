@@ -15,12 +15,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
+from .rows import Rows
+
 
 class _Run:
     x: Tensor
+    bias: Tensor | None = None
+    weight: Tensor  # beneath the deltas
+    acting: Sequence[Sequence[Any]] = ()  # the deltas, in the order in which they act
     transposed: bool
     in_place: bool
+    features: int  # of the output, known when the base has been computed
     lead: Sequence[int] | None = None  # the output's dimensions in front, where `x` has one instead
+
+    def whole(self, A: Tensor, B: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+        """Return a block's factors as those of the whole weight, with zeros for its other rows."""
+        if rows is None:
+            return A, B
+        if self.transposed:
+            return rows.spread(A, 1, self.features), B
+        return A, rows.spread(B, 0, self.features)
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return a stored weight's factors as `down` and `up` take them."""
@@ -29,6 +43,14 @@ class _Run:
     def up(self, y: Tensor, low: Tensor, outer: Tensor, scale: float) -> Tensor:
         """Return `y + low outer * scale`."""
         return plus(y, low, outer, scale, self.in_place)
+
+    def across(self, values: Tensor) -> Tensor:
+        """Return a number for each of the output's channels as they multiply `y`."""
+        return values
+
+    def unbiased(self, y: Tensor) -> Tensor:
+        """Return `y - bias`."""
+        return y if self.bias is None else y - self.across(self.bias.to(y.dtype))
 
     def result(self, y: Tensor) -> Tensor:
         """Return `y` in the shape of the module's output."""
@@ -47,7 +69,12 @@ class LinearRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[tokens, out]`."""
+        self.features = weight.shape[self.transposed]
         return F.linear(self.x, weight.t() if self.transposed else weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return what the layer makes of an input by a weight, without its bias."""
+        return F.linear(x, weight.t() if self.transposed else weight)
 
     def down(self, x: Tensor, inner: Tensor) -> Tensor:
         """Return `[tokens, rank]`."""
@@ -59,7 +86,7 @@ class ConvolutionRun(_Run):
 
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
         self.transposed, self.in_place = transposed, in_place
-        self.module, self.padding = module, module.padding
+        self.module, self.padding, self.bias = module, module.padding, module.bias
         if module.padding_mode != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode)
             self.padding = 0
@@ -67,7 +94,16 @@ class ConvolutionRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[batch, out, *sizes]`."""
-        return self._convolve(self.x, weight, self.module.bias)
+        self.features = len(weight)
+        return self._convolve(self.x, weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return what the layer makes of an input by a weight, without its bias."""
+        return self._convolve(x, weight, None)
+
+    def across(self, values: Tensor) -> Tensor:
+        """Return `[out, *ones]`."""
+        return values.view(-1, *[1] * len(self.module.kernel_size))
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return both as they are, `[rank, in * kernel]` and `[out, rank]`."""
@@ -112,7 +148,18 @@ class EmbeddingRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[lookups, width]`."""
+        self.features = weight.shape[1]
         return F.embedding(self.x, weight, self.pad)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the same of a weight, for the lookups `x`."""
+        return F.embedding(x, weight, self.pad)
+
+    def across(self, values: Tensor) -> Tensor:
+        """Return `[width]`, or `[lookups, width]`, to which padding gives no gradient."""
+        if self.pad is None or not values.requires_grad:
+            return values
+        return torch.where((self.x == self.pad).unsqueeze(1), values.detach(), values)
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return `[rows, rank]` and `[rank, width]`."""

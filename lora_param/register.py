@@ -13,12 +13,13 @@ from torch import nn
 from . import checks
 from .checks import check_model, deltas_called
 from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
-from .deltas.lora import SCALINGS, Init, Scaling, check_alpha, check_dropout, check_scaling
+from .deltas.inits import Init
+from .deltas.pair import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
-from .targets import Target, number_for_each, resolve, resolve_whole
+from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .walk import Walk, walk
 from .watch import watch
@@ -61,8 +62,13 @@ def register_lora(
             suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a predicate
             `(module's path, module) -> bool`; or several of these. `None` means every weight that
             multiplies activations: of linear, convolution, bilinear, attention and recurrent
-            layers. Embeddings and other parameters are adapted only when named.
-        exclude: The same, for what is left out of `target`.
+            layers. Embeddings and other parameters are adapted only when named. A glob may end in
+            rows, `"*.c_attn[0:768]"`, and so adapts a block of output features with a pair of its
+            own, whichever way round the layer stores its matrix: `[start:stop]`,
+            `[start:stop:step]` or, as for the queries of heads, `[start:stop:step+width]`. The pair
+            `(selector, rows)` does the same for any selector, where rows are such a text, a slice,
+            numbers, or a function from the number of output features to numbers.
+        exclude: The same, for what is left out of `target`, or with `target=()` out of `train`.
         train: What to train whole, as `W + D` (`DenseDelta`): parameters of any dimensions. A
             module's path, type or predicate means all below it. `target=()` trains nothing else;
             what both name is trained whole.
@@ -76,7 +82,11 @@ def register_lora(
         kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
         scaling: What `alpha` is divided by: the rank, or with `"rslora"` its square root.
         dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
-        init: How `lora_A` is drawn, `"kaiming"` or `"gaussian"`; see `LoRAParametrization`.
+        init: How a pair starts: `"kaiming"`, `"gaussian"` or `"orthogonal"`, drawn as
+            `LoRAParametrization` says; from the weight's largest singular values, `"pissa"`, its
+            smallest, `"milora"`, or its QR decomposition, `"olora"`; or a function `(matrix view,
+            rank, scale, generator) -> (B0, A0)`. The update is `(B A - B0 A0) * scale`, so that
+            the original stays and a fresh adapter changes nothing.
         generator: Source of the draws, made in model order; the global one if `None`.
         dtype: The factors' dtype; `None` means each weight's own. Weight space computes in the
             wider dtype and rounds once; activation space casts factors to the input's dtype.
@@ -111,7 +121,8 @@ def register_lora(
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
-    whole = [] if train is None else resolve_whole(found, train)
+    left_out = exclude if is_nothing(target) else None
+    whole = [] if train is None else resolve_whole(found, train, left_out)
     weights = resolve(found, target, exclude, cls.least_dimensions, whole)
     checks.check_weights([*weights, *whole], adapter)
     if target is None:
@@ -124,20 +135,24 @@ def register_lora(
     deltas: dict[str, Delta] = {}
     for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
         view, own = weight.view, given | {"rank": own_rank, "alpha": own_alpha}
+        own["transposed"] = weight.layer.transposed
         own = {name: own[name] for name in cls.options}
+        beneath = weight.value if cls.of_values else weight.like
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])
                 own["alpha"] = check_alpha(own_alpha, rank) / divisor(rank) * divisor(own["rank"])
-            deltas[weight.name] = cls.make(weight.like, view, adapter=adapter, **own)
+            deltas[weight.name] = cls.make(beneath, view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
     for weight in whole:
         deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
-    chosen = [w for w in found.weights if w.name in deltas] if whole else weights
-    pairs = [(weight, deltas[weight.name]) for weight in chosen]
+    if whole:
+        order = {weight.name: place for place, weight in enumerate(found.weights)}
+        weights = sorted([*weights, *whole], key=lambda weight: order[weight.whole.name])
+    pairs: list[tuple[Weight, Delta]] = [(weight, deltas[weight.name]) for weight in weights]
     if freeze:
-        checks.warn_of_thawed(found, deltas)
+        checks.warn_of_thawed(found, {weight.whole.name for weight in weights})
         moving = checks.moving_without(found, adapter)
         if statistics:
             pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
@@ -151,7 +166,6 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     weights = [weight for weight, _ in pairs]
     names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
-    checks.check_beside(pairs)
     checks.check_dropping(pairs)
     with all_or_nothing() as undo:
         if freeze:

@@ -13,7 +13,6 @@ from .deltas.protocol import Switch
 from .errors import AdapterError, LoRAError
 from .undo import all_or_nothing
 from .walk import Walk, walk
-from .weight import Weight
 
 Selection = str | Iterable[str] | Mapping[str, float] | None
 """One adapter's name, several, names with strengths, or `None` for none."""
@@ -24,11 +23,12 @@ def select_lora(
 ) -> None:
     """Let these adapters act, with these strengths, and no others, and train what acts.
 
-    What acts reads `W + sum(strength * update)`. A strength multiplies an adapter's update beside
-    its scale; state dicts, our own files and `lora_summary` know both. Factors that aren't trained
-    get `requires_grad=False` and lose their gradients; their flags come back when the adapter is
-    selected again, so that what was frozen by hand stays frozen. An adapter that is registered
-    later acts beside them, until the next call.
+    A weight then reads `W + sum(strength * update)`. A strength multiplies an adapter's update
+    beside its scale, which stays as it is; state dicts, our own files and `lora_summary` know both.
+    A batch norm's statistics are those of the one adapter that has some, at any strength. Factors
+    that aren't trained get `requires_grad=False` and lose their gradients; their flags come back
+    when the adapter is selected again, so that what was frozen by hand stays frozen. An adapter
+    that is registered later acts beside them, until the next call.
 
     Args:
         model: An adapted model.
@@ -175,21 +175,22 @@ def _switches(
         if not any(delta.trains for delta in own):
             fix = "set requires_grad on lora_parameters(model, it) first"
             raise AdapterError(f"adapter {name!r} can't be trained: all of it was frozen; {fix}")
-    switches, acting = [], dict[str, tuple[Weight, Delta]]()
+    switches, movers = [], dict[str, str]()
     for weight, delta in walk.deltas:
         strength = strengths.get(delta.adapter, 0.0)
-        try:
-            delta.check_strength(strength or 1)  # 0 is of those that aren't named
-        except LoRAError as error:
-            raise LoRAError(f"{weight.name}: adapter {delta.adapter!r}: {error}") from None
-        if strength and delta.of_buffers:
-            _, first = acting.setdefault(weight.name, (weight, delta))
-            if first is not delta:
-                pair = f"adapters {first.adapter!r} and {delta.adapter!r}"
+        on, name = bool(strength), delta.adapter
+        if on and delta.of_buffers:
+            if movers.setdefault(weight.name, name) != name:
+                pair = f"adapters {movers[weight.name]!r} and {name!r}"
                 reason = "have statistics of their own here, and only one's can be moved"
                 raise AdapterError(f"{weight.name}: {pair} {reason}; select one of them")
-        on, strength = bool(strength), float(strength or delta.strength)
-        switches.append((delta, Switch(on, strength, delta.adapter in trained)))
+            strength = 1.0
+        try:
+            delta.check_strength(strength if on else 1)
+        except LoRAError as error:
+            raise LoRAError(f"{weight.name}: adapter {name!r}: {error}") from None
+        strength = float(strength if on else delta.strength)
+        switches.append((delta, Switch(on, strength, name in trained)))
     return switches
 
 

@@ -44,19 +44,27 @@ def spread(value: Tensor, like: Any) -> Tensor:
 
 
 def lay_out(module: nn.Module, weight: Any, along: Callable[[str, int], int | None]) -> None:
-    """Shard a module's parameters as a weight is, each rank with the first one's values.
+    """Shard a module's tensors as a weight is, each rank with the first one's values.
 
-    `along(name, dim)` is which dimension of a parameter lies along one of the weight's.
+    `along(name, dim)` is which dimension of a tensor lies along one of the weight's.
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    for name, parameter in module._parameters.items():
-        placements: list[Any] = []
-        for placement in weight.placements:
-            dim = along(name, placement.dim) if placement.is_shard() else None
-            placements.append(Replicate() if dim is None else Shard(dim))
-        laid = _distributed(parameter, weight, placements)  # type: ignore[arg-type]
-        module._parameters[name] = nn.Parameter(laid, parameter.requires_grad)  # type: ignore[union-attr]
+    mesh = weight.device_mesh
+    tables: Any = module._parameters, module._buffers
+    for table in tables:
+        for name, tensor in table.items():
+            placements: list[Any] = []
+            for placement in weight.placements:
+                dim = along(name, placement.dim) if placement.is_shard() else None
+                whole_there = dim is None or tensor.shape[dim] == 1
+                placements.append(Replicate() if whole_there else Shard(cast("int", dim)))
+            if is_sharded(laid := tensor.detach()):
+                laid = laid.redistribute(mesh, placements)
+            else:
+                laid = _distributed(laid, weight, placements)
+            own = isinstance(tensor, nn.Parameter)
+            table[name] = nn.Parameter(laid, tensor.requires_grad) if own else laid
 
 
 def news(value: object, like: Any) -> Tensor | None:

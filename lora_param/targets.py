@@ -8,7 +8,7 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from torch.nn.parameter import is_lazy
 
 from .errors import TargetError
 from .layers import UNLISTED, layer_of, listed_tensors
+from .rows import Said, split_rows
 from .walk import Walk
 from .weight import Weight, join, tensor_names
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
-Target: TypeAlias = Selector | Iterable[Selector]
+Ranged: TypeAlias = tuple[Selector, Said]
+Target: TypeAlias = Selector | Iterable[Selector | Ranged]
 Number = TypeVar("Number", int, float, float | None)
 
 
@@ -36,44 +38,62 @@ def resolve(
 
     What names a module names the tensors of its row, or of an unlisted module every tensor of at
     least `least` dimensions. A glob that also covers biases and norms takes the weights among them.
-    Those of `whole` are left out; beside them there may be no target.
+    Those of `whole` are left out; beside them there may be no target. A selector with rows gives a
+    block of each weight that it names.
     """
-    if whole and isinstance(target, (list, tuple)) and not target:
+    if whole and is_nothing(target):
         return []
     weights = {weight.name: weight for weight in walk.weights}
     if target is None:
         defaults = [(path, m) for path, m in walk.modules if layer_of(type(m)).default]
-        chosen = {join(path, name) for path, m in defaults for name in _row_tensors(m, least)}
+        names = [join(path, name) for path, m in defaults for name in _row_tensors(m, least)]
+        chosen = {name: [weights[name]] for name in names}
         if not chosen:
             none = "target=None finds no linear, convolution, attention or recurrent layer"
             raise TargetError(f"{none}; name the weights, for example {nearest('', weights)}")
     places = [] if target is None and exclude is None else _places(walk, least)
     if target is not None:
-        chosen = set()
-        for selector in _selectors("target", target):
+        chosen = {}
+        for each in _selectors("target", target):
+            selector, rows = _split("target", each, places)
             hits = _hits("target", selector, places, weights)
             broad = {name for name in hits if not is_flat(weights[name].original, least)}
             if not broad:
                 said = f"target {_show(selector)} matches only {', '.join(sorted(hits))}"
                 raise TargetError(f"{said}: an adapter needs a tensor of two or more dimensions")
-            chosen |= broad
-    for selector in _selectors("exclude", exclude) if exclude is not None else ():
-        chosen -= _hits("exclude", selector, places, weights)
+            for name in broad:
+                chosen.setdefault(name, []).append(_block(weights[name], rows))
+    for each in _selectors("exclude", exclude) if exclude is not None else ():
+        for name in _hits("exclude", _split("exclude", each, places)[0], places, weights):
+            chosen.pop(name, None)
     if not chosen:
         raise TargetError("exclude leaves nothing to adapt; narrow it, or drop the call")
     both = [weight.name for weight in whole if weight.name in chosen]
     if both and target is not None:
         listing = ", ".join(both)
         warnings.warn(f"target and train both name {listing}: trained whole", stacklevel=4)
-    return [weights[name] for name in weights if name in chosen and name not in both]
+    blocks = [chosen[name] for name in weights if name in chosen and name not in both]
+    return [each for own in blocks for each in (_disjoint(own) if own[1:] else own)]
 
 
-def resolve_whole(walk: Walk, train: Target) -> list[Weight]:
-    """List the parameters that `train` names, in model order; a module names all below it."""
+def is_nothing(target: Target | None) -> bool:
+    """Say whether a target is empty, `()` or `[]`, for training by `train` alone."""
+    return isinstance(target, (list, tuple)) and not target
+
+
+def resolve_whole(walk: Walk, train: Target, exclude: Target | None = None) -> list[Weight]:
+    """List the parameters that `train` names and `exclude` doesn't, in model order.
+
+    A module names all below it.
+    """
     weights = {w.name: w for w in walk.weights if w.chain or w.original is not None}
     places = _places(walk, None)
-    selectors = _selectors("train", train)
+    selectors = [_split("train", each, places)[0] for each in _selectors("train", train)]
     chosen = set().union(*(_hits("train", each, places, weights) for each in selectors))
+    for each in _selectors("exclude", exclude) if exclude is not None else ():
+        chosen -= _hits("exclude", _split("exclude", each, places)[0], places, weights)
+    if not chosen:
+        raise TargetError("exclude leaves nothing to train; narrow it, or drop the call")
     return [weight for name, weight in weights.items() if name in chosen]
 
 
@@ -97,6 +117,38 @@ def number_for_each(
         reason = f'"{idle[0]}" decides nothing, because earlier patterns match all its weights'
         raise TargetError(f"{option}: {reason}; put it in front of them, or drop it")
     return [value[pattern] for pattern in deciders if pattern is not None]
+
+
+def _split(
+    option: str, selector: Selector | Ranged, places: Sequence[_Place]
+) -> tuple[Selector, Said | None]:
+    """Split a selector from its rows, unless it is a name that only looks like one with rows."""
+    rows: Said | None = None
+    if isinstance(selector, tuple):
+        selector, rows = selector
+    elif isinstance(selector, str):
+        pattern, rows = split_rows(selector)
+        if rows is None or _matched(operator.eq, selector, places):
+            return selector, None
+        selector = pattern
+    if rows is not None and option != "target":
+        raise TargetError(f"{option} {_show(selector)} can't have rows; only target names blocks")
+    return selector, rows
+
+
+def _block(weight: Weight, rows: Said | None) -> Weight:
+    missing = not weight.chain and (weight.original is None or is_lazy(weight.original))
+    return weight if rows is None or missing else weight.block(rows)
+
+
+def _disjoint(blocks: Sequence[Weight]) -> list[Weight]:
+    """List one adapter's blocks of a tensor in order, or raise if two have a row in common."""
+    blocks = list(dict.fromkeys(blocks))
+    for one, other in combinations(blocks, 2):
+        if one.overlaps(other.rows):
+            reason = f"{other.name} overlaps it, and an adapter changes a row once"
+            raise TargetError(f"{one.name}: {reason}; give blocks that don't, or another adapter")
+    return sorted(blocks, key=lambda block: block.rows.parts if block.rows else ())
 
 
 def _row_tensors(module: nn.Module, least: int) -> list[str]:
@@ -176,7 +228,7 @@ def _selects(option: str, selector: type[nn.Module] | Predicate, place: _Place) 
         raise TargetError(f"{option}: {fault}; {fix}") from error
 
 
-def _selectors(option: str, target: Target) -> list[Selector]:
+def _selectors(option: str, target: Target) -> list[Selector | Ranged]:
     """List what was given as one selector or as several, all of them of a right type."""
     if isinstance(target, (str, type)) or (callable(target) and not isinstance(target, Iterable)):
         target = [target]
@@ -186,7 +238,11 @@ def _selectors(option: str, target: Target) -> list[Selector]:
     if not (selectors := list(target)):
         fix = "give None, or at least one pattern, type or predicate"
         raise TargetError(f"{option} is empty; {fix}")
-    for selector in selectors:
+    for each in selectors:
+        selector, rows = each if isinstance(each, tuple) and len(each) == 2 else (each, ":")
+        if not (isinstance(rows, (slice, Iterable)) or callable(rows)):
+            rule = "text, a slice, numbers or a function of the number of features"
+            raise TargetError(f"{option} {_show(selector)}: rows must be {rule}, got {rows!r:.60}")
         is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         is_predicate = callable(selector) and not isinstance(selector, (type, nn.Module))
         if not (isinstance(selector, str) or is_type or is_predicate):
@@ -196,8 +252,13 @@ def _selectors(option: str, target: Target) -> list[Selector]:
 
 
 def matches(pattern: str, weight: Weight) -> bool:
-    """Say whether a pattern matches a weight's name or its module's path."""
-    return _glob(pattern, weight.name) or _glob(pattern, weight.path)
+    """Say whether a pattern matches a weight's name or its module's path, and its rows."""
+    if pattern in (weight.name, weight.path):
+        return True
+    pattern, rows = split_rows(pattern)
+    if rows is not None and (weight.rows is None or weight.whole.block(rows) != weight):
+        return False
+    return _glob(pattern, weight.whole.name) or _glob(pattern, weight.path)
 
 
 def _glob(pattern: str, name: str) -> bool:

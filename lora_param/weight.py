@@ -15,8 +15,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
 from .deltas.protocol import Delta, Shape
+from .errors import TargetError
 from .install import parametrized_class, properties_of
 from .layers import Layer, layer_of
+from .rows import Rows, Said
 from .sharding import is_sharded
 from .undo import in_order, keep_entries
 
@@ -31,23 +33,35 @@ class Weight:
     path: str
     module: nn.Module
     tensor: str
-    rows: slice | None = None
+    rows: Rows | None = None
 
     @cached_property
     def name(self) -> str:
         """The full name, as `model.named_parameters()` gives it for the plain model."""
         name = join(self.path, self.tensor)
-        return name if self.rows is None else f"{name}[{self.rows.start}:{self.rows.stop}]"
+        return name if self.rows is None else f"{name}[{self.rows}]"
 
     @property
     def whole(self) -> Weight:
         """The tensor of which it is a block."""
         return self if self.rows is None else replace(self, rows=None)
 
-    def overlaps(self, rows: slice | None) -> bool:
+    def block(self, said: Said) -> Weight:
+        """Return the block of some rows of the tensor, or raise a `TargetError`."""
+        try:
+            return replace(self, rows=Rows.of(said, self.like.shape[self.dim]))
+        except TargetError as error:
+            raise TargetError(f"{self.name}: {error}") from None
+
+    def overlaps(self, rows: Rows | None) -> bool:
         """Say whether it has one of these rows of the tensor, of which `None` means all."""
-        own = self.rows
-        return not own or not rows or bool(own.start < rows.stop and rows.start < own.stop)
+        return self.rows is None or rows is None or self.rows.overlaps(rows)
+
+    @property
+    def dim(self) -> int:
+        """Which dimension of the tensor counts output features, in which `rows` are numbered."""
+        is_transposed = getattr(self.module, "is_transposed", False)
+        return self.layer.features_of(tuple(self.whole.like.shape), is_transposed)
 
     @property
     def layer(self) -> Layer:
@@ -75,7 +89,7 @@ class Weight:
             tensor: Tensor | None = table[name]
         else:
             tensor = getattr(chains_of(module).get(name), "original", None)
-        return tensor if tensor is None or self.rows is None else tensor[self.rows]
+        return tensor if tensor is None or self.rows is None else self._rows_of(tensor)
 
     @property
     def is_buffer(self) -> bool:
@@ -95,7 +109,10 @@ class Weight:
             return cast("Tensor", self.original)
         with without_side_effects(chain):
             value = run_through(chain, self.originals)
-        return value if self.rows is None else value[self.rows]
+        return self._rows_of(value)
+
+    def _rows_of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.rows is None else self.rows.take(tensor, self.dim)
 
     @property
     def like(self) -> Tensor:
@@ -115,6 +132,7 @@ class Weight:
         self._keep(undo)
         module, name, base = self.module, self.tensor, type_before(self.module)
         delta.__dict__["rows"] = self.rows
+        delta.__dict__["dim"] = self.dim if self.rows else 0
         if "_lora" not in module.__dict__:
             order = (*module._parameters, *module._buffers)
             module.__dict__["_lora"] = Record(type(module), order)

@@ -138,12 +138,14 @@ def test_a_model_built_and_adapted_on_empty_weights_takes_a_checkpoint() -> None
     assert all(factor.isfinite().all() for factor in lora_parameters(model))
 
 
-def test_a_model_with_values_is_not_adapted_with_empty_factors() -> None:
+def test_a_model_with_values_is_adapted_with_values_also_among_empty_weights() -> None:
     model = net()
-    before = fingerprint(model)
-    with init_empty_weights(), pytest.raises(LoRAError, match=r"0\.weight: its adapter is made on"):
-        register_lora(model, rank=2)
-    assert fingerprint(model) == before
+    x = torch.randn(3, 6)
+    expected = model(x)
+    with init_empty_weights():
+        register_lora(model, rank=2, train="0.bias")
+    assert torch.equal(model(x), expected)
+    assert not any(each.is_meta for each in model.parameters())
 
 
 # Offloaded by accelerate

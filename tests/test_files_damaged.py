@@ -79,7 +79,7 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "shape": (lambda r, t: r["shapes"].update({"0.weight": [5, 7]}), "aren't of the shape said"),
     "shape text": (lambda r, t: r["shapes"].update({"0.weight": ["5"]}), "shapes of 0.weight"),
     "adapter": (lambda r, t: r.update(adapter="a.b"), "string without dots, got 'a.b'"),
-    "rows by another name": (lambda r, t: r["weights"]["0.weight"].update(rows=[0, 2]), "its rows are slice"),
+    "rows by another name": (lambda r, t: r["weights"]["0.weight"].update(rows="0:2"), r"its rows are \[0:2\], by its name \[:\]"),
     "missing": (lambda r, t: t.pop(A), "missing: 0.weight.lora_A"),
     "extra": (lambda r, t: t.update(x=torch.ones(1)), "unexpected: x"),
     "nan": (lambda r, t: t[A][0].fill_(torch.nan), "its tensors must be finite"),

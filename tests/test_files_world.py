@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_param
 from lora_param import (
@@ -25,7 +26,7 @@ from lora_param import (
     register_lora,
     save_lora,
 )
-from lora_param.deltas import KINDS, Delta, LoRAParametrization
+from lora_param.deltas import KINDS, Delta
 from lora_param.errors import StateDictError
 from lora_param.io import convert_file, file_summary, merge_checkpoint
 from lora_param.register import install
@@ -224,36 +225,36 @@ def test_another_kind_of_delta_comes_back_and_merges(
             convert_file(path, tmp_path / "converted", format)
 
 
-def in_blocks() -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 9))
-    pairs = []
-    for rows in (slice(0, 3), slice(6, 9)):
-        delta = LoRAParametrization(3, 6, 2)
-        nn.init.normal_(delta.lora_B)
-        pairs.append((Weight("0", model[0], "weight", rows), delta))
-    install(walk(model, "a test"), pairs, True)
-    return model
+BLOCKS = {
+    "neighbours": (lambda: nn.Linear(6, 9), "0:3", "6:9"),
+    "heads": (lambda: nn.Linear(6, 9), "0:9:3+2", "2:9:3"),
+    "of the second dimension": (lambda: Conv1D(9, 6), "0:9:3+2", "2:9:3"),
+    "kernels": (lambda: nn.Conv2d(4, 9, 3), "0:9:2", "1:2"),
+}
 
 
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("size", [1, 100, 2**22])
 def test_blocks_of_rows_come_back_and_merge(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, blocks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_param.io.checkpoint.BLOCK", size)
-    model, path = in_blocks(), tmp_path / "adapter.safetensors"
+    make, *rows = blocks
+    model, fresh, path = nn.Sequential(make()), nn.Sequential(make()), tmp_path / "a.safetensors"
+    names = [f"0.weight[{each}]" for each in rows]
+    assert register_lora(model, rank=2, target=names) == names
+    for factor in lora_parameters(model):
+        nn.init.normal_(factor)
     save_lora(model, path)
-    assert "0.weight[6:9].lora_A" in header_of(path).tensors
-    fresh = nn.Sequential(nn.Linear(6, 9))
+    assert f"{names[1]}.lora_A" in header_of(path).tensors
     fresh.load_state_dict(base_state_dict(model))
     save_file(fresh.state_dict(), tmp_path / "base.safetensors")
-    assert load_lora(fresh, path, base="require") == ["0.weight[0:3]", "0.weight[6:9]"]
+    assert load_lora(fresh, path, base="require") == names
     assert torch.equal(fresh[0].weight, model[0].weight)
-    assert len(list(lora_parameters(fresh))) == 4
+    load_lora(fresh, path)
+    assert [each.weight for each in file_summary(path).weights] == names
     assert merge_checkpoint(path, tmp_path / "base.safetensors", tmp_path / "out") == (1, 2)
     torch.testing.assert_close(load_file(tmp_path / "out")["0.weight"], model[0].weight.detach())
-    with pytest.raises(FileError, match="the format kohya has no place for a block of rows"):
-        save_lora(model, tmp_path / "kohya", format="kohya")
 
 
 def test_the_core_imports_nothing_of_io() -> None:

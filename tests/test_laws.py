@@ -78,7 +78,8 @@ def test_law_2_reading_the_weight_gives_the_formula(case: Case, kind, dtype, dev
     shake(layer)
     for name, W in zip(case.names, originals(layer, case.names), strict=True):
         delta = owner(layer, name).parametrizations[tensor(name)][0]
-        expected = KINDS[kind].formula(W, dict(delta.named_parameters()), delta.numbers)
+        tensors = dict([*delta.named_parameters(), *delta.named_buffers()])
+        expected = KINDS[kind].formula(W, tensors, delta.numbers)
         assert torch.equal(getattr(owner(layer, name), tensor(name)), expected)
         assert not torch.equal(expected, W)
 

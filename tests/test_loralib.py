@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_param import FileError, load_lora, lora_summary
+from lora_param import FileError, load_lora, lora_parameters, lora_summary
 from lora_param.io.cli import main
 
 
@@ -57,8 +57,9 @@ def floats(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(shape)
 
 
-def two_of_three(**options: Any) -> dict[str, Any]:
-    return {"enable_lora": [True, False, True], **options}
+TWO_OF_THREE = {"enable_lora": [True, False, True]}
+SLICES = {"merged, all slices": (0, 1, 2), "merged, the last": (2,)}
+"""Which slices of four rows are adapted."""
 
 
 CASES = [
@@ -66,9 +67,9 @@ CASES = [
     Case("embedding", lambda: loralib.Embedding(7, 5, r=2, lora_alpha=3), lambda: nn.Embedding(7, 5), lambda: torch.randint(0, 7, (3, 4))),
     Case("fan in, fan out", lambda: loralib.Linear(6, 5, r=2, lora_alpha=3, fan_in_fan_out=True), lambda: Conv1D(5, 6), floats(3, 6)),
     Case("merged, all slices", merged(12, True, True, True), lambda: nn.Linear(9, 12), floats(3, 9)),
-    Case("merged, two of three", merged(12, True, False, True), lambda: nn.Linear(9, 12), floats(3, 9), two_of_three()),
+    Case("merged, two of three", merged(12, True, False, True), lambda: nn.Linear(9, 12), floats(3, 9), TWO_OF_THREE),
     Case("merged, the last", merged(12, False, False, True), lambda: nn.Linear(9, 12), floats(3, 9), {"enable_lora": [False, False, True]}),
-    Case("merged, fan in, fan out", merged(12, True, False, True, fan_in_fan_out=True), lambda: Conv1D(12, 9), floats(3, 9), two_of_three()),
+    Case("merged, fan in, fan out", merged(12, True, False, True, fan_in_fan_out=True), lambda: Conv1D(12, 9), floats(3, 9), TWO_OF_THREE),
     Case("convolution", conv(), lambda: nn.Conv2d(4, 20, 3), floats(2, 4, 7, 7)),
     Case("strided convolution", conv(stride=2, padding=1, dilation=2), lambda: nn.Conv2d(4, 20, 3, 2, 1, 2), floats(2, 4, 7, 7)),
     Case("convolution in groups", conv(groups=2), lambda: nn.Conv2d(4, 20, 3, groups=2), floats(2, 4, 7, 7)),
@@ -83,7 +84,11 @@ def load(case: Case, model: nn.Module, path: Path) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_update_is_loralibs_own(case: Case, tmp_path: Path) -> None:
     theirs, plain, path = case.trained(tmp_path)
-    assert load(case, plain, path) == ["0.weight"]
+    names = ["0.weight"]
+    if "merged" in case.id:
+        slices = SLICES.get(case.id, (0, 2))
+        names = [f"0.weight[{4 * index}:{4 * index + 4}]" for index in slices]
+    assert load(case, plain, path) == names
     x = case.make_input()
     if "fan" in case.id and "merged" in case.id:
         theirs.eval()  # unmerged, its forward transposes twice and fails
@@ -95,11 +100,22 @@ def test_the_update_is_loralibs_own(case: Case, tmp_path: Path) -> None:
     assert update.abs().max() > 0.1
 
 
-def test_a_merged_layers_other_slices_stay(tmp_path: Path) -> None:
-    case = CASES[4]
-    _, plain, path = case.trained(tmp_path)
+@pytest.mark.parametrize("index", [4, 6])
+def test_a_merged_layers_other_slices_stay_when_training_goes_on(
+    index: int, tmp_path: Path
+) -> None:
+    case = CASES[index]
+    theirs, plain, path = case.trained(tmp_path)
     load(case, plain, path)
-    assert torch.equal(plain[0].weight[4:8], plain[0].parametrizations.weight.original[4:8])
+    own = [p for name, p in theirs.named_parameters() if "lora_" in name]
+    trained = list(lora_parameters(plain))
+    assert sum(p.numel() for p in trained) == sum(p.numel() for p in own)
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    plain(case.make_input()).square().sum().backward()
+    optimizer.step()
+    now, before = plain[0].weight, plain[0].parametrizations.weight.original
+    same = (now == before).all(int("fan" not in case.id))
+    assert same.tolist() == [4 <= row < 8 for row in range(12)]
 
 
 def test_a_convolutions_rank_is_that_of_its_kernels(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ BAD = [
     ),
     ({"alpha": math.inf}, "got inf"),
     ({"alpha": "2"}, "got '2'"),
-    ({"init": "zeros"}, 'init must be "kaiming" or "gaussian", got \'zeros\''),
+    ({"init": "zeros"}, r"init must be one of .*start from the weight, got 'zeros'"),
+    ({"init": "pissa"}, r"or in register_lora one of \['pissa', .*got 'pissa'"),
     ({"dtype": torch.int64}, "float16, bfloat16, float32, float64, got torch.int64"),
     ({"dtype": torch.complex64}, "got torch.complex64"),
 ]

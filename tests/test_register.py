@@ -302,7 +302,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"adapter": "a.b"}, "got 'a.b'"),
     ({"adapter": None}, "got None"),
     ({"dtype": torch.int8}, "adapter's dtype must be one of .* got torch.int8"),
-    ({"init": "ones"}, 'init must be "kaiming" or "gaussian"'),
+    ({"init": "ones"}, r"init must be one of \['kaiming', 'gaussian', 'orthogonal'\]"),
     ({"adapter": "taken"}, '0.weight: there is an adapter "taken" on this weight already'),
 ]  # fmt: skip
 

@@ -251,6 +251,23 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(
     assert trained(model) == {"a", "b"}
 
 
+def test_of_statistics_one_adapters_act_at_any_strength_and_two_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    for name in ("a", "b"):
+        register_lora(model, rank=2, adapter=name)
+    norm: Any = model[1]
+    select_lora(model, {"b": 0.5})
+    model(torch.randn(8, 4))
+    assert norm.parametrizations.num_batches_tracked[1].S == 1
+    assert norm.num_batches_tracked == 1
+    select_lora(model, "a")
+    assert norm.num_batches_tracked == 0
+    with pytest.raises(
+        AdapterError, match=r"1\.running_mean: adapters 'a' and 'b' have statistics"
+    ):
+        select_lora(model, ["a", "b"])
+
+
 def test_the_summary_knows_strengths_and_enabling_brings_them_back() -> None:
     model = net()
     select_lora(model, {"a": 0.7, "b": 1})

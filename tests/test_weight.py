@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from lora_param import AdapterError, LoRAParametrization, lora_summary, merge_lora, remove_lora
 from lora_param.checks import check_weights
 from lora_param.deltas import DenseDelta
+from lora_param.rows import Rows
 from lora_param.undo import all_or_nothing
 from lora_param.walk import Walk
 from lora_param.weight import Weight
@@ -27,7 +28,7 @@ def attach(weight: Weight, delta: LoRAParametrization | DenseDelta) -> None:
 def with_block(kind: str = "lora") -> tuple[nn.Linear, nn.Linear, Weight]:
     torch.manual_seed(0)
     layer = nn.Linear(6, 8).requires_grad_(False)
-    plain, block = copy.deepcopy(layer), Weight("", layer, "weight", slice(2, 5))
+    plain, block = copy.deepcopy(layer), Weight("", layer, "weight", Rows.read("2:5"))
     delta = LoRAParametrization(3, 6, 2, adapter="q") if kind == "lora" else DenseDelta((3, 6))
     attach(block, delta)
     shake(layer)
@@ -44,7 +45,8 @@ def test_a_delta_on_a_block_of_rows_changes_these_alone(kind: str) -> None:
     assert not torch.equal(expected, plain.weight)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, expected, plain.bias))
-    assert lora_summary(layer).weights[0].space == "weight"
+    space = {"lora": "activation", "dense": "weight"}[kind]
+    assert lora_summary(layer).weights[0].space == space
     assert block.name == "weight[2:5]"
     assert [weight.name for weight, _ in Walk(layer).deltas] == ["weight[2:5]"]
 
@@ -55,14 +57,14 @@ def test_a_block_knows_its_rows_of_all_that_a_weight_knows() -> None:
     assert torch.equal(block.value, layer.weight[2:5])
     assert block.view == (3, 6)
     assert block.deltas == [layer.parametrizations.weight[0]]
-    assert Weight("", layer, "weight", slice(0, 2)).deltas == []
+    assert Weight("", layer, "weight", Rows.read("0:2")).deltas == []
 
 
 def test_blocks_that_overlap_are_refused_under_one_name() -> None:
     layer, _, _ = with_block()
-    check_weights([Weight("", layer, "weight", slice(5, 8))], "q")
+    check_weights([Weight("", layer, "weight", Rows.read("5:8"))], "q")
     with pytest.raises(AdapterError, match=r'weight\[4:6\]: there is an adapter "q"'):
-        check_weights([Weight("", layer, "weight", slice(4, 6))], "q")
+        check_weights([Weight("", layer, "weight", Rows.read("4:6"))], "q")
 
 
 def test_a_block_is_merged_and_removed_like_a_weight() -> None:

@@ -1,13 +1,14 @@
 """The kinds of deltas: a row each in one table."""
 
 from .dense import DenseDelta
+from .dora import DoRA
 from .lora import LoRAParametrization
 from .protocol import Delta
 from .statistics import StatisticsDelta
 
 KINDS: dict[str, type[Delta]] = {
-    each.kind: each for each in (LoRAParametrization, DenseDelta, StatisticsDelta)
+    each.kind: each for each in (LoRAParametrization, DoRA, DenseDelta, StatisticsDelta)
 }
 """By what `register_lora(kind=...)`, state dicts and files call them."""
 
-__all__ = ["KINDS", "Delta", "DenseDelta", "LoRAParametrization", "StatisticsDelta"]
+__all__ = ["KINDS", "Delta", "DenseDelta", "DoRA", "LoRAParametrization", "StatisticsDelta"]

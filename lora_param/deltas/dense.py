@@ -28,6 +28,7 @@ class DenseDelta(Delta):
     """
 
     kind = "dense"
+    D: nn.Parameter
     options = ("dtype",)
     adds = True
 
@@ -40,7 +41,8 @@ class DenseDelta(Delta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(adapter, dtype)
-        self.D = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        # Past torch's setter, which accelerate's init_empty_weights replaces.
+        self._parameters["D"] = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Make `D` zero."""
@@ -69,5 +71,5 @@ class DenseDelta(Delta):
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of `D` as a matrix of its first dimension by all the others."""
         matrix = self.D.detach().double() * self.strength
-        matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix[None]
+        matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix.reshape(1, -1)
         return cast("Tensor", torch.linalg.svdvals(matrix))

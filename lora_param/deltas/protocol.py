@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
+from ..rows import Rows
 from ..sharding import lay_out, mesh_of, whole
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,7 +47,7 @@ class Delta(nn.Module):
     A kind is a subclass in a file of its own and a row in `KINDS`. It says what the weight becomes
     (`value`) and, where that can be had without forming the weight, how the layer's output changes
     (`act`). Its tensors are its parameters, its numbers are `numbers`; both are its state. `rows`
-    are those of the weight that change, all of them for `None`.
+    are those of the weight that change, all of them for `None`, counted in its dimension `dim`.
     """
 
     kind: ClassVar[str]
@@ -62,6 +63,9 @@ class Delta(nn.Module):
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
+    of_values: ClassVar[bool] = False
+    """Whether a fresh one depends on what others beneath it have made of the weight."""
+
     adds: ClassVar[bool] = False
     """Whether its value is `W` plus something, which a strength can multiply."""
 
@@ -73,7 +77,8 @@ class Delta(nn.Module):
     """Another object after every change of a switch: what was planned before holds no more."""
 
     adapter = ""  # not annotated, because torch.jit.script reads that
-    rows = cast("slice | None", None)
+    rows = cast("Rows | None", None)
+    dim = 0
     _holds = cast("set[Any]", frozenset())  # of `frozen`
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
@@ -96,7 +101,7 @@ class Delta(nn.Module):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build the delta of these tensors, of which none is copied, or raise `StateDictError`."""
-        delta = cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+        delta = cls.blank(tensors)
         for name in list(delta._parameters):
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
@@ -105,10 +110,16 @@ class Delta(nn.Module):
         delta.numbers = dict(numbers)
         return delta
 
+    @classmethod
+    def blank(cls, tensors: Mapping[str, Tensor]) -> Delta:
+        """Build one that has tensors of these names, to be replaced."""
+        return cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
+
     def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build another of its kind, with its adapter's name, its rows and its strength."""
         delta = self.restore(tensors, numbers)
-        delta.adapter, delta.rows, delta.strength = self.adapter, self.rows, self.strength
+        delta.adapter, delta.strength = self.adapter, self.strength
+        delta.rows, delta.dim = self.rows, self.dim
         return delta
 
     @property
@@ -259,8 +270,7 @@ class Delta(nn.Module):
                 return self.forward(weight)
         if self.rows is None:
             return self.value(weight)
-        start, stop, _ = self.rows.indices(len(weight))
-        return torch.cat([weight[:start], self.value(weight[start:stop]), weight[stop:]])
+        return self.rows.put(weight, self.value(self.rows.take(weight, self.dim)), self.dim)
 
     def get_extra_state(self) -> Tensor:
         """Return kind and numbers as a tensor, which every way to keep a state dict can hold."""
@@ -268,7 +278,7 @@ class Delta(nn.Module):
         if self.strength != 1:
             said["strength"] = self.strength
         if self.rows is not None:
-            said["rows"] = [self.rows.start, self.rows.stop]
+            said["rows"] = str(self.rows)
         text = json.dumps(said).encode()
         text = text.ljust(
             -(-len(text) // 256) * 256
@@ -285,7 +295,7 @@ class Delta(nn.Module):
         if not isinstance(said, dict):
             got = type(state).__name__
             raise StateDictError(f"must hold a delta's kind and numbers, got {got}")
-        rows = None if self.rows is None else [self.rows.start, self.rows.stop]
+        rows = None if self.rows is None else str(self.rows)
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
                 raise StateDictError(f"its {what} must be {own!r}, got {theirs!r:.40}")

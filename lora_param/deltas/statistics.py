@@ -62,7 +62,7 @@ class StatisticsDelta(Delta):
     def block(self, start: int, stop: int) -> Delta:
         """Return the copy of some of the entries."""
         S = self.value(torch.empty(0))
-        return self.restore({"S": (S if S.ndim else S.view(1))[start:stop]}, {})
+        return self.made_of({"S": (S if S.ndim else S.view(1))[start:stop]}, {})
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return none: nothing is added."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
+from ..rows import Rows
 from ..walk import WRAPPERS
 from ..weight import join
 from .formats import AdapterFile, open_adapter, write_adapter
@@ -258,12 +260,17 @@ def _with_updates(weight: Tensor, begin: int, deltas: list[Delta]) -> Tensor:
     """Add to a tensor's rows from row `begin` on what each update has for them."""
     end = begin + len(weight)
     for delta in deltas:
-        first, last = (delta.rows.start, delta.rows.stop) if delta.rows else (0, end)
-        low, high = max(begin, first), min(end, last)
-        if low < high:
-            inside = slice(low - begin, high - begin)
-            value = delta.block(low - first, high - first).value(weight[inside])
-            weight = torch.cat([weight[: inside.start], value, weight[inside.stop :]])
+        rows, first, last = delta.rows, begin, end
+        if rows is not None and delta.dim == 0:
+            numbers = [*rows]
+            first, last = bisect_left(numbers, begin), bisect_left(numbers, end)
+            inside = [number - begin for number in numbers[first:last]]
+            if not inside:
+                continue
+            rows = Rows.of(inside, len(weight))
+        block = delta.block(first, last)
+        block.rows, block.dim = rows, delta.dim
+        weight = block(weight)
     return weight
 
 

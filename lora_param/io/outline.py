@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from ..activation import acts
 from ..chains import type_before
+from ..errors import TargetError
 from ..layers import CONV1D, TABLE, UNLISTED, Layer, layer_of, stack
+from ..rows import Rows, Said, split_rows
 from ..targets import nearest
 from ..walk import Walk
 from ..weight import Weight, join, tensor_names
@@ -83,12 +84,17 @@ class WeightOutline:
     module: ModuleOutline
     tensor: str
     source: Weight | Tensor | Shape | None = None
-    rows: slice | None = None
+    rows: Rows | None = None
 
     @property
     def name(self) -> str:
         """Its full name in the plain model, of a block that of the whole tensor."""
         return join(self.module.path, self.tensor)
+
+    @property
+    def full_name(self) -> str:
+        """Its name with its rows."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows}]"
 
     @cached_property
     def shape(self) -> Shape | None:
@@ -98,6 +104,29 @@ class WeightOutline:
             absent = not source.chain and (source.original is None or is_lazy(source.original))
             source = None if absent else source.like
         return None if source is None else _shape(source)
+
+    @property
+    def dim(self) -> int:
+        """Which dimension of the whole tensor counts output features."""
+        is_transposed = self.module.facts.get("is_transposed", False)
+        return self.module.layer.features_of(self.shape or (), is_transposed)
+
+    def block(self, said: Said) -> WeightOutline | None:
+        """Return what is known of a block of rows; `None` if there is no such block."""
+        if not (shape := self.shape):
+            return None
+        try:
+            rows = Rows.of(said, shape[self.dim])
+        except TargetError:
+            return None
+        source: Any = self.source
+        if isinstance(source, Weight):
+            source = replace(source, rows=rows)
+        elif isinstance(source, Tensor):
+            source = rows.take(source, self.dim)
+        else:
+            source = (*shape[: self.dim], len([*rows]), *shape[self.dim + 1 :])
+        return replace(self, rows=rows, source=source)
 
     @property
     def view(self) -> Shape:
@@ -133,17 +162,10 @@ class Outline:
 
     def weight(self, name: str) -> WeightOutline | None:
         """Return what is known of a weight or a block of its rows; `None` if there is none."""
-        block = None if name in self.weights else re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
-        weight = self.weights.get(block[1] if block else name)
-        if weight is not None and block:
-            rows, source = slice(int(block[2]), int(block[3])), weight.source
-            if isinstance(source, tuple):
-                source = (len(range(*rows.indices(source[0]))), *source[1:])
-            elif isinstance(source, Tensor):
-                source = source[rows]
-            elif source is not None:
-                source = replace(source, rows=rows)
-            return replace(weight, rows=rows, source=source)
+        whole, said = (name, None) if name in self.weights else split_rows(name)
+        weight = self.weights.get(whole)
+        if weight is not None and said is not None:
+            return weight.block(said)
         if weight is None and self.unknown:
             path, _, tensor = name.rpartition(".")
             return WeightOutline(ModuleOutline(path), tensor)

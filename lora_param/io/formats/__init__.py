@@ -128,6 +128,7 @@ class AdapterFile:
                 faults.append(f"{name}: {fault}")
             else:
                 fitting[name] = _within_rank(deltas[name], found[name].view)
+                fitting[name].rows, fitting[name].dim = found[name].rows, found[name].dim
         lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
         if lowered and not faults:
             faults += faults_of(lowered)
@@ -162,7 +163,7 @@ def _check_no_state_dict(file: OpenFile) -> None:
     """Raise if a file holds what `lora_state_dict(model)` or `model.state_dict()` returned."""
     names = file.tensors if loralib.recognises(file) else file.header.tensors
     stems = [name.removesuffix(NUMBERS) for name in names if name.endswith(f".{NUMBERS}")]
-    if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "D")):
+    if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "shift_A", "D")):
         what, call = "lora_state_dict(model)", "load_lora_state_dict(model, "
         if "parametrizations." in stems[0]:
             what, call = "model.state_dict()", "model.load_state_dict("
@@ -236,7 +237,7 @@ def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
     if weight is None:
         return "it isn't said"
     if delta.rows != weight.rows:
-        return f"its rows are {delta.rows}, by its name {weight.rows}"
+        return f"its rows are [{delta.rows or ':'}], by its name [{weight.rows or ':'}]"
     return delta.misfit(weight.shape or (), weight.view)
 
 

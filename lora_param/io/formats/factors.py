@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,15 +55,6 @@ def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, **numbers: Any) -> P
         return name, delta
     except LoRAError as error:
         raise FileError(f"{name}: {error}") from None
-
-
-def plain_scaling(delta: LoRAParametrization) -> LoRAParametrization:
-    """Return the same update with an alpha that is divided by the rank."""
-    if delta.scaling == "lora":
-        return delta
-    tensors = {"lora_A": delta.lora_A, "lora_B": delta.lora_B}
-    numbers = delta.numbers | {"scaling": "lora", "alpha": delta.scale * delta.rank}
-    return cast("LoRAParametrization", delta.restore(tensors, numbers))
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
@@ -157,7 +148,9 @@ def read_layers(
             raise FileError(f"{name} {error}") from None
         transposed = weight.module.layer.transposed
         check_shape(name, weight.shape, A, B, transposed)
-        return low_rank(weight.name, *stored_factors(A, B, transposed), alpha)
+        pair = low_rank(weight.full_name, *stored_factors(A, B, transposed), alpha)
+        pair[1].rows = weight.rows
+        return pair
 
     return collect(delta, found.items())
 

@@ -74,7 +74,7 @@ def render(
 
     def tensors_of(weight_name: str) -> dict[str, Tensor]:
         path, _, tensor = weight_name.rpartition(".")
-        module, delta = weights.modules[path], shared.plain_scaling(deltas[weight_name])
+        module, delta = weights.modules[path], deltas[weight_name].plain("lora")
         name = _flat_name(path, weights, cls, prefix)
         if not module.is_plain or tensor != "weight" or not path:
             raise FileError(f"no place for {weight_name} of a {module.class_name}")

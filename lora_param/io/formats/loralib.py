@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,8 @@ def parse(
     The model has plain layers in the place of loralib's. Biases and other tensors of the base that
     are in the file have to be the model's own, to the bit. `alpha` is the `lora_alpha` that it was
     trained with, which the file doesn't hold; `enable_lora` says which slices of each
-    `MergedLinear` are adapted, and isn't needed if all are. The update of a `MergedLinear` has `r`
-    times the enabled slices for a rank, and that of a `ConvLoRA`, whose own view is
-    `(out * k, in * k)`, has `r * k * k`.
+    `MergedLinear` are adapted, and isn't needed if all are: each is a block of rows. The update of
+    a `ConvLoRA`, whose own view is `(out * k, in * k)`, has a rank of `r * k * k`.
     """
     if alpha is None:
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
@@ -48,12 +47,27 @@ def parse(
     found = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
     base = {_name_in_base(key, found): tensor for key, tensor in rest.items()}
     shared.refuse(shared.tensors_of_another_base(base, weights))
+    shared.refuse([*shared.incomplete_factors(factors), *shared.without_module(found, weights)])
+
+    def blocks(name: str) -> list[tuple[str, WeightOutline, dict[str, Tensor]]]:
+        weight, (A, B) = found[name], (factors[name][role] for role in "AB")
+        assert weight is not None  # which was refused
+        if weight.shape is None or weight.module.layer.kind not in (*LINEARS, CONV1D):
+            return [(name, weight, factors[name])]
+        try:
+            slices = list(_slices(weight, A, B, enable_lora))
+        except ValueError as error:
+            raise FileError(f"{name} {error}") from None
+        return [(f"{name}[{b.rows}]" if b.rows else name, b, own) for b, own in slices]
+
+    own = [each for several in shared.collect(blocks, factors) for each in several]
 
     def read(weight: WeightOutline, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-        A, B, rank = _whole_factors(weight, tensors["A"], tensors["B"], enable_lora)
+        A, B, rank = _layer_factors(weight, tensors["A"], tensors["B"])
         return A, B, alpha * len(A) / rank
 
-    return shared.read_layers(factors, found, weights, read)
+    factors = {name: tensors for name, _, tensors in own}
+    return shared.read_layers(factors, {name: weight for name, weight, _ in own}, weights, read)
 
 
 def _name_in_base(key: str, found: Mapping[str, WeightOutline | None]) -> str:
@@ -64,18 +78,13 @@ def _name_in_base(key: str, found: Mapping[str, WeightOutline | None]) -> str:
     return join(outer, tensor) if weight and weight.module.path == outer else key
 
 
-def _whole_factors(
-    weight: WeightOutline, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None
-) -> tuple[Tensor, Tensor, float]:
-    """Return factors of the whole weight, and the rank that alpha is divided by."""
-    layer, shape = weight.module.layer, weight.shape
-    if shape is None or layer.kind is nn.Embedding:
+def _layer_factors(weight: WeightOutline, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return a layer's factors, and the rank that alpha is divided by."""
+    kind, shape = weight.module.layer.kind, weight.shape
+    if shape is None or kind in (nn.Embedding, *LINEARS, CONV1D):
         return A, B, B.shape[1]
-    if layer.kind is nn.Conv2d:
+    if kind is nn.Conv2d:
         return *_convolution_factors(shape, A, B), B.shape[1] / shape[-1]
-    if layer.kind in (*LINEARS, CONV1D):
-        out = shape[1 if layer.transposed else 0]
-        return A, _slices_factor(out, A, B, enable_lora), B.shape[1]
     raise ValueError(f"is a {weight.module.class_name}, for which loralib has no layer that works")
 
 
@@ -94,8 +103,11 @@ def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Te
     return A.view(-1, *shape[1:]), B.reshape(shape[0], -1)
 
 
-def _slices_factor(out: int, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None) -> Tensor:
-    """Return the tall factor of all slices, block by block: `[out, rank * enabled]`."""
+def _slices(
+    weight: WeightOutline, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None
+) -> Iterator[tuple[WeightOutline, dict[str, Tensor]]]:
+    """Yield the enabled slices of a layer as blocks, with their factors; itself, if it is one."""
+    out = (weight.shape or ())[weight.dim]
     enabled, surplus = divmod(A.shape[0], B.shape[1])
     if surplus or not 0 < enabled <= 64 or len(B) % enabled or out % (size := len(B) // enabled):
         raise ValueError(f"has factors {tuple(A.shape)}, {tuple(B.shape)} for {out} outputs")
@@ -105,7 +117,8 @@ def _slices_factor(out: int, A: Tensor, B: Tensor, enable_lora: Sequence[bool] |
         raise ValueError(
             f"adapts {enabled} of {slices} slices; say which by enable_lora=, got {enable_lora}"
         )
-    whole = B.new_zeros(slices, size, enabled, B.shape[1])
     index = [place for place, on in enumerate(chosen) if on]
-    whole[index, :, range(enabled)] = B.view(enabled, size, -1)
-    return whole.view(out, -1)
+    for place, a, b in zip(index, A.chunk(enabled), B.chunk(enabled), strict=True):
+        block = weight.block(slice(place * size, (place + 1) * size)) if slices > 1 else weight
+        assert block is not None  # of rows that there are
+        yield block, {"A": a, "B": b}

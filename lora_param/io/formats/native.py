@@ -13,6 +13,7 @@ from torch import Tensor
 from ...deltas import KINDS, Delta
 from ...errors import FileError
 from ...frozen import digest_of
+from ...rows import Rows
 from ...state import NUMBERS
 from ..outline import Outline
 from ..progress import progress
@@ -29,9 +30,8 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _is_spec(spec: Any) -> bool:
-    rows = spec.get("rows", [0, 0])
-    kinds = type(spec["kind"]), type(spec["numbers"])
-    return kinds == (str, dict) and _are_sizes(rows) and len(rows) == 2
+    kinds = type(spec["kind"]), type(spec["numbers"]), type(spec.get("rows", ""))
+    return kinds == (str, dict, str)
 
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
@@ -118,7 +118,7 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     unknown = tensors.keys() - tensors_of(delta).keys()
     if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
         raise FileError(f"unexpected: {min(unknown):.80}")
-    delta.rows = slice(*spec["rows"]) if "rows" in spec else None
+    delta.rows = Rows.read(spec["rows"]) if "rows" in spec else None
     delta.strength = spec.get("strength", 1.0)
     return delta
 
@@ -149,7 +149,7 @@ def render(
         if delta.strength != 1:
             specs[name]["strength"] = delta.strength
         if delta.rows is not None:
-            specs[name]["rows"] = [delta.rows.start, delta.rows.stop]
+            specs[name]["rows"] = str(delta.rows)
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
     modules = [weight.module for name in deltas if (weight := weights.weight(name))]
     record = {

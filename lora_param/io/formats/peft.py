@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ...deltas import LoRAParametrization
+from ...deltas.pair import Scaling
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import join
@@ -118,7 +119,7 @@ def _delta(
 
 def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
-    deltas = _with_whole_attentions(_of_one_scaling(deltas), weights)
+    deltas = _with_whole_attentions(_plain(deltas), weights)
     places = list(_places(deltas, weights).values())
     placed = list(zip(places, deltas.values(), strict=True))
     complaints = [fault for place in places for fault in refusals(place, written=True)]
@@ -184,10 +185,12 @@ def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, 
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
-def _of_one_scaling(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
-    """Return the deltas, all of them plain LoRA's where not all are rsLoRA's."""
-    mixed = len({delta.scaling for delta in deltas.values()}) > 1
-    return {n: shared.plain_scaling(delta) for n, delta in deltas.items()} if mixed else deltas
+def _plain(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
+    """Return the deltas as factors alone, of one scaling."""
+    scaling: Scaling | None = (
+        "lora" if len({delta.scaling for delta in deltas.values()}) > 1 else None
+    )
+    return {name: delta.plain(scaling) for name, delta in deltas.items()}
 
 
 def _with_whole_attentions(

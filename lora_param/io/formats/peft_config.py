@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from ...deltas.lora import Scaling
+from ...deltas.pair import Scaling
 from ...errors import FileError
 from ..tensors import Config, check_regular, strict_json
 
@@ -29,6 +29,12 @@ OFF = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 """What counts as off beside what is false or `None`."""
+
+REASONS = {
+    "init_lora_weights": ", which changes the base: in PEFT, give save_pretrained its "
+    "path_initial_model_for_weight_conversion, and the folder fits the base as it was",
+}
+"""Why a field can't be honoured, and what to do."""
 
 PATTERN = re.compile(r"([^\\()\[\]{}*+?.]|\\\W|\.\*?|(\\d|\[0-9\])\+?|\((\?:)?[\w|]+\))*")
 """What a pattern may be made of: text, `.`, `.*`, digits, and a choice of words."""
@@ -58,7 +64,7 @@ def unsupported_fields(config: Config) -> Iterator[str]:
     for field, value in config.items():
         off = not value or (field in OFF and value in OFF[field])
         if not off and field not in NUMBERS | NEUTRAL:
-            yield f"{field}={value!r:.60}"
+            yield f"{field}={value!r:.60}{REASONS.get(field, '')}"
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     for rank in (config.get("r", 8), *ranks.values()):
         if type(rank) is not int:

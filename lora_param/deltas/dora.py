@@ -1,0 +1,210 @@
+"""The kind whose direction is low-rank and whose lengths are its own: DoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F  # noqa: N812 as everybody calls it
+
+from ..ops import autocasts
+from .pair import Pair
+from .protocol import Shape
+
+SMALL = 1 << 16
+"""Up to how many elements a sum is formed for its lengths: fewer calls are then quicker."""
+
+CANCELLED = 0.1
+"""Beneath which share of `|W|^2` the length of a row's sum is computed from the sum itself."""
+
+_lengths: WeakKeyDictionary[DoRA, tuple[StorageWeakRef, tuple[Any, ...], Tensor]]
+_lengths = WeakKeyDictionary()
+"""`|W|` by the delta on it, with the memory and the state of `W` that it is of."""
+
+
+class DoRA(Pair):
+    """Turn a weight's rows by a low-rank update, and give each a length of its own: `m * V / |V|`.
+
+    `V = W + (B @ A).view_as(W) * scale`, and `magnitude`, at first `|W|`, is `m`: one number for
+    each output, a row of the weight, or a column of one that is stored `(in, out)`. `|V|` gets no
+    gradient. It is computed in float32 at least, in activation space without `B @ A`, and nothing
+    of the weight's size is kept. With `h = m / |V| - 1`, of a fresh one exactly zero, a layer's
+    output `y` with bias `b` becomes
+
+        y + h (y - b) + (1 + h) scale (x A^T) B^T
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> layer = torch.nn.Linear(20, 10)
+        >>> register_lora(layer, rank=2, kind="dora")
+        ['weight']
+        >>> layer.parametrizations.weight[0].magnitude.shape
+        torch.Size([10, 1])
+
+    Source:
+        Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, eq. 5, and
+        section 4.3 for the gradient.
+    """
+
+    kind = "dora"
+    of_values = True
+    magnitude: Tensor
+
+    @classmethod
+    def make(cls, weight: Tensor, view: Shape, **options: Any) -> DoRA:
+        """Build a fresh pair with the lengths of the weight's outputs."""
+        transposed = options.get("transposed", False)
+        delta = cast("DoRA", super().make(weight, view, **options))
+        shape = [1 if transposed else size for size in weight.shape[: len(view) - 1]]
+        rest = weight.shape[len(shape) :]
+        shape += rest if transposed else [1] * len(rest)
+        lengths = _length(weight.detach(), shape).to(delta._kept[0].dtype)
+        delta._parameters["magnitude"] = nn.Parameter(lengths)
+        return delta
+
+    def misfit(self, shape: Shape, view: Shape) -> str | None:
+        """Say why the tensors can't be those of a weight of this shape and matrix view."""
+        m = tuple(self.magnitude.shape)
+        if len(m) != len(shape) or any(
+            n not in (1, size) for n, size in zip(m, shape, strict=True)
+        ):
+            return f"its magnitude is {m}, for a weight of {shape}"
+        return super().misfit(shape, view)
+
+    def reset_parameters(self) -> None:
+        """Draw the pair, and wait for the base whose lengths are to be taken."""
+        super().reset_parameters()
+        if "magnitude" in self._parameters:
+            self.magnitude.detach().fill_(torch.nan)
+            self.__dict__["_waits"] = True
+
+    def along(self, name: str, dim: int) -> int | None:
+        """Return of the magnitude the same dimension."""
+        return dim if name == "magnitude" else super().along(name, dim)
+
+    def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
+        """Return the lengths of a new base, if training has not moved those of the old one."""
+        own = self.magnitude.detach()
+        same = self.__dict__.pop("_waits", False) or (
+            not own.is_meta and _unchanged(own, _length(old.detach(), own.shape), own.dtype).all()
+        )
+        return {"magnitude": _length(new.detach(), own.shape).to(own.dtype)} if same else {}
+
+    def formula(self, weight: Tensor) -> Tensor:
+        """Return `m V / |V|`, computed in float32 at least and rounded once to `W`'s dtype."""
+        V = self._direction(weight)
+        return (V * (1 + self._change(_length(V, self.magnitude.shape)))).to(weight.dtype)
+
+    def _direction(self, weight: Tensor) -> Tensor:
+        A, B = self.lora_A, self.lora_B
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
+        update = B.to(dtype) @ A.to(dtype)
+        return weight.to(dtype) + update.view_as(weight) * self.scale
+
+    def _change(self, length: Tensor) -> Tensor:
+        """Return `m / |V| - 1`, in the dtype of `|V|`; where `V` is zero, `m`."""
+        m = self.magnitude.to(length.dtype).view(length.shape)
+        with torch.no_grad():
+            same = _unchanged(m, length, self.magnitude.dtype)  # then exactly nothing happens
+            length = torch.where(same, m, length)
+            divisor = length.where(length > 0, 1)
+        return (m - length) / divisor
+
+    def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[DoRA]) -> Any:
+        """Scale a layer's output by the lengths, and add the pair's part scaled alike."""
+        for delta in (self, *others):
+            y = delta._act(y, x, run)
+        return y
+
+    def _act(self, y: Tensor, x: Tensor, run: Any) -> Tensor:
+        before = [delta for each in run.acting for delta in each]
+        before = before[: before.index(self)]
+        weight = run.weight
+        for delta in before:
+            weight = delta(weight)
+        dropping = bool(self._dropout) and self.training
+        x = F.dropout(x, self._dropout) if dropping else x
+        if not self._is_of_outputs(run.transposed):
+            return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
+        change = self._change(self._length_of(weight, run, alone=not before))
+        base = run.product(x, weight) if dropping else run.unbiased(y)
+        gate, A, B = (1 + change) * self.scale, self.lora_A, self.lora_B
+        A, B = (A * gate, B) if run.transposed else (A, B * gate[:, None])
+        if self.rows is not None:
+            change = self.rows.spread(change, 0, run.features)
+            A, B = run.whole(A, B, self.rows)
+        inner, outer = run.factors(A, B)
+        y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
+        return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))
+
+    def _is_of_outputs(self, transposed: bool) -> bool:
+        """Say whether there is a length for each of a layer's outputs, and not its inputs."""
+        sizes = [size for size in self.magnitude.shape if size > 1]
+        return not sizes or self.magnitude.shape[transposed] == sizes[0]
+
+    @torch.no_grad()
+    def _length_of(self, weight: Tensor, run: Any, alone: bool) -> Tensor:
+        """Return `|V|`, `[out]`, where it costs less without forming `V`."""
+        if autocasts(weight):
+            with torch.autocast(weight.device.type, enabled=False):
+                return self._length_of(weight, run, alone)
+        if self.rows is not None:
+            weight = self.rows.take(weight, self.dim)
+        shape = self.magnitude.shape
+        # What is known of a weight is no trace's; on an accelerator, to look at a sum stops it.
+        if not (alone and run.in_place and weight.is_cpu) or weight.numel() <= SMALL:
+            return _length(self._direction(weight), shape).flatten()
+        A, B, W = self.lora_A, self.lora_B, weight.flatten(1)
+        A, B, W = (B.t(), A.t(), W.t()) if run.transposed else (A, B, W)
+        own = self._length_of_base(weight).flatten()
+        return length_of_sum(W, own, A.to(own.dtype), B.to(own.dtype), self.scale)
+
+    def _length_of_base(self, weight: Tensor) -> Tensor:
+        """Return `|W|`, computed once for as long as the weight is the same."""
+        memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+        state = weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+        known = _lengths.get(self)
+        # By a reference to the memory, because its address could be another's by now.
+        if known and known[0] == memory and known[1] == state:
+            return known[2]
+        length = _length(weight, self.magnitude.shape)
+        _lengths[self] = memory, state, length
+        return length
+
+
+def length_of_sum(W: Tensor, own: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return `|W + B A s|` by rows, given `own = |W|`, without `B A`.
+
+    `|W + B A s|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>`. Rows of which little is left,
+    whose digits that has lost, are summed.
+    """
+    product = W.to(own.dtype) @ A.t()
+    change = (torch.addmm(product, B, A @ A.t(), beta=2, alpha=scale) * B).sum(1) * scale
+    squares = own * own + change
+    length = torch.where(change == 0, own, squares.clamp_min(0).sqrt())
+    rows = (squares < CANCELLED * own * own).nonzero().flatten()
+    if len(rows):
+        summed = W[rows].to(own.dtype) + B[rows] @ A * scale
+        length[rows] = torch.linalg.vector_norm(summed, dim=1)
+    return length
+
+
+@torch.no_grad()
+def _length(V: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the lengths over the dimensions that `shape` has not, in float32 at least."""
+    gone = [index for index, size in enumerate(shape) if size == 1]
+    dtype = torch.promote_types(V.dtype, torch.float32)
+    lengths: Tensor = torch.linalg.vector_norm(V, dim=gone, keepdim=True, dtype=dtype)
+    return lengths
+
+
+def _unchanged(m: Tensor, length: Tensor, dtype: torch.dtype) -> Tensor:
+    """Say where `m`, kept in a dtype, is the length but for rounding."""
+    error = (m.to(length.dtype) - length).abs()
+    close = error <= 4 * torch.finfo(length.dtype).eps * length
+    return close | (length.to(dtype) == m.to(dtype))

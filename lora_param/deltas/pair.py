@@ -1,0 +1,349 @@
+"""What kinds of low-rank factors have in common: the pair, its numbers, and where it starts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoRAError, StateDictError
+from ..sharding import is_sharded, spread, whole
+from .inits import DRAWS, STARTS, Init, factors_at_start
+from .protocol import Delta, Shape
+
+Scaling = Literal["lora", "rslora"]
+Self = TypeVar("Self", bound="Pair")
+
+SCALINGS: dict[str, Callable[[int], float]] = {"lora": float, "rslora": math.sqrt}
+"""What alpha is divided by, given the rank."""
+
+
+class Pair(Delta):
+    """Two factors whose product, times a scale, is a low-rank change: `(lora_B @ lora_A) * scale`.
+
+    Where it starts from factors `B0`, `A0` whose product isn't zero, it is anchored there: what is
+    trained is how far each has moved, `shift_B` and `shift_A`, both zero at first, and
+
+        B A - B0 A0 = [shift_B, B0] [A0 + shift_A; shift_A] = lora_B @ lora_A
+
+    is one product of twice the rank, zero at the start to the bit. Weight decay pulls towards that.
+    """
+
+    options = ("rank", "alpha", "scaling", "dropout", "init", "generator", "dtype", "transposed")
+    least_dimensions = 2
+    rank, _alpha, _scaling, _dropout = 1, 1.0, "lora", 0.0
+
+    def __init__(
+        self,
+        fan_out: int,
+        fan_in: int,
+        rank: int = 8,
+        alpha: float | None = None,
+        *,
+        scaling: Scaling = "lora",
+        batch: tuple[int, ...] = (),
+        adapter: str = "default",
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(adapter, dtype)
+        rank = check_rank(rank, fan_out, fan_in)
+        self.__dict__.update(rank=rank, _alpha=check_alpha(alpha, rank))
+        self.__dict__.update(_scaling=check_scaling(scaling), _dropout=check_dropout(dropout))
+        if not isinstance(generator, (torch.Generator, type(None))):
+            got = type(generator).__name__
+            raise LoRAError(f"generator must be a torch.Generator or None, got {got}")
+        if not isinstance(init, str) or init not in DRAWS:
+            others = f"one of {[*STARTS]} or a function, which start from the weight"
+            raise LoRAError(
+                f"init must be one of {[*DRAWS]}, or in register_lora {others}, got {init!r:.60}"
+            )
+        self.__dict__.update(_init=init, _generator=generator)
+        A = torch.empty(*batch, rank, fan_in, device=device, dtype=dtype)
+        self._keep(A, torch.empty(*batch, fan_out, rank, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the factors as `init` said, on the meta device when they leave that.
+
+        What they started from, if that was the weight, can't be had again.
+        """
+        kept: list[Any] = [*self._parameters.values()][:2]
+        if kept[0].is_meta:
+            return
+        for start in self._buffers.values():
+            start.fill_(math.nan)  # type: ignore[union-attr]
+        generator = self.__dict__.pop("_generator", None)
+        apart = generator is not None or is_sharded(kept[0])
+        A, B = kept[0].detach(), kept[1].detach()
+        if apart:
+            source = A.device if generator is None else generator.device
+            A, B = (torch.empty(t.shape, device=source, dtype=t.dtype) for t in (A, B))
+        A.zero_(), B.zero_()
+        if not self._buffers:
+            DRAWS[self.__dict__["_init"]](A, B, generator)
+        for own, value in zip(kept, (A, B), strict=True) if apart else ():
+            own.detach().copy_(spread(value, own))
+
+    def _keep(self, A: Tensor, B: Tensor, anchored: bool = False) -> None:
+        """Have these factors for its tensors, or begin at them."""
+        names = ("shift", "start") if anchored else ("lora",)
+        for name in ("lora_A", "lora_B") if anchored else ():
+            del self._parameters[name]
+        if anchored:
+            self._buffers.update(start_A=A, start_B=B)
+            A, B = torch.zeros_like(A), torch.zeros_like(B)
+        # Past torch's setter, for which the two names are taken, by properties.
+        self._parameters |= {f"{names[0]}_A": nn.Parameter(A), f"{names[0]}_B": nn.Parameter(B)}
+
+    @classmethod
+    def make(cls, weight: Tensor, view: Shape, **options: Any) -> Pair:
+        """Build a fresh pair on the weight's device and, unless told otherwise, of its dtype.
+
+        `transposed` says that the columns of the matrix view are outputs.
+        """
+        *batch, fan_out, fan_in = view
+        options["dtype"] = dtype = options.get("dtype") or weight.dtype
+        init, transposed = options.get("init", "kaiming"), options.pop("transposed", False)
+        if not callable(init) and init not in STARTS:
+            return cls(fan_out, fan_in, batch=tuple(batch), device=weight.device, **options)
+        given = options | {"init": "kaiming", "device": "meta"}  # draws nothing
+        generator = given.pop("generator", None)
+        pair = cls(fan_out, fan_in, batch=tuple(batch), **given)
+        numbers = pair.rank, pair.scale
+        found = factors_at_start(init, whole(weight), view, *numbers, generator, transposed)
+        B, A = (each.to(weight.device, dtype, copy=True).contiguous() for each in found)
+        pair._keep(A, B, anchored=bool(A.any() and B.any()))
+        return pair
+
+    @classmethod
+    def blank(cls, tensors: Mapping[str, Tensor]) -> Pair:
+        """Build one that has tensors of these names."""
+        pair = cast("Pair", super().blank(tensors))
+        if "start_A" in tensors:
+            pair._keep(pair.lora_A, pair.lora_B, anchored=True)
+        return pair
+
+    @property
+    def lora_A(self) -> Tensor:
+        """The factor that meets the input of a stored matrix, `[*batch, rank, fan_in]`."""
+        if (own := self._parameters.get("lora_A")) is not None:
+            return own
+        start, shift = cast("Tensor", self.start_A), cast("Tensor", self.shift_A)
+        return torch.cat([start + shift, shift], -2)  # [*batch, 2 rank, fan_in]
+
+    @property
+    def lora_B(self) -> Tensor:
+        """The factor that makes its rows, `[*batch, fan_out, rank]`."""
+        if (own := self._parameters.get("lora_B")) is not None:
+            return own
+        start, shift = cast("Tensor", self.start_B), cast("Tensor", self.shift_B)
+        return torch.cat([shift, start], -1)  # [*batch, fan_out, 2 rank]
+
+    @property
+    def anchored(self) -> bool:
+        """Whether it starts from factors whose product isn't zero."""
+        return "shift_A" in self._parameters
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+        """Build the pair of these factors, of any rank.
+
+        Raises:
+            StateDictError: The factors are no pair, or the numbers aren't theirs.
+        """
+        names = ("shift", "start") if "start_A" in tensors else ("lora",)
+        pairs = {name: (tensors[f"{name}_A"], tensors[f"{name}_B"]) for name in names}
+        for name, (A, B) in pairs.items():
+            if (
+                min(A.ndim, B.ndim) < 2
+                or A.shape[:-2] != B.shape[:-2]
+                or A.shape[-2] != B.shape[-1]
+            ):
+                got = f"{name}_A {tuple(A.shape)} and {name}_B {tuple(B.shape)}"
+                raise StateDictError(f"{got} are no pair")
+            if [A.shape, B.shape] != [each.shape for each in pairs[names[0]]]:
+                raise StateDictError(f"{name}_A and {name}_B aren't of the shapes of what moved")
+        return super().restore(tensors, numbers)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Rank, alpha, scaling and dropout."""
+        named = {"rank": self.rank, "alpha": self._alpha, "scaling": self._scaling}
+        return {**named, "dropout": self._dropout}
+
+    @numbers.setter
+    def numbers(self, numbers: Mapping[str, Any]) -> None:
+        own = self._kept[1].shape[-1]
+        if (rank := numbers.get("rank", own)) != own or type(rank) is not int:
+            raise StateDictError(f"its rank must be {own}, got {rank!r:.40}")
+        Delta.numbers.__set__(self, {"scaling": "lora", **numbers})  # type: ignore[attr-defined]
+
+    @property
+    def alpha(self) -> float:
+        """The numerator of the scale."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._alpha = check_alpha(alpha, self.rank)
+        Delta.switched = object()
+
+    @property
+    def scaling(self) -> str:
+        """What alpha is divided by."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, scaling: Scaling) -> None:
+        self._scaling = check_scaling(scaling)
+        Delta.switched = object()
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self._alpha / SCALINGS[self._scaling](self.rank)
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
+
+    @property
+    def _factor(self) -> float:
+        return self.scale * self.strength
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an entry of the input is dropped."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        self._dropout = check_dropout(dropout)
+
+    @property
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """The factors that it trains."""
+        both = (self.shift_A, self.shift_B) if self.anchored else (self.lora_A, self.lora_B)
+        return cast("tuple[Tensor, Tensor]", both)
+
+    def along(self, name: str, dim: int) -> int | None:
+        """Return a stack's dimension in both, the rows' in what ends in B, the columns' in A."""
+        batch, side = self._kept[0].ndim - 2, name[-2:]
+        if dim < batch:
+            return dim
+        return {("_A", False): batch + 1, ("_B", True): batch}.get((side, dim == batch))
+
+    def misfit(self, shape: Shape, view: Shape) -> str | None:
+        """Say why the factors can't be those of a weight of this matrix view."""
+        if len(view) < 2:
+            return f"a pair needs a matrix, and the weight is {shape}"
+        *batch, fan_out, fan_in = view
+        got = tuple(tuple(each.shape) for each in self._kept)
+        wanted = (*batch, self.rank, fan_in), (*batch, fan_out, self.rank)
+        return None if got == wanted else f"its factors are {got}, should be {wanted}"
+
+    def value(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, with a warning where a dropout is left out."""
+        if self._dropout and self.training and torch.is_grad_enabled():
+            warnings.warn(
+                f"adapter {self.adapter!r} has dropout, which needs its layer's input; what reads "
+                "the weight without calling the layer gets the update without dropout",
+                stacklevel=2,
+            )
+        return self.formula(weight)
+
+    def formula(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight, computed in the wider dtype and rounded once to `W`'s."""
+        raise NotImplementedError
+
+    def plain(self: Self, scaling: Scaling | None = None) -> Self:
+        """Return the same update as two factors alone, of twice the rank where it is anchored.
+
+        With `scaling`, of that one; its tensors are views, or where nothing changes it is itself.
+        """
+        if not self.anchored and scaling in (None, self._scaling):
+            return self
+        A, B = self.lora_A, self.lora_B
+        return self._remade(A, B, B.shape[-1], scaling or self._scaling)
+
+    def _remade(self: Self, A: Tensor, B: Tensor, rank: int, scaling: str) -> Self:
+        """Return the same with other factors, which have the same scale."""
+        numbers = {"rank": rank, "scaling": scaling, "alpha": self.scale * SCALINGS[scaling](rank)}
+        others = {n: t for n, t in self._parameters.items() if n[:-2] not in ("lora", "shift")}
+        tensors = cast("dict[str, Tensor]", {**others, "lora_A": A, "lora_B": B})
+        return cast("Self", self.made_of(tensors, self.numbers | numbers))
+
+    def lowered(self: Self, rank: int) -> Self:
+        """Return the same update, within rounding, as a pair whose rank is the smaller side."""
+        tall = self.lora_B.shape[-2] > self.lora_A.shape[-1]
+        product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
+        eye = torch.eye(rank, dtype=product.dtype, device=product.device)
+        eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
+        A, B = (eye, product) if tall else (product, eye)
+        return self._remade(A, B, rank, self._scaling)
+
+    def block(self, start: int, stop: int) -> Delta:
+        """Return the update of some of the weight's rows, of a stack that of some of its slices."""
+        own = cast("dict[str, Tensor]", {**self._parameters, **self._buffers})
+        cut = {n: t if n[-2:] == "_A" and t.ndim == 2 else t[start:stop] for n, t in own.items()}
+        return self.made_of(cut, self.numbers)
+
+    def singular_values(self, shape: Shape) -> Tensor:
+        """Return the update's singular values, `[*batch, rank]`, without forming it."""
+        sides = self.lora_A.mT, self.lora_B
+        A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
+        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self._factor))
+
+
+def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
+    """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
+    limit = min(fan_out, fan_in)
+    whole = type(rank) is int or (isinstance(rank, Integral) and not isinstance(rank, bool))
+    number = int(cast(Any, rank)) if whole else 0
+    if not 1 <= number <= limit:
+        fix = "lower the rank" if number > limit else "give an integer from 1 up"
+        bounds = f"1 <= rank <= min({fan_out}, {fan_in}) = {limit}"
+        raise LoRAError(f"rank must satisfy {bounds}, got {rank!r}; {fix}")
+    return number
+
+
+def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
+    """Return `alpha` as a finite float, `rank` for `None`, or raise."""
+    if alpha is None and name == "alpha":
+        return float(rank)
+    if not math.isfinite(value := _real(alpha)):
+        rule = "a finite number" + (", or None for the rank" if name == "alpha" else "")
+        raise LoRAError(f"{name} must be {rule}, got {alpha!r:.40}; give a number")
+    return value
+
+
+def check_scaling(scaling: object) -> str:
+    """Return `scaling`, or raise unless it is known."""
+    if not isinstance(scaling, str) or scaling not in SCALINGS:
+        raise LoRAError(f"scaling must be one of {[*SCALINGS]}, got {scaling!r:.40}")
+    return scaling
+
+
+def check_dropout(dropout: object) -> float:
+    """Return `dropout` as a float, or raise."""
+    if not 0 <= (value := _real(dropout)) < 1:
+        raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
+    return value
+
+
+def _real(value: object) -> float:
+    """Return a real number as a float, and anything else as NaN."""
+    real = isinstance(value, (float, Real)) and not isinstance(value, bool)
+    try:
+        return float(cast(Any, value)) if real else math.nan
+    except OverflowError:
+        return math.inf
