@@ -53,14 +53,16 @@ def mixed(model: nn.Module) -> nn.Module:
     return sharded(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
 
 
-def split(model: nn.Module, mesh: Any = None) -> nn.Module:
-    """Split the layers of a plain model, then adapt it, and give it the factors of an adapted one."""
-    state = {name: each.clone() for name, each in lora_state_dict(model).items()}
-    remove_lora(model)
+def split(model: nn.Module, mesh: Any = None, adapted: bool = True) -> nn.Module:
+    """Split a model's layers; an adapted one's without adapters, which they then get again."""
+    state = {name: t.clone() for name, t in lora_state_dict(model).items()} if adapted else {}
+    if adapted:
+        remove_lora(model)
     mesh = mesh or init_device_mesh("cpu", (2,))
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    register_lora(model, rank=3)
-    load_lora_state_dict(model, state)
+    if adapted:
+        register_lora(model, rank=3)
+        load_lora_state_dict(model, state)
     return model
 
 

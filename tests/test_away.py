@@ -62,7 +62,9 @@ ARRIVALS = [emptied, assigned, assigned_as_ever]
 
 
 @pytest.mark.parametrize("arrive", ARRIVALS)
-@pytest.mark.parametrize("options", [{}, {"init": "gaussian"}, {"train": "0.bias"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "orthogonal"}, {"train": "0.bias"}, {"kind": "dora"}], ids=str
+)
 def test_what_was_registered_on_meta_is_drawn_when_it_gets_values(
     arrive: Callable[..., None], options: dict[str, Any]
 ) -> None:
@@ -76,6 +78,7 @@ def test_what_was_registered_on_meta_is_drawn_when_it_gets_values(
     assert torch.equal(model(x), plain(x))
     for name, factor in factors(model).items():
         assert torch.equal(factor, factors(expected)[name]), name
+    assert all(factor.isfinite().all() for factor in lora_parameters(model))
 
 
 @pytest.mark.parametrize("arrive", ARRIVALS)
