@@ -33,10 +33,11 @@ def info(arguments: argparse.Namespace) -> None:
 
 def _print_table(summary: FileSummary) -> None:
     print(_printable(f"format {summary.format}, base {summary.base or 'not said'}"), end="\n\n")
-    rows = [("weight", "shape", "rank", "alpha", "|dW|", "eff. rank")]
+    rows = [("weight", "kind", "shape", "rank", "alpha", "|dW|", "eff. rank")]
     rows += [
         (
             _printable(each.weight),
+            each.kind,
             "x".join(map(str, each.shape)),
             "-" if each.rank is None else str(each.rank),
             show_alpha(each.alpha, each.scaling)
@@ -48,7 +49,7 @@ def _print_table(summary: FileSummary) -> None:
     ]
     width = max(len(row[0]) for row in rows)
     for row in rows:
-        print("{:{}}  {:>14}  {:>5}  {:>8}  {:>11}  {:>9}".format(row[0], width, *row[1:]))
+        print("{:{}}  {:>6}  {:>14}  {:>5}  {:>8}  {:>11}  {:>9}".format(row[0], width, *row[1:]))
     print(f"\n{len(summary.weights):,} weights, {summary.parameters:,} parameters")
 
 

@@ -87,7 +87,8 @@ def file_summary(path: AnyPath, /, **options: Any) -> FileSummary:
 def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     tensors = tensors_of(delta)
     if shape is None:  # of a file that doesn't say it
-        shape = (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])
+        shape = tuple(tensors["D"].shape) if "D" in tensors else ()
+        shape = shape or (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])
     values = delta.singular_values(shape)
     if not values.norm().isfinite():
         raise FileError(f"{name}: its update isn't finite")
@@ -97,4 +98,4 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     sizes = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
     said = rank, alpha, scaling, *sizes, count, delta.strength
-    return UpdateSummary(name, delta.kind, shape, *said)
+    return UpdateSummary(name, delta.origin or delta.kind, shape, *said)

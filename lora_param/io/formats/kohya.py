@@ -9,10 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...deltas import Delta
 from ...errors import FileError
 from ..outline import Outline
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
+from . import lycoris
 
 PARTS = (
     ("lora_unet_", "unet", "UNet"),
@@ -30,19 +32,20 @@ A part's modules are looked up below the model's child of that name, or else in 
 KEYS = (
     r"(?P<name>[^.]+)\.(?P<role>lora_down|lora_up)\.weight",
     r"(?P<name>[^.]+)\.(?P<role>alpha)",
+    *lycoris.KEYS,
 )
-OTHERS = r".+\.(lora_mid\.weight|hada_\w+|lokr_\w+|oft_\w+|dora_scale)"
+OTHERS = r".+\.(oft_\w+|dora_scale)"
 
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are the family's, be they plain LoRA's or not."""
-    return shared.matches_any((KEYS[0], OTHERS), file.header.tensors)
+    return shared.matches_any((KEYS[0], *lycoris.KEYS, OTHERS), file.header.tensors)
 
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[shared.Pair]:
-    """Read a LoRA; its names are resolved forward from the model's own modules.
+) -> list[tuple[str, Delta]]:
+    """Read a LoRA, or another kind of LyCORIS's, resolving names forward from the model's modules.
 
     The model is a UNet, a text encoder, any other, or one with children called `unet`,
     `text_encoder` and `text_encoder_2`. Only keys that begin with `prefix` are read.
@@ -50,13 +53,13 @@ def parse(
     chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     factors, rest = shared.group_factors(chosen, *KEYS)
     flat = {name: [name] for name in factors} if weights.unknown else flat_names(weights, prefix)
-    complaints = [f"{key} is no plain LoRA's, which is all that is supported" for key in rest]
+    complaints = [f"{key} is of no kind that is supported" for key in rest]
     for name in factors:
         if len(several := flat.get(name, [])) > 1:
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
     found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
-    return shared.read_layers(factors, found, weights, shared.plain_factors)
+    return lycoris.read_layers(factors, found, weights)
 
 
 def render(
