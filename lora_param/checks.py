@@ -117,9 +117,11 @@ def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> N
     """Raise for the first weight whose Parameter is another module's too."""
     for weight in weights if walk.shared else ():
         if others := walk.partners(weight):
-            fix = "give each place a Parameter of its own, or exclude this weight"
+            what = "buffer" if weight.is_buffer else "Parameter"
+            otherwise = "pass statistics=False" if weight.is_buffer else "exclude this weight"
+            fix = f"give each place a {what} of its own, or {otherwise}"
             same = all(other.original is weight.whole.original for other in others)
-            what = "is the same Parameter" if same else "has memory in common with it"
+            what = f"is the same {what}" if same else "has memory in common with it"
             raise TargetError(f"{weight.name}: {_names(others)} {what}, and {consequence}; {fix}")
 
 
@@ -155,6 +157,9 @@ def moving_without(walk: Walk, adapter: str) -> list[Weight]:
         if is_lazy(weight.original):  # type: ignore[arg-type]
             fix = "run one forward first, or pass statistics=False"
             raise TargetError(f"{weight.name}: it is lazy and has no shape yet; {fix}")
+        if getattr(weight.module, weight.tensor) is not weight.value and not weight.chain:
+            rule = "reading it gives something else than the buffer itself"
+            raise TargetError(f"{weight.name}: {rule}; pass statistics=False")
     return [w for w in walk.moving if adapter not in (delta.adapter for delta in w.deltas)]
 
 

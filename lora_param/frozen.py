@@ -106,7 +106,7 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> dict[str, str]:
         Hexadecimal digests by the originals' names in the plain model, `"linear1.weight"`.
 
     Raises:
-        LoRAError: A tensor has no bytes of its own: on the meta device, sparse, sharded, wrapped.
+        LoRAError: A tensor has no bytes of its own: on the meta device, sharded, wrapped.
 
     Example:
         >>> import torch
@@ -221,8 +221,15 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
 
 def digest_of(name: str, tensor: Tensor) -> str:
     """Return the SHA-256 digest of a tensor, over its bytes, dtype and shape."""
-    content, found = bytes_of(name, tensor), digest(tensor.dtype, tensor.shape)
-    found.update(content)
+    found = digest(tensor.dtype, tensor.shape)
+    if tensor.layout is torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout is torch.sparse_csr:
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    else:
+        parts = [tensor]
+    for part in parts:
+        found.update(bytes_of(name, part))
     return found.hexdigest()
 
 

@@ -24,7 +24,7 @@ from .activation import in_activation_space
 from .chains import chains_of
 from .deltas.protocol import Delta
 from .errors import LoRAError
-from .layers import computes_as_its_row, layer_of
+from .layers import Layer, computes_as_its_row, layer_of
 
 Method = Callable[..., Any]
 
@@ -39,7 +39,9 @@ class _SharedClass(type):
 
     def __setattr__(cls, name: str, value: object) -> None:
         # torch's register_parametrization, on one more tensor of one module.
-        super().__setattr__(name, _weight_property(name) if isinstance(value, property) else value)
+        layer = layer_of(cls)
+        own = _weight_property(name, layer) if isinstance(value, property) else value
+        super().__setattr__(name, own)
 
     def __delattr__(cls, name: str) -> None:
         # torch's remove_parametrizations, on one module.
@@ -62,17 +64,19 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         # The module's name too, by which torch.fx decides what is a leaf.
         body: dict[str, Any] = {"__module__": base.__module__}
         body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
-        if layer.rereads and _is_torchs(base.forward):
+        if layer.moving or (layer.rereads and _is_torchs(base.forward)):
             body["forward"] = _reading_once(base)
         elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
-        body |= {name: _weight_property(name, name in layer.moving) for name in names}
+        body |= {name: _weight_property(name, layer) for name in names}
         cls = _classes[key] = meta(f"Parametrized{base.__name__}", (base,), body)
     return cls
 
 
-def _weight_property(name: str, moving: bool = False) -> property:
+def _weight_property(name: str, layer: Layer) -> property:
+    moving = name in layer.moving
     compute = _spare if moving else _call
+    once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
     def read(self: Any) -> Any:
         chains = self._modules.get("parametrizations")
@@ -82,9 +86,10 @@ def _weight_property(name: str, moving: bool = False) -> property:
                 if name in table:
                     return table[name]
             raise AttributeError(name)
-        if _reading.module is self and not torch.compiler.is_compiling():
+        if once and _reading.module is self and not torch.compiler.is_compiling():
             store, key = _reading.values, chain
-        elif parametrize._cache_enabled:  # torch's own, in which anything may be done
+        elif parametrize._cache_enabled and not moving:
+            # Torch's own, in which anything may be done.
             state = (torch.is_grad_enabled(), Delta.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         else:
@@ -152,6 +157,18 @@ def _refusing_reset(base: Any) -> Method:
     return reset_parameters
 
 
+def _resetting_copies(base: Any) -> Method:
+    def reset_running_stats(self: nn.Module) -> None:
+        for name in layer_of(base).moving:
+            chain = chains_of(self).get(name, ())
+            if any(isinstance(each, Delta) for each in chain) and not any(d.enabled for d in chain):
+                reason = "with its adapters off the base's own would be lost; call enable_lora"
+                raise LoRAError(f"the statistics of a {base.__name__} can't be reset: {reason}")
+        base.reset_running_stats(self)
+
+    return reset_running_stats
+
+
 def _registering(base: Any) -> Method:
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         _check_assignable(self, name)
@@ -184,8 +201,10 @@ def _saving(base: Any) -> Method:
 def _check_assignable(module: nn.Module, name: str) -> None:
     if any(isinstance(entry, Delta) for entry in chains_of(module).get(name, ())):
         rule = "can't assign to an adapted weight, which is original + update"
-        fix = f"assign to parametrizations.{name}.original under no_grad, or call remove_lora first"
-        raise LoRAError(f"{name}: {rule}; {fix}")
+        fix = f"assign to parametrizations.{name}.original under no_grad"
+        if name in layer_of(type(module)).moving:
+            rule, fix = "can't assign to an adapter's copy of a buffer", "write into it, with copy_"
+        raise LoRAError(f"{name}: {rule}; {fix}, or call remove_lora first")
 
 
 def _loading(base: Any) -> Method:
@@ -267,6 +286,7 @@ METHODS: dict[str, Callable[[Any], Method]] = {
     "_save_to_state_dict": _saving,
     "register_parameter": _registering,
     "reset_parameters": _refusing_reset,
+    "reset_running_stats": _resetting_copies,
     "_reset_parameters": _refusing_reset,
 }
 """What every module with parametrized tensors does in its own class's place, made from that."""

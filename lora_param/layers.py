@@ -127,7 +127,7 @@ TABLE: tuple[Layer, ...] = (
     Layer("torch_geometric.nn.dense.linear.Linear", run=LinearRun),
     replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
     LOOKUP,
-    replace(STACKS, kind=_NormBase, moving=STATISTICS, rereads=True),
+    replace(STACKS, kind=_NormBase, moving=STATISTICS),
     replace(STACKS, kind=nn.ParameterList, overrides={"__getitem__": _without_slices}),
     replace(
         STACKS,

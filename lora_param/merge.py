@@ -24,7 +24,8 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     """Fold adapters into their weights for good, and take them off.
 
     The new weight is what reading the weight gave, rounded once to its dtype; where only some of a
-    weight's adapters are merged, within rounding.
+    weight's adapters are merged, within rounding. Statistics that a merged adapter's hid behind its
+    own become the same.
 
     Raises:
         AdapterError: There is no such adapter, or it is disabled on some weight.
@@ -135,6 +136,9 @@ def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
             cause = "the adapter has diverged or overflows this dtype"
             raise LoRAError(f"{weight.name}: {rule}; {cause}")
         new = _inverted(weight, others, value) if others else [value]
+    if weight.is_buffer:  # of several copies the last is read: those in front of it become the same
+        originals += [each.value(value) for each in chain[:last] if each in kept]
+        new = [value.clone() for _ in originals]
     return list(zip(originals, new, strict=True))
 
 

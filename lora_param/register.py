@@ -19,7 +19,7 @@ from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
-from .targets import Target, number_for_each, resolve, resolve_whole
+from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .walk import Walk, walk
 from .watch import watch
@@ -68,7 +68,7 @@ def register_lora(
             `[start:stop:step]` or, as for the queries of heads, `[start:stop:step+width]`. The pair
             `(selector, rows)` does the same for any selector, where rows are such a text, a slice,
             numbers, or a function from the number of output features to numbers.
-        exclude: The same, for what is left out of `target`.
+        exclude: The same, for what is left out of `target`, or with `target=()` out of `train`.
         train: What to train whole, as `W + D` (`DenseDelta`): parameters of any dimensions. A
             module's path, type or predicate means all below it. `target=()` trains nothing else;
             what both name is trained whole.
@@ -121,7 +121,8 @@ def register_lora(
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
-    whole = [] if train is None else resolve_whole(found, train)
+    left_out = exclude if is_nothing(target) else None
+    whole = [] if train is None else resolve_whole(found, train, left_out)
     weights = resolve(found, target, exclude, cls.least_dimensions, whole)
     checks.check_weights([*weights, *whole], adapter)
     if target is None:

@@ -41,7 +41,7 @@ def resolve(
     Those of `whole` are left out; beside them there may be no target. A selector with rows gives a
     block of each weight that it names.
     """
-    if whole and isinstance(target, (list, tuple)) and not target:
+    if whole and is_nothing(target):
         return []
     weights = {weight.name: weight for weight in walk.weights}
     if target is None:
@@ -76,12 +76,24 @@ def resolve(
     return [each for own in blocks for each in (_disjoint(own) if own[1:] else own)]
 
 
-def resolve_whole(walk: Walk, train: Target) -> list[Weight]:
-    """List the parameters that `train` names, in model order; a module names all below it."""
+def is_nothing(target: Target | None) -> bool:
+    """Say whether a target is empty, `()` or `[]`, for training by `train` alone."""
+    return isinstance(target, (list, tuple)) and not target
+
+
+def resolve_whole(walk: Walk, train: Target, exclude: Target | None = None) -> list[Weight]:
+    """List the parameters that `train` names and `exclude` doesn't, in model order.
+
+    A module names all below it.
+    """
     weights = {w.name: w for w in walk.weights if w.chain or w.original is not None}
     places = _places(walk, None)
     selectors = [_split("train", each, places)[0] for each in _selectors("train", train)]
     chosen = set().union(*(_hits("train", each, places, weights) for each in selectors))
+    for each in _selectors("exclude", exclude) if exclude is not None else ():
+        chosen -= _hits("exclude", _split("exclude", each, places)[0], places, weights)
+    if not chosen:
+        raise TargetError("exclude leaves nothing to train; narrow it, or drop the call")
     return [weight for name, weight in weights.items() if name in chosen]
 
 

@@ -39,6 +39,11 @@ class Walk:
         self.places.append((path, module))
         self.owners.setdefault(module, path)
         chains = chains_of(module)
+        for tensor in chains:
+            if not isinstance(getattr(type(module), tensor, None), property):
+                found = f"{type(module).__name__} that has taken another module's place"
+                rule = f"{path or 'model'}: the adapters are in a {found}, where none acts"
+                raise LoRAError(f"{rule}; replace modules before register_lora")
         for name, child in module._modules.items():
             inner = path if name in WRAPPERS else join(path, name)
             if chains and name == "parametrizations":
@@ -110,10 +115,14 @@ class Walk:
 
     @cached_property
     def shared(self) -> dict[str, list[Weight]]:
-        """The parameters whose memory others have too, whole or in part, by name with these."""
+        """What has its memory in common with others, whole or in part, by name with these.
+
+        Of the parameters and of the buffers that training moves.
+        """
         spans = []
-        for index, (weight, tensor) in enumerate(self.parameters):
-            spans.append((*_span(tensor), index, weight))
+        moving = [(weight, weight.original) for weight in self.moving]
+        for index, (weight, tensor) in enumerate([*self.parameters, *moving]):
+            spans.append((*_span(tensor), index, weight))  # type: ignore[arg-type]
         shared: dict[str, list[Weight]] = {}
         before: list[tuple[int, int, int, Weight]] = []
         for span in sorted(spans):
@@ -128,7 +137,7 @@ class Walk:
         return shared
 
     def partners(self, weight: Weight) -> list[Weight]:
-        """List the others that are the same Parameter, or a part of its memory."""
+        """List the others that are the same tensor, or a part of its memory."""
         return self.shared.get(weight.whole.name, [])
 
 
@@ -142,7 +151,7 @@ def walk(model: object, call: str) -> Walk:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Return where a tensor's bytes begin and end; of one without bytes, what is its alone."""
     start = 0
-    if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
         start = tensor.data_ptr()
     if not start:
         return id(tensor), id(tensor) + 1

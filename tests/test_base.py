@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lora_param import (
@@ -20,6 +20,7 @@ from lora_param import (
     lora_parameters,
     register_lora,
     remove_lora,
+    save_lora,
 )
 
 from .cases import shake
@@ -180,13 +181,27 @@ def test_what_is_no_module_has_no_fingerprint(model) -> None:
 def test_a_tensor_without_bytes_of_its_own_has_no_fingerprint() -> None:
     layer = nn.Linear(3, 2)
     layer.register_buffer("zero", torch._efficientzerotensor(3))
-    layer.register_buffer("sparse", torch.eye(3).to_sparse())
     fingerprint(layer, buffers=False)
     with pytest.raises(LoRAError, match=r"zero: .* has no bytes of its own"):
         fingerprint(layer)
-    del layer.zero
-    with pytest.raises(LoRAError, match=r"sparse: .* torch\.sparse_coo .* has no bytes of its own"):
-        fingerprint(layer)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse_coo, Tensor.to_sparse_csr])
+def test_a_graph_in_a_sparse_buffer_is_proven_by_all_its_parts(sparse, tmp_path) -> None:
+    def holding(graph: Tensor) -> nn.Module:
+        layer = nn.Linear(3, 2)
+        layer.register_buffer("graph", sparse(graph))
+        return layer
+
+    turned = torch.tensor([[1.0, 2, 0], [0, 0, 3]])
+    graphs = [turned, turned * 2, turned.flip(0), turned.flip(1)]
+    assert len({fingerprint(holding(graph))["graph"] for graph in graphs}) == len(graphs)
+    model = holding(turned)
+    register_lora(model, rank=1)
+    shake(model)
+    with base_frozen(model):
+        save_lora(model, tmp_path / "adapter.safetensors")
 
 
 def test_what_stands_behind_an_adapter_keeps_its_name() -> None:

@@ -24,6 +24,7 @@ from lora_param import (
     save_lora,
 )
 from lora_param.deltas import DenseDelta
+from lora_param.io import file_summary
 
 
 class Classifier(nn.Module):
@@ -158,6 +159,43 @@ def test_a_train_that_names_nothing_is_refused(train: Any, message: str) -> None
 def test_an_empty_target_without_train_is_refused() -> None:
     with pytest.raises(TargetError, match="target is empty"):
         register_lora(Classifier(), target=())
+
+
+def test_without_a_target_exclude_leaves_out_of_train() -> None:
+    model = Classifier()
+    assert register_lora(model, target=(), train="*", exclude=["heads", "body.1"]) == [
+        "body.0.weight",
+        "body.0.bias",
+        "body.2.weight",
+        "body.2.bias",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "message"),
+    [("heds", 'exclude "heds" matches no weight'), ("*", "exclude leaves nothing to train")],
+)
+def test_an_exclude_from_train_that_does_not_fit_is_refused(exclude: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        register_lora(Classifier(), target=(), train="heads", exclude=exclude)
+
+
+def test_beside_a_target_exclude_leaves_out_of_that_alone() -> None:
+    model = Classifier()
+    names = register_lora(model, target="*.weight", exclude="heads*", train="heads", rank=2)
+    assert names == ["body.0.weight", "body.2.weight", *HEADS]
+
+
+def test_a_number_without_dimensions_is_trained_whole_and_measured(tmp_path: Any) -> None:
+    model = nn.ParameterDict({"logit_scale": torch.tensor(2.0)})
+    register_lora(model, target=(), train="*")
+    with torch.no_grad():
+        model.parametrizations.logit_scale[0].D.fill_(-0.5)
+    save_lora(model, tmp_path / "adapter.safetensors")
+    (row,) = file_summary(tmp_path / "adapter.safetensors").weights
+    assert (row.shape, row.norm, row.effective_rank) == ((), 0.5, 1)
+    merge_lora(model)
+    assert model["logit_scale"] == 1.5
 
 
 def test_a_tied_parameter_is_refused_with_the_reason() -> None:

@@ -28,6 +28,17 @@ def claim(holds: bool, text: str) -> None:
         raise BrokenClaimError(f"broken claim: {text}")
 
 
+def show(holds: bool, text: str) -> None:
+    """Insist that something holds, and say so.
+
+    Args:
+        holds: Whether it does.
+        text: The claim.
+    """
+    claim(holds, text)
+    print(f"  it holds: {text}", flush=True)
+
+
 def same_bits(found: Tensor, expected: Tensor) -> bool:
     """Compare two tensors bit by bit.
 

@@ -11,12 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
+from torch import Tensor
+
 from .scoring import Spread
 
 FILLS: tuple[dict[str, Any], ...] = (
     {"color": "white"},
     {"color": "0.25"},
     {"color": "white", "hatch": "/////"},
+    {"color": "0.7"},
 )
 """How the bars of one group differ; as many bars as there can be."""
 
@@ -82,4 +85,26 @@ def save(figure: Figure, path: Path) -> None:
         path: Where the PNG goes.
     """
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_matrices(matrices: Mapping[str, Tensor], path: Path) -> None:
+    """Draw small matrices side by side, each entry as a grey and a number.
+
+    Args:
+        matrices: By their titles.
+        path: Where the PNG goes.
+    """
+    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    widths = [max(each.shape[1], 1) for each in matrices.values()]
+    most = max(float(each.abs().max()) for each in matrices.values())
+    axes = figure.subplots(1, len(matrices), width_ratios=widths, squeeze=False)[0]
+    for place, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        place.imshow(matrix.abs().tolist(), cmap="Greys", vmin=0, vmax=1.6 * most)
+        place.set_ylim(max(each.shape[0] for each in matrices.values()) - 0.5, -0.5)
+        place.axis("off")
+        for row, values in enumerate(matrix.tolist()):
+            for column, value in enumerate(values):
+                place.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+        place.set_title(f"{title}\n{matrix.shape[0]} x {matrix.shape[1]}", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
 from typing import Any, NoReturn, TypeVar
+
+from .claims import BrokenClaimError
 
 T = TypeVar("T")
 
@@ -90,6 +93,31 @@ def parse(kind: type[T], argv: Sequence[str] | None, program: str, description: 
         return kind(**vars(parser.parse_args(argv)))
     except ValueError as error:
         parser.error(str(error))
+
+
+def call(
+    run: Callable[[T], object], kind: type[T], argv: Sequence[str] | None, module: str, about: str
+) -> int:
+    """Call an experiment from a command line; what goes wrong is one line.
+
+    Args:
+        run: The experiment.
+        kind: The dataclass of its settings.
+        argv: Arguments; those of the process if `None`.
+        module: The experiment's module.
+        about: Its docstring, whose first line is what `--help` says of it.
+
+    Returns:
+        The exit status: 1 where a claim is broken or an input is bad.
+    """
+    program = f"python -m {module}"
+    settings = parse(kind, argv, program, about.partition("\n")[0])
+    try:
+        run(settings)
+    except (BrokenClaimError, ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Align a table's columns: the first to the left, the others to the right.
@@ -22,3 +24,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         )
         for row in rows
     )
+
+
+def numbers(matrix: Tensor) -> str:
+    """Write a small matrix with two decimals, a row a line."""
+    return "\n".join(" ".join(f"{value:6.2f}" for value in row) for row in matrix.tolist())

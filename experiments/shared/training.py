@@ -57,18 +57,23 @@ def train(
     return mean
 
 
-def adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+def adam(
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    kind: type[torch.optim.Adam] = torch.optim.Adam,
+) -> torch.optim.Optimizer:
     """Build Adam, with torch's fused implementation where the device has one.
 
     Args:
         parameters: What to train.
         learning_rate: The learning rate.
+        kind: Adam, or torch's AdamW.
 
     Returns:
         The optimizer.
     """
     trained = list(parameters)
     try:
-        return torch.optim.Adam(trained, lr=learning_rate, fused=True)
+        return kind(trained, lr=learning_rate, fused=True)
     except RuntimeError:
-        return torch.optim.Adam(trained, lr=learning_rate)
+        return kind(trained, lr=learning_rate)

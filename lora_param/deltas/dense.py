@@ -65,5 +65,5 @@ class DenseDelta(Delta):
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of `D` as a matrix of its first dimension by all the others."""
         matrix = self.D.detach().double() * self.strength
-        matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix[None]
+        matrix = matrix.flatten(1) if matrix.ndim > 1 else matrix.reshape(1, -1)
         return cast("Tensor", torch.linalg.svdvals(matrix))

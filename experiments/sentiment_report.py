@@ -1,0 +1,68 @@
+"""Tables and pictures of the experiments on sentiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .shared.plots import grouped_bars, new_figure, save
+from .shared.scoring import Spread, spread
+from .shared.tables import aligned
+
+Row = dict[str, Any]
+
+
+def methods_table(rows: Sequence[Row]) -> str:
+    """Lay out a comparison of methods.
+
+    Args:
+        rows: A domain's and method's figures each.
+
+    Returns:
+        Two tables: accuracies with each learning rate's on the validation part, and costs.
+    """
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    by = {(row["method"], row["domain"]): row for row in rows}
+    tests = [["test accuracy", *domains]]
+    tuning = [["validation accuracy", *domains]]
+    costs = [["cost", "trained", "file", "a step", "memory of a step"]]
+    for method in methods:
+        own = [by[method, domain] for domain in domains]
+        tests.append([method, *(spread(row["accuracies"]).text(3) for row in own)])
+        for rate in own[0]["tried"]:
+            marks = ["*" if rate == row["rate"] else " " for row in own]
+            found = [f"{r['tried'][rate]:.3f}{m}" for r, m in zip(own, marks, strict=True)]
+            tuning.append([f"{method}, {rate:g}", *found])
+        seconds = min(row["seconds_a_step"] for row in own)
+        costs.append(
+            [
+                method,
+                f"{own[0]['parameters']:,}",
+                f"{own[0]['file'] / 1e6:.2f} MB",
+                f"{seconds:.2f} s",
+                f"{own[0]['memory']['total'] / 1e6:.0f} MB",
+            ]
+        )
+    return "\n" + "\n\n".join(map(aligned, (tests, tuning, costs)))
+
+
+def draw_methods(rows: Sequence[Row], path: Path) -> None:
+    """Draw each domain's accuracies as a group of bars, a bar a method.
+
+    Args:
+        rows: A domain's and method's figures each.
+        path: Where the PNG goes.
+    """
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    bars: dict[str, list[Spread]] = {}
+    for row in rows:
+        label = f"{row['method']}: {row['parameters']:,}"
+        bars.setdefault(label, []).append(spread(row["accuracies"]))
+    figure, axes = new_figure(3.5)
+    grouped_bars(axes, bars, width=0.8 / len(bars))
+    axes.set(ylabel="test accuracy", ylim=(0.5, 1))
+    axes.set_xticks(range(len(domains)), domains)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
