@@ -24,6 +24,7 @@ from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
 from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from . import diffusers, kohya, loralib, native, peft
+from .blocks import joined
 
 Deltas = dict[str, Delta]
 """An adapter: its deltas by their weights' names."""
@@ -183,6 +184,8 @@ def write_adapter(
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
+    if not row.any_kind:
+        deltas = joined(format, deltas, weights)
     for name, delta in {} if row.any_kind else deltas.items():
         if not isinstance(delta, LoRAParametrization) or delta.rows is not None:
             what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
