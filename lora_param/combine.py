@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checks import check_model, check_weights, deltas_called
 from .deltas import Delta, DenseDelta, LoRAParametrization
-from .deltas.lora import SCALINGS, check_rank
+from .deltas.pair import SCALINGS, check_rank
 from .deltas.protocol import Shape, check_adapter
 from .errors import AdapterError, LoRAError
 from .lowrank import (
@@ -299,11 +299,10 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
         product = Product(torch.cat([A, fresh], -2), nn.functional.pad(B, (0, more)))
     else:
         product = recompressed(A, B, rank)
-    rank = check_rank(product.A.shape[-2], *view[-2:])
-    alpha = delta.scale * SCALINGS[delta.scaling](rank)
-    numbers = delta.numbers | {"rank": rank, "alpha": alpha}
-    new = delta.made_of({"lora_A": product.A, "lora_B": product.B}, numbers)
-    return new, Fit(name, rank, product.error)
+    found = check_rank(product.A.shape[-2], *view[-2:])
+    numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
+    new = delta.made_of({"lora_A": product.A, "lora_B": product.B}, delta.numbers | numbers)
+    return new, Fit(name, found, product.error)
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:
