@@ -25,10 +25,58 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 """What the sizes are called, here and there."""
 
-FAMILIES = """albert bart bert big_bird bloom camembert deberta deberta-v2 deit dinov2 electra ernie
-    esm fnet gemma gemma2 gpt2 gpt_bigcode gpt_neox llama longformer mamba mbart mistral mobilebert
-    mpnet mpt mt5 nystromformer opt pegasus persimmon phi phi3 qwen2 qwen2_moe qwen3 roberta
-    roformer rwkv stablelm starcoder2 t5 vit vit_mae wav2vec2 wavlm xglm xlm yoso""".split()
+FAMILIES = [
+    "albert",
+    "bart",
+    "bert",
+    "big_bird",
+    "bloom",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "deit",
+    "dinov2",
+    "electra",
+    "ernie",
+    "esm",
+    "fnet",
+    "gemma",
+    "gemma2",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "llama",
+    "longformer",
+    "mamba",
+    "mbart",
+    "mistral",
+    "mobilebert",
+    "mpnet",
+    "mpt",
+    "mt5",
+    "nystromformer",
+    "opt",
+    "pegasus",
+    "persimmon",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "roberta",
+    "roformer",
+    "rwkv",
+    "stablelm",
+    "starcoder2",
+    "t5",
+    "vit",
+    "vit_mae",
+    "wav2vec2",
+    "wavlm",
+    "xglm",
+    "xlm",
+    "yoso",
+]
 
 IN_EVERY_RUN = ("bart", "bert", "gpt2", "llama", "mamba", "qwen2_moe", "t5", "vit", "wav2vec2")
 """One of each way of building; `pytest -m zoo` runs all."""

@@ -54,7 +54,7 @@ ADAPTED = ["tokens", "fc", "conv", "head"]
 WHOLE = ["tokens", "fc.bias", "norm", "norm.weight", "conv", "head", "*.bias"]
 NUMBERS = {
     "rank": st.integers(1, 6),
-    "alpha": st.none() | st.floats(-1e4, 1e4).filter(lambda alpha: abs(alpha) > 1e-3),
+    "alpha": st.none() | st.floats(-8, 8).filter(lambda alpha: abs(alpha) > 1e-3),
     "scaling": st.sampled_from(["lora", "rslora"]),
     "target": st.lists(st.sampled_from(ADAPTED), unique=True),
     "train": st.none() | st.lists(st.sampled_from(WHOLE), unique=True, min_size=1),
