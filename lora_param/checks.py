@@ -176,7 +176,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
     if tied:
         listing = "; ".join(tied.values())
         warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=4)
-    if len(tied) == len(weights):
+    if tied and len(tied) == len(weights):
         raise TargetError("every weight is tied to an embedding; name other weights with target")
     return [weight for weight in weights if weight not in tied]
 

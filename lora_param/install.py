@@ -202,6 +202,8 @@ def _saving(base: Any) -> Method:
 
 
 def _check_assignable(module: nn.Module, name: str) -> None:
+    if "_modules" not in module.__dict__:  # a replica of DataParallel's, to which it gives these
+        return
     if any(isinstance(entry, Delta) for entry in chains_of(module).get(name, ())):
         rule = "can't assign to an adapted weight, which is original + update"
         fix = f"assign to parametrizations.{name}.original under no_grad"

@@ -130,15 +130,16 @@ class DoRA(Pair):
             weight = delta(weight)
         dropping = bool(self._dropout) and self.training
         x = F.dropout(x, self._dropout) if dropping else x
-        if not self._is_of_outputs(run.transposed):
+        of_inputs = self.rows is not None and self.dim != run.transposed  # an embedding's tokens
+        if of_inputs or not self._is_of_outputs(run.transposed):
             return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
         change = self._change(self._length_of(weight, run, alone=not before))
         base = run.product(x, weight) if dropping else run.unbiased(y)
         gate, A, B = (1 + change) * self.scale, self.lora_A, self.lora_B
         A, B = (A * gate, B) if run.transposed else (A, B * gate[:, None])
         if self.rows is not None:
-            change = self.rows.spread(change, 0, run.features)
-            A, B = run.whole(A, B, self.rows)
+            change = self.rows.spread(change, 0, run.shape[self.dim])
+            A, B = run.whole(A, B, self.rows, self.dim)
         inner, outer = run.factors(A, B)
         y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
         return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))

@@ -80,6 +80,7 @@ class Delta(nn.Module):
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
     dim = 0
+    origin = ""  # which kind it was in another library's file
     _holds = cast("set[Any]", frozenset())  # of `frozen`
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away

@@ -209,8 +209,10 @@ def _doubt(about: About, weights: Outline) -> str:
     """Say why a model isn't the base that the file was trained on, or why that isn't known."""
     if not about.base:
         return 'there is no fingerprint of its base in it; pass base="warn" to load it anyway'
+    # All of the model's only where names are missing, for tensors that have gone by another.
+    names = about.base if about.base.keys() <= weights.tensors.keys() else weights.tensors
     try:
-        now = {name: digest_of(name, tensor) for name, tensor in weights.tensors.items()}
+        now = {name: digest_of(name, weights.tensors[name]) for name in names}
     except LoRAError as error:
         return f'the base can\'t be compared, pass base="ignore": {error}'
     held = set(now.values())  # a checkpoint has a module that is found twice by both its names
