@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
+from ..quantised import dense
 from ..rows import Rows
 from ..sharding import lay_out, mesh_of, whole
 
@@ -266,6 +267,7 @@ class Delta(nn.Module):
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
         if not self.enabled:
             return weight
+        weight = dense(weight)
         if autocasts(weight):
             with torch.autocast(weight.device.type, enabled=False):
                 return self.forward(weight)

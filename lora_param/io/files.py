@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from ..chains import type_before
-from ..checks import check_droppable, check_model, check_present, deltas_called
+from ..checks import check_droppable, check_model, check_present, check_trainable, deltas_called
 from ..deltas import Delta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
@@ -153,6 +153,8 @@ def load_lora(
             check_adapter(adapter)
             own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
             check_model(found, "load_lora", changes=not own)
+            if trainable:
+                check_trainable(found)
             weights = outline_of_model(found)
             deltas = file.fit(weights, "" if own else adapter, **options)
         if base != "ignore" and (doubt := _doubt(file.about, weights)):
