@@ -16,6 +16,7 @@ from .frozen import assert_frozen, base_frozen, fingerprint
 from .io import load_lora, save_lora
 from .merge import lora_merged, merge_lora
 from .register import register_lora, remove_lora
+from .route import lora_routed
 from .select import disable_lora, enable_lora, lora_disabled, lora_selected, select_lora
 from .state import (
     base_state_dict,
@@ -52,6 +53,7 @@ __all__ = [
     "lora_disabled",
     "lora_merged",
     "lora_parameters",
+    "lora_routed",
     "lora_selected",
     "lora_state_dict",
     "lora_summary",

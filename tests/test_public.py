@@ -39,6 +39,7 @@ def test_the_public_names_are_these() -> None:
         "lora_disabled",
         "lora_merged",
         "lora_parameters",
+        "lora_routed",
         "lora_selected",
         "lora_state_dict",
         "lora_summary",
