@@ -43,7 +43,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
 
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(argument)
+        x: Any = args[0] if args else kwargs.get(argument)
         usual = len(args) + len(kwargs) == 1 and (suits is None or suits(self))
         dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
         patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
@@ -60,7 +60,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
         at_work.weight, at_work.acting, at_work.routing = weight, acting, routing
         if routing is not None and routing.rows > 1:
-            at_work.rows_in = routing.dim_of(self, x.shape, len(at_work.batch))  # type: ignore[union-attr]
+            at_work.rows_in = routing.dim_of(self, x, len(at_work.batch))
         y = at_work.base(weight)
         for first, *others in acting:
             y = first.act(y, at_work.x, at_work, others)
@@ -132,7 +132,7 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
             continue
         can_act = isinstance(each, Delta) and each.acts
         if routing is not None and routing.rows > 1:
-            can_act = can_act and each.routes  # type: ignore[union-attr]
+            can_act = can_act and each.routes
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):

@@ -57,8 +57,8 @@ def run_by_groups(
     tensors = [leaf for leaf in tree_flatten(own)[0] if isinstance(leaf, Tensor)]
     if not tensors:
         return call(module, *args, **kwargs)
-    dim = routing.dim_of(module, tensors[0].shape, _candidates(module, tensors[0]))
-    dims = dict.fromkeys(named, dim) | layer.rows_of
+    dim = routing.dim_of(module, tensors[0], _candidates(module, tensors[0]))
+    dims: dict[Any, int] = {**dict.fromkeys(named, dim), **layer.rows_of}
     return _in_groups(routing, module, call, named, dims, dim)
 
 
@@ -167,7 +167,7 @@ class ByRow(Tensor):
             if func is F.linear:
                 x, *rest = args
                 named = {"input": x, "weight": rest[0], "bias": [*rest[1:], None][0]} | kwargs
-                dim = routing.dim_of(module, x.shape, x.dim() - 1)
+                dim = routing.dim_of(module, x, x.dim() - 1)
                 return _in_groups(routing, module, _linear, named, {"input": dim}, dim)
         path = routing.paths[module]
         reason = "is another one for each row of a routed batch, and is read outside of its layer"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .chains import chains_of
 from .checks import check_structure, deltas_called
 from .errors import AdapterError, LoRAError, TargetError
 from .routing import Routing, routed_here
@@ -81,10 +82,11 @@ def lora_routed(
     columns: dict[nn.Module, int] = {}
     for weight, delta in found.deltas:
         column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
-        chain = weight.module._modules["parametrizations"]._modules[weight.tensor]  # type: ignore[union-attr]
-        for module in (delta, chain, weight.module):
-            columns[module] = max(columns.get(module, -1), column)  # type: ignore[index]
-    routing = Routing(weights, columns, _dims(found, dim, dims), dict(_paths(found)))
+        for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
+            columns[module] = max(columns.get(module, -1), column)
+    routing = Routing(
+        weights, columns, _dims(found, dim, dims), {module: path for path, module in found.modules}
+    )
     with routed_here(routing):
         yield
 
@@ -148,11 +150,6 @@ def _check_statistics(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> Non
             names = " and ".join(repr(chosen[column]) for column in own[:2])
             reason = "have statistics of their own here, of which a row can have one's"
             raise AdapterError(f"{weight.name}: adapters {names} {reason}")
-
-
-def _paths(walk: Walk) -> Iterator[tuple[nn.Module, str]]:
-    for path, module in walk.modules:
-        yield module, path
 
 
 def _dims(

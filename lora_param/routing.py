@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,7 +36,7 @@ class Routing:
     """
 
     used: ClassVar[bool] = False
-    """Whether there has been any: until then nobody looks for one."""
+    """Whether there is any in some context: otherwise nobody looks for one."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Routing:
                 "a weight is read while each row of the batch has adapters of its own "
                 "(lora_routed); call its module on the batch, or do this outside of the block"
             )
-        strength = self.weights[0, column]
+        strength: Any = self.weights[0, column]
         if not strength.requires_grad:
             strength = self._settings[0][column]
         return Switch(bool(strength != 0) or isinstance(strength, Tensor), strength)
@@ -112,9 +113,12 @@ class Routing:
             self._tables[key] = table
         return table
 
-    def dim_of(self, module: nn.Module, shape: Sequence[int], candidates: int) -> int:
+    def dim_of(self, module: nn.Module, x: Tensor, candidates: int) -> int:
         """Return which of an input's first dimensions has the rows, or raise."""
-        dim, said = self.dims[module]
+        (dim, said), shape = self.dims[module], x.shape
+        if not torch.compiler.is_compiling() and _is_mapped(x):
+            reason = "vmap hides the rows of a routed batch; route inside of it, or do without it"
+            raise LoRAError(f"{self.paths[module] or 'model'}: {reason}")
         n = self.rows
         fits = dim < candidates and shape[dim] % n == 0
         doubtful = not said and any(shape[d] == n for d in range(candidates) if d != dim)
@@ -129,6 +133,18 @@ class Routing:
         return dim
 
 
+def _is_mapped(x: Tensor) -> bool:
+    """Say whether a dimension of a tensor is vmap's."""
+    transforms = torch._C._functorch
+    while transforms.is_functorch_wrapped_tensor(x):
+        if transforms.is_batchedtensor(x):
+            return True
+        x = transforms.get_unwrapped(x)
+    return False
+
+
+_open: list[Routing] = []  # in any context
+_lock = threading.Lock()
 _routings: ContextVar[tuple[Routing, ...]] = ContextVar("lora_routings", default=())
 
 
@@ -147,14 +163,19 @@ def routing_of(module: nn.Module) -> Routing | None:
 @contextmanager
 def routed_here(routing: Routing) -> Iterator[None]:
     """Let a routing hold in a block, in this thread or task."""
-    Routing.used = True
-    before = _routings.get()
-    inside = (*before, routing)
-    _routings.set(inside)
-    torch._C._stash_obj_in_tls(KEY, inside)
+    with _lock:
+        _open.append(routing)
+        Routing.used = True
+    _enter((*_routings.get(), routing))
     try:
         yield
     finally:
-        after = tuple(each for each in _routings.get() if each is not routing)
-        _routings.set(after)
-        torch._C._stash_obj_in_tls(KEY, after)
+        _enter(tuple(each for each in _routings.get() if each is not routing))
+        with _lock:
+            _open.remove(routing)
+            Routing.used = bool(_open)
+
+
+def _enter(routings: tuple[Routing, ...]) -> None:
+    _routings.set(routings)
+    torch._C._stash_obj_in_tls(KEY, routings)

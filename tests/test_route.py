@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-from lora_param import lora_routed, lora_selected, named_lora_parameters
+from lora_param import (
+    lora_routed,
+    lora_selected,
+    named_lora_parameters,
+    register_lora,
+)
 
 from .cases import CASES, Case, shake
 from .kinds import KINDS
 
 NAMES = ("a", "b", "c")
-WEIGHTS = [1.0, -0.3, 0.7]
-
 UNLIKE = {"attention": 1, "attention kdim vdim": 1, "transformer layer": 1}
 FIRST = {"rnn": 1, "gru bidirectional": 1, "lstm projected": 1} | UNLIKE
 """Where cases have their rows, if not in front."""
@@ -95,9 +95,7 @@ def test_a_row_gives_what_its_setting_gives_alone(case: Case, kind: str, trainin
     mixes = "dora" not in kind and case.id != "sequential"  # which has statistics
     choice = SETTINGS if mixes else SETTINGS[:3]
     entries = [choice[i] for i in torch.randint(len(choice), (ROWS,), generator=draws).tolist()]
-    rows = [
-        {} if e is None else {e: 1.0} if isinstance(e, str) else dict(e) for e in entries
-    ]
+    rows = [{} if e is None else {e: 1.0} if isinstance(e, str) else dict(e) for e in entries]
     for module in layer.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.training = training
@@ -114,3 +112,12 @@ def test_a_row_gives_what_its_setting_gives_alone(case: Case, kind: str, trainin
         assert (gradient is None) == (other is None), name
         if gradient is not None and other is not None:
             close(other, gradient)
+
+
+def linear(**options: Any) -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5).double()
+    for index, name in enumerate(NAMES):
+        register_lora(layer, rank=1 + index, alpha=2.0 + index, adapter=name, **options)
+    shake(layer)
+    return layer

@@ -74,7 +74,8 @@ class LoRAParametrization(Pair):
         """
         dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        return (weight + update.view_as(weight) * self._factor).to(weight.dtype)
+        value: Tensor = weight + update.view_as(weight) * self._factor
+        return value.to(weight.dtype)
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.

@@ -216,7 +216,7 @@ class Delta(nn.Module):
     @property
     def strength(self) -> float:
         """What multiplies all that it adds to a weight."""
-        return self.switch.strength
+        return cast(float, self.switch.strength)
 
     @strength.setter
     def strength(self, strength: float) -> None:
