@@ -13,7 +13,7 @@ from .combine import Fit, combine_lora, resize_lora
 from .deltas import LoRAParametrization
 from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictError, TargetError
 from .frozen import assert_frozen, base_frozen, fingerprint
-from .io import load_lora, save_lora
+from .io import extract_lora, load_lora, save_lora
 from .merge import lora_merged, merge_lora
 from .register import register_lora, remove_lora
 from .route import lora_routed
@@ -47,6 +47,7 @@ __all__ = [
     "combine_lora",
     "disable_lora",
     "enable_lora",
+    "extract_lora",
     "fingerprint",
     "load_lora",
     "load_lora_state_dict",

@@ -33,6 +33,7 @@ def test_the_public_names_are_these() -> None:
         "combine_lora",
         "disable_lora",
         "enable_lora",
+        "extract_lora",
         "fingerprint",
         "load_lora",
         "load_lora_state_dict",
