@@ -15,6 +15,7 @@ from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictEr
 from .frozen import assert_frozen, base_frozen, fingerprint
 from .io import extract_lora, load_lora, save_lora
 from .merge import lora_merged, merge_lora
+from .optim import lora_parameter_groups
 from .register import register_lora, remove_lora
 from .route import lora_routed
 from .select import disable_lora, enable_lora, lora_disabled, lora_selected, select_lora
@@ -53,6 +54,7 @@ __all__ = [
     "load_lora_state_dict",
     "lora_disabled",
     "lora_merged",
+    "lora_parameter_groups",
     "lora_parameters",
     "lora_routed",
     "lora_selected",

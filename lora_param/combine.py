@@ -301,11 +301,10 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
         product = Product(torch.cat([A, fresh], -2), nn.functional.pad(B, (0, more)))
     else:
         product = recompressed(A, B, rank)
-    rank = check_rank(product.A.shape[-2], *view[-2:])
-    alpha = delta.scale * SCALINGS[delta.scaling](rank)
-    numbers = delta.numbers | {"rank": rank, "alpha": alpha}
-    new = delta.made_of({"lora_A": product.A, "lora_B": product.B}, numbers)
-    return new, Fit(name, rank, product.error)
+    found = check_rank(product.A.shape[-2], *view[-2:])
+    numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
+    new = delta.made_of({"lora_A": product.A, "lora_B": product.B}, delta.numbers | numbers)
+    return new, Fit(name, found, product.error)
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:

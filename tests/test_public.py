@@ -39,6 +39,7 @@ def test_the_public_names_are_these() -> None:
         "load_lora_state_dict",
         "lora_disabled",
         "lora_merged",
+        "lora_parameter_groups",
         "lora_parameters",
         "lora_routed",
         "lora_selected",

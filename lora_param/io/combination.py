@@ -20,11 +20,11 @@ from ..lowrank import Rank, check_rank_or_share
 from ..register import install
 from ..targets import Target
 from ..walk import walk
-from .checkpoint import plain_name
+from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
 from .progress import progress
-from .tensors import About, AnyPath, check_apart, open_file, shortened
+from .tensors import About, AnyPath, check_apart, shortened
 
 
 def extract_lora(
@@ -45,8 +45,8 @@ def extract_lora(
 
     Args:
         model: The base, as it was before the tuning.
-        tuned: A model of the same structure, its state dict, or the path of a checkpoint, of which
-            a safetensors file is read a tensor at a time.
+        tuned: A model of the same structure, its state dict, or the path of a checkpoint: a
+            file, an index of shards or a folder, of which safetensors are read one at a time.
         rank: A number, or a share below 1 of each change's squared norm for the least to hold it.
         adapter: The new adapter's name.
         target: As for `register_lora`: the only weights to extract. What else has changed is named
@@ -76,8 +76,8 @@ def extract_lora(
     check_rank_or_share(rank)
     options = (rank, adapter, target, exclude)
     if isinstance(tuned, (str, Path)):
-        with open_file(Path(tuned)) as file:
-            pairs, fits = differences(found, _plain(file.tensors), *options)
+        with open_checkpoint(Path(tuned)) as file:
+            pairs, fits = differences(found, file.tensors, *options)
     elif isinstance(tuned, nn.Module):
         own = {weight.name: weight.value for weight, _ in walk(tuned, "extract_lora").tensors}
         pairs, fits = differences(found, own, *options)
@@ -192,8 +192,8 @@ def extract_checkpoint(
     """
     check_rank_or_share(rank)
     check_apart(Path(out), Path(base), Path(tuned))
-    with open_file(Path(base)) as first, open_file(Path(tuned)) as second:
-        old, new = _plain(first.tensors), _plain(second.tensors)
+    with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
+        old, new = first.tensors, second.tensors
         if other := [
             n
             for n in {**old, **new}
