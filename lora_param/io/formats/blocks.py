@@ -37,9 +37,9 @@ def joined(format: str, deltas: Mapping[str, Delta], weights: Outline) -> dict[s
         )
         size = sum(p.numel() for pair in pairs.values() for p in pair.parameters())
         warnings.warn(
-            f"the format {format} has no blocks of rows: those of {shortened([*pairs])} are written "
-            f"as one pair each, of their ranks' sum, with {size:,} numbers for {kept:,}; where these "
-            "are trained on, the zeros among them won't stay zero",
+            f"the format {format} has no blocks of rows: those of {shortened([*pairs])} are "
+            f"written as one pair each, of their ranks' sum, with {size:,} numbers for {kept:,}; "
+            "where these are trained on, the zeros among them won't stay zero",
             stacklevel=5,
         )
     result: dict[str, Delta] = {}
