@@ -9,11 +9,13 @@
 >>> remove_lora(model)
 """
 
+from .combine import Fit, combine_lora, resize_lora
 from .deltas import LoRAParametrization
 from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictError, TargetError
 from .frozen import assert_frozen, base_frozen, fingerprint
 from .io import load_lora, save_lora
 from .merge import lora_merged, merge_lora
+from .optim import lora_parameter_groups
 from .register import register_lora, remove_lora
 from .select import disable_lora, enable_lora, lora_disabled, lora_selected, select_lora
 from .state import (
@@ -31,6 +33,7 @@ __all__ = [
     "AdapterError",
     "AdapterSummary",
     "FileError",
+    "Fit",
     "FrozenError",
     "LoRAError",
     "LoRAParametrization",
@@ -41,6 +44,7 @@ __all__ = [
     "assert_frozen",
     "base_frozen",
     "base_state_dict",
+    "combine_lora",
     "disable_lora",
     "enable_lora",
     "fingerprint",
@@ -48,6 +52,7 @@ __all__ = [
     "load_lora_state_dict",
     "lora_disabled",
     "lora_merged",
+    "lora_parameter_groups",
     "lora_parameters",
     "lora_selected",
     "lora_state_dict",
@@ -56,6 +61,7 @@ __all__ = [
     "named_lora_parameters",
     "register_lora",
     "remove_lora",
+    "resize_lora",
     "save_lora",
     "select_lora",
 ]

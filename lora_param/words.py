@@ -17,12 +17,12 @@ WORDS = {
     "target_parameters": "target",
     "rank_pattern": 'give rank a mapping, such as {"q_proj": 8, "*": 4}',
     "alpha_pattern": 'give alpha a mapping, such as {"q_proj": 8, "*": 4}',
-    "init_lora_weights": 'write init="kaiming", which is the default, or init="gaussian"',
+    "init_lora_weights": 'write init="kaiming", which is the default, or another name of an init',
     "modules_to_save": "train",
     "bias": 'leave "none" out; for biases write train="*.bias"',
     "layers_to_transform": 'name the layers in target, such as "layers.[0-3].*.q_proj"',
     "use_rslora": 'write scaling="rslora"',
-    "use_dora": "leave it out, there is no DoRA",
+    "use_dora": 'write kind="dora"',
     "peft_config": "write rank=, alpha=, dropout= and target= as it has them",
 }
 """PEFT's options that aren't like ours: our word for the same value, or what to do instead."""

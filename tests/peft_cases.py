@@ -97,6 +97,14 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=9, num_labels=3,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
 def mixtral() -> nn.Module:
     config = transformers.MixtralConfig(
         vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
@@ -181,8 +189,8 @@ def trained_in_peft(case: Case, folder: Path, **options: Any) -> tuple[nn.Module
     base = case.base()
     with quiet():
         model = get_peft_model(copy.deepcopy(base), case.config(**options)).eval()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape).to(parameter) / 3
         model.save_pretrained(folder)
     return base, model

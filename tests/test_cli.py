@@ -159,8 +159,18 @@ FAILURES = [
     (["convert", "{adapter}", "x", "--to", "native", "--write-option", "base=5"], "base must map"),
     (["convert", "{adapter}", "x", "--to", "native", "--write-option", "about=5"], "got about"),
     (["check", "{adapter}", "--base", __file__], "test_cli.py: no state dict"),
-    (["merge", "{adapter}", "--base", __file__, "--out", "x"], "test_cli.py: no safetensors file"),
-]
+    (["merge", "{adapter}", "--base", __file__, "--out", "x"], "test_cli.py: no state dict"),
+    (["info", "{base}"], "is of no known format: native, peft, kohya, diffusers, loralib; it holds"),
+    (["info", "{pickled}"], "no adapter's file: it holds a, and no lora_A"),
+    (["info", "{loralib}"], "hold its lora_alpha; pass it as --option alpha="),
+    (["check", "nowhere", "--base", "{base}"], "nowhere: can't be read: No such file"),
+    (["check", "{adapter}", "--base", "nowhere"], "nowhere: can't be read: No such file"),
+    (["merge", "nowhere", "--base", "{base}", "--out", "x"], "nowhere: can't be read: No such file"),
+    (["merge", "{adapter}", "--base", "nowhere", "--out", "x"], "nowhere: can't be read: No such f"),
+    (["convert", "nowhere", "x", "--to", "native"], "nowhere: can't be read: No such file"),
+    (["merge", "{adapter}", "--base", "{base}", "--out", "x.pt"], "a safetensors file is written, which .pt denies"),
+    (["convert", "{adapter}", "x.bin", "--to", "native"], "a safetensors file is written, which .bin"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "message"), FAILURES)
@@ -170,7 +180,12 @@ def test_a_failure_is_one_line(
     files: tuple[Path, Path, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    error = fails(capsys, *(each.format(adapter=files[0]) for each in arguments))
+    adapter, base, out = files
+    pickled, loralib = out.with_name("a.pt"), out.with_name("b.pt")
+    torch.save({"a": torch.ones(2)}, pickled)
+    torch.save({"linear.lora_A": torch.ones(1, 6), "linear.lora_B": torch.ones(5, 1)}, loralib)
+    paths = {"adapter": adapter, "base": base, "pickled": pickled, "loralib": loralib}
+    error = fails(capsys, *(each.format(**paths) for each in arguments))
     assert error.startswith("lora-param: ")
     assert message in error
 

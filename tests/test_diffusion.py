@@ -165,3 +165,34 @@ def test_what_we_write_loads_in_lycoris(tmp_path: Path) -> None:
     network.apply_to()
     assert not torch.allclose(base, ours(x), atol=1e-2)
     torch.testing.assert_close(theirs(x), ours(x), rtol=1e-4, atol=1e-5)
+
+
+class Normed(Net):
+    """The same between norms, which LyCORIS trains whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.GroupNorm(1, 3), nn.LayerNorm(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.after(super().forward(self.before(x))[..., :2])
+        return result
+
+
+def test_what_lycoris_trains_whole_loads_and_goes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x, file = Normed().eval(), torch.randn(2, 3, 4, 4), tmp_path / "full.safetensors"
+    theirs, ours, again = (copy.deepcopy(base) for _ in range(3))
+    network = create_lycoris(theirs, 1.0, linear_dim=2, algo="full", train_norm=True)
+    network.apply_to()
+    for each in network.parameters():
+        each.data += torch.randn_like(each) / 9
+    network.save_weights(str(file), None, {})
+    names = [name for name, _ in base.named_parameters()]
+    assert sorted(load_lora(ours, file)) == sorted(names)
+    assert not torch.allclose(base(x), ours(x), atol=1e-2)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    save_lora(ours, file, format="kohya")
+    network, _ = create_lycoris_from_weights(1.0, str(file), again)
+    network.apply_to()
+    torch.testing.assert_close(again(x), ours(x), rtol=1e-4, atol=1e-5)

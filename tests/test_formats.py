@@ -134,12 +134,25 @@ def test_a_file_is_recognised_by_one_row_or_refused(
 def test_formats_turn_into_each_other_without_loss(tmp_path: Path) -> None:
     model = adapted()
     for index, format in enumerate(["peft", "kohya", "native", "kohya", "peft", "native"]):
-        path = tmp_path / f"{index}.safetensors"
+        path = tmp_path / f"{index}{'' if format == 'peft' else '.safetensors'}"
         save_lora(model, path, format=format)
         model = plain()
         load_lora(model, path)
     for ours, first in zip(model, adapted(), strict=True):
         assert torch.equal(ours.weight, first.weight)
+
+
+NAMES = [("native", "a.pt"), ("kohya", "a.ckpt"), ("peft", "a.safetensors"), ("peft", "a.bin")]
+
+
+@pytest.mark.parametrize(("format", "name"), NAMES)
+def test_a_name_that_denies_what_is_written_is_refused(
+    format: str, name: str, tmp_path: Path
+) -> None:
+    what = "a folder" if format == "peft" else "a safetensors file"
+    with pytest.raises(FileError, match=rf"{what} is written, which \.\w+ denies; "):
+        save_lora(adapted(), tmp_path / name, format=format)
+    assert list(tmp_path.iterdir()) == []
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {

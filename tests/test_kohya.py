@@ -17,6 +17,7 @@ from lora_param import FileError, LoRAError, load_lora, lora_summary, register_l
 from .cases import shake
 from .kohya_cases import CLIPText, UNet, linear, pipeline, saved, update
 
+Q = "lora_unet_mid_attn1_to_q"
 PREFIXES = [
     ("lora_unet_", UNet, "mid.attn1.to_q"),
     ("lora_te_", CLIPText, "self_attn.q_proj"),
@@ -92,6 +93,19 @@ def test_what_is_written_is_read_to_the_bit(make: Callable[[], nn.Module], tmp_p
         assert torch.equal(base.get_submodule(path).weight, model.get_submodule(path).weight)
 
 
+def test_a_layers_bias_is_trained_beside_its_pair(tmp_path: Path) -> None:
+    base = UNet()
+    model = copy.deepcopy(base)
+    register_lora(model, rank=2, target="to_q", train="*.to_q.bias")
+    shake(model)
+    save_lora(model, tmp_path / "lora.safetensors", format="kohya")
+    roles = ("alpha", "diff_b", "lora_down.weight", "lora_up.weight")
+    assert sorted(load_file(tmp_path / "lora.safetensors")) == [f"{Q}.{role}" for role in roles]
+    load_lora(base, tmp_path / "lora.safetensors")
+    x = torch.randn(1, 4, 3, 3)
+    assert torch.equal(base(x), model(x))
+
+
 class Plain(CLIPText):
     """A model of no known name."""
 
@@ -159,9 +173,6 @@ def test_names_that_collide_are_refused_both_ways(tmp_path: Path) -> None:
         save_lora(model, tmp_path / "out.safetensors", format="kohya")
 
 
-Q = "lora_unet_mid_attn1_to_q"
-
-
 DOWN, UP = f"{Q}.lora_down.weight", f"{Q}.lora_up.weight"
 
 
@@ -177,6 +188,9 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("another shape", lambda t: t.update({DOWN: torch.ones(2, 7)}), r"has factors \(2, 7\) and \(6, 2\) for a weight of \(6, 6\)"),
     ("another rank", lambda t: t.update({DOWN: torch.ones(3, 6)}), r"has factors \(3, 6\) and \(6, 2\)"),
     ("a kernel turned", lambda t: t.update({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 3, 3, 4), "lora_unet_conv_in.lora_up.weight": torch.ones(6, 2, 1, 1)}), r"for a weight of \(6, 4, 3, 3\)"),
+    ("a difference of another shape", lambda t: t.update({f"{Q}.diff_b": torch.ones(7)}), r"mid.attn1.to_q.bias: its D is \(7,\), should be \(6,\)"),
+    ("a difference and a pair", lambda t: t.update({f"{Q}.diff": torch.ones(6, 6)}), "there are 2 updates of it"),
+    ("a difference without a module", lambda t: t.update({"lora_unet_x.diff": torch.ones(6)}), "no module for lora_unet_x; the nearest"),
     ("one weight twice", lambda t: t.update(linear("lycoris_mid_attn1_to_q")), "there are 2 updates of it"),
 ]  # fmt: skip
 
@@ -197,6 +211,7 @@ HOMELESS: list[tuple[str, nn.Module, dict[str, Any], str]] = [
     ("an embedding", nn.Sequential(nn.Embedding(4, 5)), {"target": "0"}, "no place for 0.weight of a"),
     ("the model itself", nn.Linear(4, 5), {}, "no place for weight of a"),
     ("an alpha beyond float32", nn.Sequential(nn.Linear(4, 5)), {"alpha": 1e39}, "0.weight has an alpha of 1e.39, in float32 inf"),
+    ("an embedding trained whole", nn.Sequential(nn.Embedding(4, 5)), {"train": "0", "target": ()}, "no place for 0.weight of a"),
     ("an alpha of 0", nn.Sequential(nn.Linear(4, 5)), {"alpha": 0}, "0.weight has an alpha of 0"),
 ]  # fmt: skip
 

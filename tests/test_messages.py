@@ -64,7 +64,7 @@ ELSEWHERE: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": [0]}, "name the layers in target"),
     ({"init_lora_weights": True}, 'write init="kaiming"'),
     ({"use_rslora": True}, 'write scaling="rslora"'),
-    ({"use_dora": True}, "there is no DoRA"),
+    ({"use_dora": True}, 'write kind="dora"'),
     ({"peft_config": 1}, "write rank=, alpha="),
     ({"rnak": 4}, "for rnak=4 write rank=4"),
     ({"adaptor": "a"}, "write adapter='a'"),

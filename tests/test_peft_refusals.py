@@ -35,11 +35,9 @@ from .peft_cases import (
 FIELDS: list[tuple[str, Any]] = [
     ("peft_type", "LOHA"),
     ("use_dora", True),
-    ("lora_bias", True),
-    ("bias", "all"),
-    ("bias", "lora_only"),
-    ("modules_to_save", ["classifier"]),
-    ("trainable_token_indices", [1, 2]),
+    ("bias", "vera_only"),
+    ("modules_to_save", "classifier"),
+    ("target_parameters", [""]),
     ("layer_replication", [[0, 2], [1, 3]]),
     ("megatron_config", {"a": 1}),
     ("alora_invocation_tokens", [1]),
@@ -88,6 +86,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("pattern of many repetitions", {"alpha_pattern": {".*" * 9: 2}}, "the pattern"),
     ("patterns that are no mapping", {"rank_pattern": ["0"]}, "a rank of"),
     ("parameters that are no names", {"target_parameters": [1]}, "target_parameters="),
+    ("rows that aren't there", {"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\], of which"),
     ("another rank", {"r": 3}, "0 has rank 2, by its adapter_config.json 3"),
 ]  # fmt: skip
 

@@ -26,6 +26,7 @@ class Cell:
         rank: The adapters' rank.
         layers: Names of the adapted modules, by their ends.
         quick: Whether `--quick` keeps it.
+        kind: Of adapter; ways that have no other than `"lora"` are left out.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Cell:
     rank: int
     layers: tuple[str, ...]
     quick: bool = False
+    kind: str = "lora"
 
     def adapted(self, model: nn.Module) -> list[str]:
         """List the adapted modules' names, `["0", "2"]`."""
@@ -129,6 +131,15 @@ def cells() -> list[Cell]:
         Cell("embedding 50,000 x 256", lambda: Lookup(50_000, 256), (512,), 8, TABLE, True),
         Cell("transformer, 4 x 64", blocks, (4, 64, 256), 8, BLOCK, True),
     ]
+    found += [
+        Cell(name, lambda: linears(1024), (tokens, 1024), 16, EVEN, tokens == 1024, "dora")
+        for tokens in (1, 128, 1024)
+        for name in [f"DoRA, Linear 1024, {tokens} tokens, rank 16"]
+    ]
+    found += [
+        Cell("DoRA, convolutions, 8 images", convolutions, (8, 3, 64, 64), 8, EVEN, False, "dora"),
+        Cell("DoRA, embedding", lambda: Lookup(50_000, 256), (512,), 8, TABLE, False, "dora"),
+    ]
     if importlib.util.find_spec("transformers"):
         found.append(Cell("Llama, 2 x 64", Decoder, (2, 64, 256), 8, LLAMA, True))
     return found
@@ -143,12 +154,14 @@ def ours(model: nn.Module, cell: Cell) -> nn.Module:
     """Register adapters with lora_param."""
     names = cell.adapted(model)
     attention = [f"{name}.out_proj" for name in names if name.endswith("self_attn")]
-    lp.register_lora(model, rank=cell.rank, target=names + attention)
+    lp.register_lora(model, rank=cell.rank, target=names + attention, kind=cell.kind)
     return model
 
 
 def parametrized(model: nn.Module, cell: Cell) -> nn.Module:
     """Register the formula by hand, with torch's own parametrize: weight space everywhere."""
+    if cell.kind != "lora":
+        raise NotImplementedError(f"the formula by hand is no {cell.kind}'s")
     model.requires_grad_(False)
     for name in cell.adapted(model):
         for path, tensor in (("", "weight"), ("", "in_proj_weight"), ("out_proj", "weight")):
@@ -175,7 +188,8 @@ def peft(model: nn.Module, cell: Cell) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     names = cell.adapted(model)
-    config = LoraConfig(r=cell.rank, lora_alpha=cell.rank, target_modules=names)
+    options: dict[str, Any] = {"use_dora": True} if cell.kind == "dora" else {}
+    config = LoraConfig(r=cell.rank, lora_alpha=cell.rank, target_modules=names, **options)
     # Else its factors would be float32 on a bfloat16 model, and ours not.
     wrapped: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
     return wrapped
@@ -185,6 +199,8 @@ def loralib(model: nn.Module, cell: Cell) -> nn.Module:
     """Replace the same layers by loralib's; it has none for attention."""
     import loralib  # type: ignore[import-untyped]
 
+    if cell.kind != "lora":
+        raise NotImplementedError(f"loralib has no {cell.kind}")
     for name in cell.adapted(model):
         layer: Any = model.get_submodule(name)
         options: dict[str, Any] = {"r": cell.rank, "lora_alpha": cell.rank, "merge_weights": False}

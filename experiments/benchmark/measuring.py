@@ -45,7 +45,7 @@ def measure(cell: Cell, mode: str, device: torch.device, least: float) -> dict[s
     if "compiled" in mode:
         torch._dynamo.reset()  # each cell has graphs of its own, and there is a limit of them
         compiled = functools.partial(torch.compile, dynamic=False)
-    result: dict[str, Any] = {"cell": cell.name, "mode": mode}
+    result: dict[str, Any] = {"cell": cell.name, "mode": mode, "kind": cell.kind}
     result["mebibytes"] = {way: kept(model, x) for way, model in models.items()}
     steps: dict[str, Turn] = {way: trainer(compiled(each), x) for way, each in models.items()}
     result["training"] = interleave(steps, device, least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,14 +51,17 @@ def summary(results: Sequence[dict[str, Any]]) -> list[str]:
         Lines.
     """
     lines = []
-    for measure in ("training", "training and AdamW", "inference"):
+    kinds = list(dict.fromkeys(each.get("kind", "lora") for each in results))
+    for kind, measure in itertools.product(kinds, ("training", "training and AdamW", "inference")):
+        own = [each for each in results if each.get("kind", "lora") == kind]
+        said = measure if kind == "lora" else f"{kind}, {measure}"
         for peer in ("peft", "loralib"):
-            ratios = {_name(each): _against(each[measure], peer) for each in results}
+            ratios = {_name(each): _against(each[measure], peer) for each in own}
             known = {name: ratio for name, ratio in ratios.items() if ratio is not None}
             if known:
                 worst = max(known, key=lambda name: known[name])
                 lines.append(
-                    f"{measure}: lora_param / {peer} is {_mean(known.values()):.2f} in the "
+                    f"{said}: lora_param / {peer} is {_mean(known.values()):.2f} in the "
                     f"geometric mean of {len(known)} cells, at most {known[worst]:.2f} ({worst})"
                 )
     merged = [each["inference"]["merged"]["ratio"][1] for each in results]

@@ -76,10 +76,21 @@ class DoRA(Pair):
             return f"its magnitude is {m}, for a weight of {shape}"
         return super().misfit(shape, view)
 
+    def reset_parameters(self) -> None:
+        """Draw the pair, and wait for the base whose lengths are to be taken."""
+        super().reset_parameters()
+        if "magnitude" in self._parameters:
+            self.magnitude.detach().fill_(torch.nan)
+            self.__dict__["_waits"] = True
+
+    def along(self, name: str, dim: int) -> int | None:
+        """Return of the magnitude the same dimension."""
+        return dim if name == "magnitude" else super().along(name, dim)
+
     def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
         """Return the lengths of a new base, if training has not moved those of the old one."""
         own = self.magnitude.detach()
-        same = (
+        same = self.__dict__.pop("_waits", False) or (
             not own.is_meta and _unchanged(own, _length(old.detach(), own.shape), own.dtype).all()
         )
         return {"magnitude": _length(new.detach(), own.shape).to(own.dtype)} if same else {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,18 @@ from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
 from ..rows import Rows
-from ..walk import WRAPPERS
-from ..weight import join
-from .formats import AdapterFile, open_adapter, write_adapter
-from .outline import Outline, outline_of_tensors
+from .bases import open_base
+from .formats import open_adapter, write_adapter
 from .progress import progress
-from .tensors import About, AnyPath, Entry, OpenFile, check_apart, open_file, shortened, write_blobs
+from .tensors import (
+    About,
+    AnyPath,
+    OpenFile,
+    check_apart,
+    check_name,
+    shortened,
+    write_blobs,
+)
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""
@@ -30,28 +35,17 @@ BLOCK = 2**22
 OTHER_BASE = "give the base that the adapter was trained on, or --any-base"
 
 
-def plain_name(key: str) -> str:
-    """Return the plain model's name of a key of a state dict."""
-    plain = join(*(part for part in key.split(".") if part not in WRAPPERS))
-    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain)
-
-
-def _outline(checkpoint: OpenFile, file: AdapterFile) -> Outline:
-    """Take a checkpoint's outline, with what an adapter's file knows of the layers."""
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in checkpoint.tensors.items():
-        if (name := plain_name(key)) in tensors:
-            raise FileError(f"{checkpoint.path}: more than one tensor is {name}; keep one of them")
-        tensors[name] = tensor
-    return outline_of_tensors(tensors, file.about.layers)
-
-
-def check_checkpoint(path: AnyPath, base: AnyPath, /, **options: Any) -> int:
+def check_checkpoint(
+    path: AnyPath, base: AnyPath, /, *, base_prefix: str | None = None, **options: Any
+) -> int:
     """Compare a checkpoint with the base that an adapter's file was trained on, bit for bit.
 
     Args:
         path: The adapter's file, in any format.
-        base: The checkpoint, safetensors or a pickled state dict.
+        base: The checkpoint: safetensors or a pickled state dict, an index of shards, or a folder
+            with one of these.
+        base_prefix: What the model's names begin with and the checkpoint's don't, such as
+            `"bert."`, or the other way round; `None` for what can be seen.
         **options: What the adapter's format takes.
 
     Returns:
@@ -71,8 +65,11 @@ def check_checkpoint(path: AnyPath, base: AnyPath, /, **options: Any) -> int:
         ...     check_checkpoint(f"{folder}/adapter.safetensors", f"{folder}/base.pt")
         2
     """
-    with open_adapter(Path(path)) as file, open_file(Path(base)) as checkpoint:
-        weights = _outline(checkpoint, file)
+    with (
+        open_adapter(Path(path)) as file,
+        open_base(Path(base), file, base_prefix, options) as checkpoint,
+    ):
+        weights = checkpoint.outline(file)
         file.fit(weights, **options)
         digests, tensors = file.about.base, weights.tensors
         if not digests:
@@ -97,6 +94,7 @@ def merge_checkpoint(
     /,
     *,
     any_base: bool = False,
+    base_prefix: str | None = None,
     **options: Any,
 ) -> tuple[int, int]:
     """Fold a file's adapter into a checkpoint, to the bits that `merge_lora` gives.
@@ -105,9 +103,10 @@ def merge_checkpoint(
 
     Args:
         path: The adapter's file, in any format.
-        base: The checkpoint, a safetensors file.
+        base: The checkpoint, as for `check_checkpoint`; of several files one is made.
         out: The safetensors file to write.
         any_base: Merge even if the adapter was trained on another base.
+        base_prefix: As for `check_checkpoint`.
         **options: What the adapter's format takes.
 
     Returns:
@@ -130,16 +129,20 @@ def merge_checkpoint(
         (1, 2)
     """
     check_apart(Path(out), Path(path), Path(base))
-    with open_adapter(Path(path)) as file, open_file(Path(base)) as checkpoint:
-        checkpoint.check_whole()
-        weights, header = _outline(checkpoint, file), checkpoint.header
+    check_name(Path(out))
+    with (
+        open_adapter(Path(path)) as file,
+        open_base(Path(base), file, base_prefix, options) as checkpoint,
+    ):
+        check_apart(Path(out), *(opened.path for opened in {*checkpoint.files.values()}))
+        weights, names = checkpoint.outline(file), checkpoint.names
         deltas: defaultdict[str, list[Delta]] = defaultdict(list)
         for name, delta in file.fit(weights, **options).items():
             deltas[name.rpartition("[")[0] if delta.rows else name].append(delta)
-        hidden = {plain_name(key) for key in header.tensors if "parametrizations." in key}
+        hidden = {name for key, name in names.items() if "parametrizations." in key}
         if hidden := hidden & deltas.keys():
-            names = shortened(sorted(hidden))
-            raise FileError(f"{base}: parametrized: {names}; load both, and call merge_lora")
+            listed = shortened(sorted(hidden))
+            raise FileError(f"{base}: parametrized: {listed}; load both, and call merge_lora")
         digests = {} if any_base else file.about.base
         if missing := _missing(digests, weights.tensors):
             raise FileError(f"{base}: lacks {shortened(missing)}; {OTHER_BASE}")
@@ -150,15 +153,14 @@ def merge_checkpoint(
             )
         blocks = (
             block
-            for key, entry in progress(list(header.tensors.items()), "merging")
-            for name in [plain_name(key)]
+            for key, name in progress(list(names.items()), "merging")
             for block in merged_blocks(
-                *(checkpoint.file, name, entry, weights.tensors[name].dtype),
-                *(deltas.get(name, []), digests),
+                *(checkpoint.files[key], key, name), deltas.get(name, []), digests
             )
         )
-        write_blobs(Path(out), header.tensors, header.metadata, blocks)
-    return len(deltas), len(header.tensors)
+        entries = {key: opened.entry(key) for key, opened in checkpoint.files.items()}
+        write_blobs(Path(out), entries, checkpoint.metadata, blocks)
+    return len(deltas), len(names)
 
 
 def convert_file(
@@ -167,6 +169,7 @@ def convert_file(
     format: str,
     base: AnyPath | None = None,
     *,
+    base_prefix: str | None = None,
     options: Mapping[str, Any] | None = None,
     write_options: Mapping[str, Any] | None = None,
 ) -> list[str]:
@@ -176,7 +179,9 @@ def convert_file(
         path: The file, in any format.
         out: What to write: a file, for PEFT a folder.
         format: The format to write: `"native"`, `"peft"` or `"kohya"`.
-        base: The checkpoint that it was trained on; needed unless the file is our own.
+        base: The checkpoint that it was trained on, as for `check_checkpoint`; needed unless the
+            file is our own and PEFT isn't to hold what was trained whole.
+        base_prefix: As for `check_checkpoint`.
         options: What the file's own format takes, such as `{"alpha": 16}`.
         write_options: What the new format takes, see `save_lora`.
 
@@ -202,7 +207,8 @@ def convert_file(
         file = stack.enter_context(open_adapter(Path(path)))
         weights = file.outline
         if base:
-            weights = _outline(stack.enter_context(open_file(Path(base))), file)
+            opened = open_base(Path(base), file, base_prefix, options or {})
+            weights = stack.enter_context(opened).outline(file)
         if weights.unknown:
             raise FileError(
                 f"{path}: the format {file.format.name} doesn't say what its weights are; give the "
@@ -226,33 +232,25 @@ def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> li
 
 
 def merged_blocks(
-    file: BinaryIO,
-    name: str,
-    entry: Entry,
-    dtype: torch.dtype,
-    deltas: list[Delta],
-    base: Mapping[str, str],
+    file: OpenFile, key: str, name: str, deltas: list[Delta], base: Mapping[str, str]
 ) -> Iterator[Any]:
     """Yield a tensor's bytes in blocks of whole rows, with its updates added."""
+    entry, dtype = file.entry(key), file.tensors[key].dtype
     digested, size = digest(dtype, entry.shape), entry.end - entry.begin
     row = size // (*entry.shape, 1)[0] if deltas else 1
     rows = max(1, BLOCK // row)
-    file.seek(entry.begin)
-    for begin in range(0, size // row, rows):
-        wanted = min(rows * row, size - begin * row)
-        content: Any = bytearray(file.read(wanted))
-        if len(content) < wanted:
-            raise FileError(f"{file.name}: has become shorter while it was read")
+    for index, content in enumerate(file.blocks(key, rows * row)):
         digested.update(content)
         if deltas:
             weight = torch.frombuffer(content, dtype=dtype).view(-1, *entry.shape[1:])
-            value = _with_updates(weight, begin, deltas)
+            value = _with_updates(weight, index * rows, deltas)
             if not value.isfinite().all() and weight.isfinite().all():
-                raise FileError(f"{file.name}: {name} would not be finite in {dtype}")
-            content = bytes_of(name, value)
-        yield content
+                raise FileError(f"{file.path}: {name} would not be finite in {dtype}")
+            yield bytes_of(name, value)
+        else:
+            yield content
     if base.get(name, digested.hexdigest()) != digested.hexdigest():
-        raise FileError(f"{file.name}: {name} has other bits; {OTHER_BASE}")
+        raise FileError(f"{file.path}: {name} has other bits; {OTHER_BASE}")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,7 +33,10 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def _print_table(summary: FileSummary) -> None:
-    print(_printable(f"format {summary.format}, base {summary.base or 'not said'}"), end="\n\n")
+    print(_printable(f"format {summary.format}, base {summary.base or 'not said'}"))
+    for name, text in summary.metadata.items():
+        print(_printable(f"{name}: {text}"))
+    print()
     rows = [("weight", "kind", "shape", "rank", "alpha", "|dW|", "eff. rank")]
     rows += [
         (
@@ -42,8 +46,8 @@ def _print_table(summary: FileSummary) -> None:
             "-" if each.rank is None else str(each.rank),
             show_alpha(each.alpha, each.scaling)
             + ("" if each.strength == 1 else f" x {each.strength:g}"),
-            f"{each.norm:.4g}",
-            f"{each.effective_rank:.2f}",
+            "-" if each.norm is None else f"{each.norm:.4g}",
+            "-" if each.effective_rank is None else f"{each.effective_rank:.2f}",
         )
         for each in summary.weights
     ]
@@ -57,6 +61,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Write a file again in another format."""
     names = convert_file(
         *(arguments.file, arguments.out, arguments.to, arguments.base),
+        base_prefix=arguments.prefix,
         options=_options(arguments.option),
         write_options=_options(arguments.write_option),
     )
@@ -65,7 +70,11 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Compare a checkpoint with the base that a file was trained on, bit for bit."""
-    count = check_checkpoint(arguments.file, arguments.base, **_options(arguments.option))
+    count = check_checkpoint(
+        *(arguments.file, arguments.base),
+        base_prefix=arguments.prefix,
+        **_options(arguments.option),
+    )
     print(f"{arguments.base}: the base to the bit, all {count:,} parameters")
 
 
@@ -74,6 +83,7 @@ def merge(arguments: argparse.Namespace) -> None:
     changed, total = merge_checkpoint(
         *(arguments.file, arguments.base, arguments.out),
         any_base=arguments.any_base,
+        base_prefix=arguments.prefix,
         **_options(arguments.option),
     )
     print(f"{arguments.out}: {changed:,} of {total:,} tensors changed")
@@ -82,6 +92,12 @@ def merge(arguments: argparse.Namespace) -> None:
 def _printable(text: str) -> str:
     """Escape what would move a terminal's cursor, or worse."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _as_typed(said: object) -> str:
+    """Put a message on one line, with options as they are typed here."""
+    line = _printable(" ".join(str(said).split()))
+    return re.sub(r"\b(alpha|enable_lora|mha_out_proj)=\"?(\w*)\"?", r"--option \1=\2", line)
 
 
 def _options(given: Sequence[str]) -> dict[str, Any]:
@@ -109,8 +125,14 @@ REPEATED = {"metavar": "NAME=VALUE", "action": "append", "default": []}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "file": PATH | {"metavar": "FILE", "help": "the adapter, in any format"},
     "out": PATH | {"metavar": "OUT", "help": "the file to write, for PEFT the folder"},
-    "--base": PATH | {"metavar": "CHECKPOINT", "required": True, "help": "the base"},
+    "--base": PATH
+    | {
+        "metavar": "CHECKPOINT",
+        "required": True,
+        "help": "the base: a file, an index of shards, or a folder with one",
+    },
     "[--base]": PATH | {"metavar": "CHECKPOINT", "help": "the base, where FILE doesn't say"},
+    "--prefix": {"help": "what the model's names have and CHECKPOINT's lack, such as bert."},
     "--out": PATH | {"metavar": "OUT.safetensors", "required": True},
     "--to": {"choices": WRITTEN, "required": True},
     "--json": {"action": "store_true", "help": "print JSON"},
@@ -122,12 +144,15 @@ COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]
     info: ("adapter.safetensors --json", ("file", "--json", "--option")),
     convert: (
         "adapter.safetensors for_peft --to peft",
-        ("file", "out", "--to", "[--base]", "--option", "--write-option"),
+        ("file", "out", "--to", "[--base]", "--prefix", "--option", "--write-option"),
     ),
-    check: ("adapter.safetensors --base model.safetensors", ("file", "--base", "--option")),
+    check: (
+        "adapter.safetensors --base model.safetensors",
+        ("file", "--base", "--prefix", "--option"),
+    ),
     merge: (
         "adapter.safetensors --base model.safetensors --out merged.safetensors",
-        ("file", "--base", "--out", "--any-base", "--option"),
+        ("file", "--base", "--prefix", "--out", "--any-base", "--option"),
     ),
 }
 """Each command's example and arguments."""
@@ -150,10 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda said, *rest: print(f"{PROGRAM}: {said}", file=sys.stderr)
+            warnings.showwarning = lambda said, *rest: print(
+                f"{PROGRAM}: {_as_typed(said)}", file=sys.stderr
+            )
             arguments.call(arguments)
     except Exception as error:  # whatever a hostile file brings about
         kind = "" if isinstance(error, (LoRAError, OSError)) else f"{type(error).__name__}: "
-        print(f"{PROGRAM}: {kind}{_printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{PROGRAM}: {kind}{_as_typed(error)}", file=sys.stderr)
         return 1
     return 0

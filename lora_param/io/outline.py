@@ -106,6 +106,17 @@ class WeightOutline:
         return None if source is None else _shape(source)
 
     @property
+    def value(self) -> Tensor | None:
+        """Its values without any delta, as far as they are known."""
+        source = self.source.like if isinstance(self.source, Weight) else self.source
+        return source if isinstance(source, Tensor) else None
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer that training moves."""
+        return self.tensor in self.module.layer.moving
+
+    @property
     def dim(self) -> int:
         """Which dimension of the whole tensor counts output features."""
         is_transposed = self.module.facts.get("is_transposed", False)
@@ -155,6 +166,7 @@ class Outline:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     unknown: bool = False
+    live: bool = False  # whether it is a model's, and no file's
 
     def module(self, path: str) -> ModuleOutline | None:
         """Return what is known of the module at a path; `None` if there is none."""
@@ -211,6 +223,7 @@ def outline_of_model(walk: Walk) -> Outline:
         {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights + walk.moving},
         {weight.name: tensor for weight, tensor in walk.parameters},
         {weight.name: tensor for weight, tensor in walk.tensors},
+        live=True,
     )
 
 
@@ -234,7 +247,8 @@ def outline_of_tensors(
         for tensor, source in inside.items()
     }
     values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
-    return Outline(modules, weights, values, values)
+    parameters = {name: each for name, each in values.items() if not weights[name].is_buffer}
+    return Outline(modules, weights, parameters, values)
 
 
 def _module(
@@ -253,6 +267,8 @@ def _module(
     elif "in_proj_weight" in own:  # another's attention has a plain layer behind it
         behind = facts.get(join(path, "out_proj"), {}).get("type", linear)
         layer = layer_of(nn.MultiheadAttention) if behind == linear else UNLISTED
+    elif "running_mean" in own:
+        layer = layer_of(nn.BatchNorm1d)
     elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
         layer = ROWS[CONV1D]
     else:

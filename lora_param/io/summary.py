@@ -27,8 +27,8 @@ class UpdateSummary:
     rank: int | None  # like alpha and scaling `None` for a kind that has none
     alpha: float | None
     scaling: str | None
-    norm: float  # Frobenius, of what is added to the weight
-    effective_rank: float  # exp of the entropy of the singular values' distribution; 0 for zeros
+    norm: float | None  # Frobenius, of what is added to the weight; of new values not known
+    effective_rank: float | None  # exp of the entropy of the singular values' shares; 0 for zeros
     parameters: int
     strength: float = 1.0
 
@@ -87,15 +87,18 @@ def file_summary(path: AnyPath, /, **options: Any) -> FileSummary:
 def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     tensors = tensors_of(delta)
     if shape is None:  # of a file that doesn't say it
-        shape = tuple(tensors["D"].shape) if "D" in tensors else ()
-        shape = shape or (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])
+        shape = tuple(next(iter(tensors.values())).shape)
+        if "lora_B" in tensors:
+            shape = (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])
     values = delta.singular_values(shape)
     if not values.norm().isfinite():
         raise FileError(f"{name}: its update isn't finite")
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
     rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
-    sizes = values.norm().item(), effective.mean().item()
+    known = values.numel() > 0
+    norm, effective_rank = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
+    sizes = (norm, effective_rank) if known else (None, None)
     said = rank, alpha, scaling, *sizes, count, delta.strength
     return UpdateSummary(name, delta.origin or delta.kind, shape, *said)

@@ -6,12 +6,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +24,26 @@ from ..frozen import bytes_of
 AnyPath = str | os.PathLike[str]
 
 Config = Mapping[str, Any]
-Content = tuple[Mapping[str, Tensor], Mapping[str, str], Config | None]
-"""What a file is going to hold: tensors, strings, and for a folder of PEFT's a config."""
+
+
+class Content(NamedTuple):
+    """What a file is going to hold, and a folder of PEFT's: a config, and a card if it has none."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Config | None = None
+    card: str = ""
+
 
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CARD = "README.md"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 """What the files in a folder of PEFT's are called."""
 
-CODES = dict(zip((*FLOATS, torch.int64), ("F16", "BF16", "F32", "F64", "I64"), strict=True))
+CODES = dict(zip(FLOATS, ("F16", "BF16", "F32", "F64"), strict=True))
+CODES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
+CODES |= {torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64"}
+CODES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 """A header's names for the dtypes that are written."""
 
 DAMAGE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, LookupError)
@@ -95,7 +108,7 @@ class About:
         return self.model or self.cls
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenFile:
     """An open file, whose header has been read; `folder` is PEFT's, where that was named."""
 
@@ -117,6 +130,32 @@ class OpenFile:
         except DAMAGE as error:
             text = f"{self.path}: a damaged safetensors file: {error!s:.200}"
             raise FileError(text) from None
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The names of its tensors, in the order of their bytes."""
+        return (self.tensors if self.header.fault else self.header.tensors).keys()
+
+    def entry(self, key: str) -> Entry:
+        """Say what a header says of a tensor, also of one in a pickle."""
+        if not self.header.fault:
+            return self.header.tensors[key]
+        tensor = self.tensors[key]
+        if tensor.dtype not in CODES:
+            raise FileError(f"{self.path}: {key}: no safetensors file can hold {tensor.dtype}")
+        return Entry(CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+
+    def blocks(self, key: str, size: int) -> Iterator[bytearray]:
+        """Yield a tensor's bytes, so many at a time."""
+        entry = self.entry(key)
+        held = bytes_of(key, self.tensors[key]) if self.header.fault else None
+        for begin in range(entry.begin, entry.end, size):
+            end = min(begin + size, entry.end)
+            self.file.seek(begin)
+            content = bytearray(self.file.read(end - begin) if held is None else held[begin:end])
+            if len(content) < end - begin:
+                raise FileError(f"{self.path}: has become shorter while it was read")
+            yield content
 
     def check_whole(self) -> None:
         """Raise a `FileError` unless it is a whole safetensors file."""
@@ -165,8 +204,10 @@ def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
         raise FileError(
             f"{path}: no state dict that can be read safely: damaged, or more than tensors"
         ) from None
-    if isinstance(content, dict) and set(content) == {"model_state_dict"}:
-        content = content["model_state_dict"]  # as microsoft/LoRA's own example saves it
+    for name in ("state_dict", "model_state_dict") if isinstance(content, dict) else ():
+        if isinstance(content.get(name), dict):  # a training's checkpoint
+            content = content[name]
+            break
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(value, Tensor)
         for key, value in content.items()
@@ -179,7 +220,8 @@ def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
 
 def write_content(path: Path, content: Content) -> None:
     """Write a file, or with a config a folder, which is made if it isn't there."""
-    tensors, metadata, config = content
+    tensors, metadata, config, card = content
+    check_name(path, folder=config is not None)
     if config is None:
         save_tensors(path, tensors, metadata)
         return
@@ -189,6 +231,9 @@ def write_content(path: Path, content: Content) -> None:
         file.write(json.dumps(config, indent=2).encode())
         file.flush()
         save_tensors(path / SAFE, tensors, metadata)
+    if not (path / CARD).exists():
+        with replace_file(path / CARD) as file:
+            file.write(card.encode())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -255,6 +300,14 @@ def check_apart(out: Path, *inputs: Path) -> None:
         for read in [path, path.parent / CONFIG, *inside]:
             if read.exists() and any(map(read.samefile, written)):
                 raise FileError(f"{out}: would be read and written; name another")
+
+
+def check_name(out: Path, folder: bool = False) -> None:
+    """Raise if a name says that there is going to be something else than there is."""
+    wrong = (*PICKLES, ".json", ".txt", *[".safetensors"] * folder)
+    if out.suffix in wrong:
+        what = ("a folder", "name one") if folder else ("a safetensors file", "end it so")
+        raise FileError(f"{out}: {what[0]} is written, which {out.suffix} denies; {what[1]}")
 
 
 def check_strings(name: str, given: Any) -> Mapping[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...checks import check_weights
-from ...deltas import Delta, LoRAParametrization
+from ...deltas import KINDS, Delta, LoRAParametrization
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
 from ...state import NUMBERS
@@ -23,8 +23,10 @@ from ...weight import Weight
 from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
 from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
+from ..values import NewValues
 from . import diffusers, kohya, loralib, native, peft
 from .blocks import joined
+from .factors import warn_of_statistics
 
 Deltas = dict[str, Delta]
 """An adapter: its deltas by their weights' names."""
@@ -46,14 +48,15 @@ class Format(NamedTuple):
 
     name: str
     module: Any
+    kinds: Collection[str] = ("lora",)  # of the deltas that are written in it
     any_kind: bool = False  # whether it has a place for all kinds, blocks of rows and strengths
     silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
 FORMATS = (
-    Format("native", native, any_kind=True),
-    Format("peft", peft),
-    Format("kohya", kohya, silent=("dropout",)),
+    Format("native", native, KINDS, any_kind=True),
+    Format("peft", peft, ("lora", "dense", "statistics")),
+    Format("kohya", kohya, ("lora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
 )
@@ -120,7 +123,9 @@ class AdapterFile:
                 f"{self.path}: an adapter's file holds only changes to its base, the weights"
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
+                f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
+        deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
         _check_adaptable([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
         fitting, faults = Deltas(), list[str]()
@@ -155,7 +160,8 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
                 file.check_whole()
             known = ", ".join(row.name for row in rows or FORMATS)
             what = "could be any of" if rows else "is of no known format:"
-            raise FileError(f"{path}: {what} {known}")
+            held = f"; it holds {shortened([*names])}" if (names := file.header.tensors) else ""
+            raise FileError(f"{path}: {what} {known}{held}")
         describe = getattr(rows[0].module, "describe", _describe)
         yield AdapterFile(path, rows[0], file, *describe(file))
 
@@ -184,11 +190,14 @@ def write_adapter(
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
+    if left := [n for n, d in deltas.items() if d.of_buffers and d.kind not in row.kinds]:
+        warn_of_statistics(format.capitalize(), left)
+        deltas = {name: delta for name, delta in deltas.items() if name not in left}
     if not row.any_kind:
         deltas = joined(format, deltas, weights)
-    for name, delta in {} if row.any_kind else deltas.items():
-        if not isinstance(delta, LoRAParametrization) or delta.rows is not None:
-            what = "a block of rows" if delta.rows is not None else f"a {delta.kind} delta"
+    for name, delta in deltas.items():
+        if delta.kind not in row.kinds or (delta.rows is not None and not row.any_kind):
+            what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
     strong = [name for name, delta in deltas.items() if delta.strength != 1]
     if strong and not row.any_kind:
@@ -242,6 +251,14 @@ def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
     if delta.rows != weight.rows:
         return f"its rows are [{delta.rows or ':'}], by its name [{weight.rows or ':'}]"
     return delta.misfit(weight.shape or (), weight.view)
+
+
+def _known(delta: Delta, weight: WeightOutline) -> Delta:
+    """Turn new values that fit to what is added to the weight."""
+    if not isinstance(delta, NewValues) or _misfit(delta, weight):
+        return delta
+    value = weight.value
+    return delta if value is None or value.is_meta else delta.added_to(value, weight.is_buffer)
 
 
 def _within_rank(delta: Delta, view: Shape) -> Delta:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...deltas import LoRAParametrization
+from ...deltas import Delta, DenseDelta, LoRAParametrization
 from ...errors import FileError, LoRAError
 from ..outline import NOTHING, Outline, Shape, WeightOutline
 
@@ -19,6 +20,7 @@ Factors = dict[str, dict[str, Tensor]]
 
 LoRADeltas = Mapping[str, LoRAParametrization]
 Pair = tuple[str, LoRAParametrization]
+AnyPair = tuple[str, Delta]
 Reader = Callable[[WeightOutline, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,6 +57,20 @@ def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, **numbers: Any) -> P
         return name, delta
     except LoRAError as error:
         raise FileError(f"{name}: {error}") from None
+
+
+def dense(name: str, added: Tensor) -> tuple[str, DenseDelta]:
+    """Pair a weight's name with what is added to it."""
+    delta: Any = DenseDelta.restore({"D": added}, {})
+    return name, delta
+
+
+def warn_of_statistics(format: str, names: Sequence[str]) -> None:
+    """Warn of the statistics that a format has no place for."""
+    more = f" and {len(names) - 3:,} more" * bool(names[3:])
+    reason = f"{format}'s files have no place for a norm's statistics"
+    fix = "train the whole norms too, or keep a native file"
+    warnings.warn(f"{reason}: left out are {', '.join(names[:3])}{more}; {fix}", stacklevel=6)
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ...deltas import Delta
+from ...deltas import Delta, DenseDelta, LoRAParametrization
 from ...errors import FileError
-from ..outline import Outline
+from ...weight import join
+from ..outline import Outline, Shape
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
 from . import lycoris
@@ -32,20 +34,27 @@ A part's modules are looked up below the model's child of that name, or else in 
 KEYS = (
     r"(?P<name>[^.]+)\.(?P<role>lora_down|lora_up)\.weight",
     r"(?P<name>[^.]+)\.(?P<role>alpha)",
+    r"(?P<name>[^.]+)\.(?P<role>diff|diff_b|w_norm|b_norm)",
     *lycoris.KEYS,
 )
+DENSE, NORM = {"weight": "diff", "bias": "diff_b"}, {"weight": "w_norm", "bias": "b_norm"}
+WHOLE = {role: tensor for roles in (DENSE, NORM) for tensor, role in roles.items()}
+"""What the differences of a layer's and a norm's tensors are called."""
+
 OTHERS = r".+\.(oft_\w+|dora_scale)"
 
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are the family's, be they plain LoRA's or not."""
-    return shared.matches_any((KEYS[0], *lycoris.KEYS, OTHERS), file.header.tensors)
+    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.header.tensors)
 
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
 ) -> list[tuple[str, Delta]]:
-    """Read a LoRA, or another kind of LyCORIS's, resolving names forward from the model's modules.
+    """Read a LoRA, another kind of LyCORIS's, and whole differences.
+
+    Names are resolved forward from the model's own modules.
 
     The model is a UNet, a text encoder, any other, or one with children called `unet`,
     `text_encoder` and `text_encoder_2`. Only keys that begin with `prefix` are read.
@@ -59,13 +68,22 @@ def parse(
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
     found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
-    return lycoris.read_layers(factors, found, weights)
+    shared.refuse(shared.without_module(found, weights))
+    whole: list[tuple[str, Delta]] = [
+        shared.dense(join(weight.module.path, WHOLE[role]), tensor)
+        for name, weight in found.items()
+        for role, tensor in factors[name].items()
+        if weight and role in WHOLE
+    ]
+    pairs = {name: own for name, own in factors.items() if own.keys() - WHOLE.keys()}
+    found = {name: found[name] for name in pairs}
+    return [*lycoris.read_layers(pairs, found, weights), *whole]
 
 
 def render(
-    deltas: shared.LoRADeltas, weights: Outline, about: About, *, prefix: str = ""
+    deltas: Mapping[str, Delta], weights: Outline, about: About, *, prefix: str = ""
 ) -> Content:
-    """Lay a LoRA out.
+    """Lay a LoRA out, and what is trained whole.
 
     Its keys begin with `prefix`; by default what a child of the model is called, or the model's
     class, decides: `lora_unet_` for `unet` or a UNet, `lora_te_` for `text_encoder` or a CLIP; and
@@ -77,31 +95,44 @@ def render(
 
     def tensors_of(weight_name: str) -> dict[str, Tensor]:
         path, _, tensor = weight_name.rpartition(".")
-        module, delta = weights.modules[path], deltas[weight_name].plain("lora")
-        name = _flat_name(path, weights, cls, prefix)
-        if not module.is_plain or tensor != "weight" or not path:
+        module, delta = weights.modules[path], deltas[weight_name]
+        name, dense = _flat_name(path, weights, cls, prefix), isinstance(delta, DenseDelta)
+        own = weights.weight(join(path, "weight"))
+        norm = dense and own is not None and len(own.shape or ()) == 1
+        able = tensor == "weight" or (dense and tensor == "bias")
+        if not (path and able and (norm or module.is_plain)):
             raise FileError(f"no place for {weight_name} of a {module.class_name}")
         if flat.get(name) != [path]:
             others = " or ".join(flat.get(name, ["another part"]))
             raise FileError(f"{name} could be {others}")
-        alpha = torch.tensor(delta.alpha, dtype=torch.float32)
-        if not alpha or not alpha.isfinite():
-            said = f"{delta.alpha:g}, in float32 {alpha:g}"
-            raise FileError(f"{weight_name} has an alpha of {said}")
-        factors = delta.lora_A.detach(), delta.lora_B.detach()
+        if isinstance(delta, DenseDelta):
+            return {f"{name}.{NORM[tensor] if norm else DENSE[tensor]}": delta.D.detach()}
         shape = weights.weights[weight_name].shape
-        down, up = shared.factors_with_kernel(*factors, shape)
-        return {
-            f"{name}.lora_down.weight": down,
-            f"{name}.lora_up.weight": up,
-            f"{name}.alpha": alpha,
-        }
+        lora = cast("LoRAParametrization", delta).plain("lora")
+        return _pair(name, weight_name, lora, shape)
 
     layers = shared.collect(tensors_of, deltas, "written")
     tensors = {key: tensor for layer in layers for key, tensor in layer.items()}
-    if dropped := [name for name, delta in deltas.items() if delta.dropout]:
+    if dropped := [name for name, each in deltas.items() if each.numbers.get("dropout")]:
         warnings.warn(f"Kohya's files hold no dropout: {', '.join(dropped)}", stacklevel=5)
-    return tensors, {"format": "pt", **about.metadata}, None
+    return Content(tensors, {"format": "pt", **about.metadata})
+
+
+def _pair(
+    name: str, weight_name: str, delta: LoRAParametrization, shape: Shape | None
+) -> dict[str, Tensor]:
+    """Lay out the update of one layer."""
+    alpha = torch.tensor(delta.alpha, dtype=torch.float32)
+    if not alpha or not alpha.isfinite():
+        said = f"{delta.alpha:g}, in float32 {alpha:g}"
+        raise FileError(f"{weight_name} has an alpha of {said}")
+    factors = delta.lora_A.detach(), delta.lora_B.detach()
+    down, up = shared.factors_with_kernel(*factors, shape)
+    return {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": up,
+        f"{name}.alpha": alpha,
+    }
 
 
 def _children(weights: Outline) -> set[str]:
@@ -114,7 +145,7 @@ def flat_names(weights: Outline, prefix: str = "") -> dict[str, list[str]]:
     children, known = _children(weights), any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     for path, module in weights.modules.items():
-        for begin, child, _ in parts if module.is_plain else ():
+        for begin, child, _ in parts if "weight" in module.tensors else ():
             inside = path.removeprefix(f"{child}.")
             if inside != path or not child or child not in children:
                 flat[begin + inside.replace(".", "_")].append(path)

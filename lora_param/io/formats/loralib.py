@@ -11,16 +11,15 @@ from ...errors import FileError
 from ...layers import CONV1D
 from ...weight import join
 from ..outline import LINEARS, Outline, Shape, WeightOutline
-from ..tensors import PICKLED, Config, OpenFile
+from ..tensors import PICKLED, PICKLES, Config, OpenFile, shortened
 from . import factors as shared
 
 KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file is called as a pickle is, and not as PEFT's."""
-    named = file.path.suffix in SUFFIXES and file.path.name != PICKLED
+    named = file.path.suffix in PICKLES and file.path.name != PICKLED
     return named and bool(file.header.fault)
 
 
@@ -40,9 +39,11 @@ def parse(
     `MergedLinear` are adapted, and isn't needed if all are: each is a block of rows. The update of
     a `ConvLoRA`, whose own view is `(out * k, in * k)`, has a rank of `r * k * k`.
     """
+    factors, rest = shared.group_factors(tensors, *KEYS)
+    if not factors:
+        raise FileError(f"no adapter's file: it holds {shortened([*tensors])}, and no lora_A")
     if alpha is None:
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
-    factors, rest = shared.group_factors(tensors, *KEYS)
     # A ConvLoRA has its layer inside.
     found = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
     base = {_name_in_base(key, found): tensor for key, tensor in rest.items()}

@@ -140,7 +140,7 @@ def render(
     `base` is what `fingerprint(model)` returned; `None` for what is known, or else to take it now.
     """
     if base is None:
-        base = about.base or {name: digest_of(name, t) for name, t in weights.parameters.items()}
+        base = about.base or {name: digest_of(name, t) for name, t in weights.tensors.items()}
     from ... import __version__  # the package imports this module
 
     specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
@@ -164,7 +164,7 @@ def render(
         "base": check_strings("base", base),
     }
     record["sha256"] = _seal({**record, STRINGS: about.metadata}, tensors)
-    return tensors, {**about.metadata, KEY: json.dumps(record)}, None
+    return Content(tensors, {**about.metadata, KEY: json.dumps(record)})
 
 
 def _seal(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections import Counter
@@ -10,16 +11,18 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...deltas import LoRAParametrization
+from ...deltas import Delta, LoRAParametrization
 from ...deltas.pair import Scaling
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import join
 from ..outline import NOTHING, Outline, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
+from ..values import NewValues
 from . import factors as shared
 from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
+from .peft_whole import NO_LAYERS, bias_of_update, new_values, render_whole
 
 Placed = Sequence[tuple[Place, LoRAParametrization]]
 
@@ -27,6 +30,7 @@ PREFIX = "base_model.model."
 KEYS = (
     r"base_model\.model\.(?P<name>.+)\.lora_(?P<role>[AB])\.weight",
     r"base_model\.model\.(?P<name>.+)\.lora_embedding_(?P<role>[AB])",
+    r"base_model\.model\.(?P<name>.+)\.lora_B\.(?P<role>bias)",
 )
 READ_TWICE = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
 
@@ -54,8 +58,8 @@ def parse(
     weights: Outline,
     *,
     mha_out_proj: Literal["twice", "once"] | None = None,
-) -> list[shared.Pair]:
-    """Read an adapter of PEFT's, with its config.
+) -> list[shared.AnyPair]:
+    """Read an adapter of PEFT's, with its config, and what it has trained whole.
 
     PEFT applies the update of a MultiheadAttention's `out_proj` twice: `mha_out_proj` says to do as
     it does, `"twice"`, or as the formula says, `"once"`; `None` is `"twice"` with a warning.
@@ -63,7 +67,8 @@ def parse(
     if mha_out_proj not in ("twice", "once", None):
         raise FileError(f'mha_out_proj must be "twice", "once" or None, got {mha_out_proj!r}')
     factors, rest = shared.group_factors(tensors, *KEYS)
-    base = {key.removeprefix(PREFIX).replace(".base_layer.", "."): rest[key] for key in rest}
+    rest = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
+    new, base = new_values(rest, config, weights)
     complaints = [*shared.tensors_of_another_base(base, weights)]
     complaints += shared.incomplete_factors(factors)
     shared.refuse([*complaints, *costly_patterns(config, factors)])
@@ -84,8 +89,18 @@ def parse(
         return _delta(place, A, B * 2 if twice else B, config, transposed)
 
     deltas = shared.collect(delta, places)
+    biased = []
+    for place, (_, pair) in zip(places, deltas, strict=True):
+        if (bias := factors[place.name].get("bias")) is not None:
+            biased.append(place.name)
+            name, update = bias_of_update(place.name, bias * pair.scale, weights)
+            values = new.get(name)
+            new[name] = values.and_added(update) if isinstance(values, NewValues) else update
+    if biased and not config.get("lora_bias"):
+        reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
+        warnings.warn(f"{', '.join(biased)}: {reason}", stacklevel=4)
     warn(places, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0)
-    return deltas
+    return [*deltas, *new.items()]
 
 
 def _delta(
@@ -117,22 +132,35 @@ def _delta(
     return shared.low_rank(place.weight.name, A, B, alpha, **numbers)
 
 
-def render(deltas: shared.LoRADeltas, weights: Outline, about: About) -> Content:
+def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
-    deltas = _with_whole_attentions(_plain(deltas), weights)
-    places = list(_places(deltas, weights).values())
-    placed = list(zip(places, deltas.values(), strict=True))
+    pairs = {name: d for name, d in deltas.items() if isinstance(d, LoRAParametrization)}
+    whole = {name: delta for name, delta in deltas.items() if name not in pairs}
+    pairs = _with_whole_attentions(_plain(pairs), weights)
+    places = list(_places(pairs, weights).values())
+    placed = list(zip(places, pairs.values(), strict=True))
     complaints = [fault for place in places for fault in refusals(place, written=True)]
     shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
     warn(places, "the file holds half of it")
-    tensors = {}
+    wrapped = {place.module.path: place.kind == "layer" for place in places}
+    wrapped |= {place.key: False for place in places if place.kind in ("in_proj", "out_proj")}
+    plain, said = render_whole(whole, weights, wrapped, about)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in plain.items()}
     for place, delta in placed:
         infix = "embedding_" if place.module.layer.kind is nn.Embedding else ""
         for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
-    config = {"base_model_name_or_path": about.model or None, **_config(placed, weights)}
-    return tensors, {"format": "pt", **about.metadata}, config
+    config = {"base_model_name_or_path": about.model or None, **_config(placed, weights), **said}
+    return Content(tensors, {"format": "pt", **about.metadata}, config, _card(about.model))
+
+
+def _card(base: str) -> str:
+    """Write a model card, as far as a model's home reads it."""
+    said = {"library_name": "peft", "tags": ["lora", *[f"base_model:adapter:{base}"] * bool(base)]}
+    said |= {"base_model": base} if base else {}
+    fields = "".join(f"{name}: {json.dumps(value)}\n" for name, value in said.items())
+    return f"---\n{fields}---\n\n# LoRA adapter{' of ' * bool(base)}{base}\n"
 
 
 def _places(names: Collection[str], weights: Outline) -> dict[str, Place]:
@@ -213,23 +241,23 @@ def _with_whole_attentions(
 
 def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
     numbers = {place.key: (delta.rank, delta.alpha) for place, delta in placed}
-    [((rank, alpha), _)] = Counter(numbers.values()).most_common(1)
+    [((rank, alpha), _)] = Counter(numbers.values()).most_common(1) or [((8, 8.0), 0)]
     targets = {place.key for place, _ in placed if place.kind != "parameter"}
     # A list also finds what ends like one of its names; an expression has to match in full.
     vague = any(not _tails(path).isdisjoint(targets) for path in weights.modules.keys() - targets)
+    listed = sorted(targets) if placed else NO_LAYERS
     return {
         "peft_type": "LORA",
         "peft_version": "0.19.1",  # the first with this layout of stacks
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "use_rslora": all(delta.scaling == "rslora" for _, delta in placed),
+        "use_rslora": any(delta.scaling == "rslora" for _, delta in placed),
         "rank_pattern": {f"^{re.escape(k)}": r for k, (r, _) in numbers.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
-        "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else sorted(targets),
+        "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else listed,
         "target_parameters": [p.weight.name for p, _ in placed if p.kind == "parameter"] or None,
         "fan_in_fan_out": any(place.module.layer.kind == CONV1D for place, _ in placed),
-        "bias": "none",
         "lora_dropout": _common_dropout(placed),
     }
 
@@ -239,7 +267,7 @@ def _common_dropout(placed: Placed) -> float:
     dropouts = {delta.dropout for _, delta in placed}
     if len(dropouts) == 1 and all(place.kind == "layer" for place, _ in placed):
         return dropouts.pop()
-    if dropouts != {0.0}:
+    if dropouts - {0.0}:
         names = ", ".join(place.weight.name for place, delta in placed if delta.dropout)
         warnings.warn(f"PEFT has one dropout for all; the file holds none: {names}", stacklevel=6)
     return 0.0

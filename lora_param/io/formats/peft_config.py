@@ -13,7 +13,7 @@ from ..tensors import Config, check_regular, strict_json
 
 NUMBERS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"),
-    "lora_dropout",
+    *("lora_dropout", "lora_bias", "modules_to_save", "trainable_token_indices"),
 }
 NEUTRAL = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -24,7 +24,7 @@ NEUTRAL = {
 """Fields that leave a trained adapter's numbers alone. Every field of no set has to be off."""
 OFF = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
+    "bias": ("none", "all", "lora_only"),
     # The other initialisations change the base.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
@@ -78,9 +78,10 @@ def unsupported_fields(config: Config) -> Iterator[str]:
     dropout = config.get("lora_dropout") or 0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         yield f"lora_dropout={dropout!r:.60}"
-    targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
-        yield f"target_parameters={targets!r:.60}"
+    for field in ("target_parameters", "modules_to_save"):
+        names = config.get(field) or []
+        if not isinstance(names, list) or not all(each and type(each) is str for each in names):
+            yield f"{field}={names!r:.60}"
 
 
 def costly_patterns(config: Config, names: Collection[str]) -> Iterator[str]:

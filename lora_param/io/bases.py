@@ -1,0 +1,131 @@
+"""Checkpoints as they lie on a disk: one file or many, by the names that the model has."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import FileError, LoRAError
+from ..walk import WRAPPERS
+from ..weight import join
+from .formats import AdapterFile
+from .outline import UNKNOWN, Outline, outline_of_tensors
+from .tensors import Header, OpenFile, check_regular, explained, open_file, shortened, strict_json
+
+INDEX = ".index.json"
+FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")
+"""What a folder's checkpoint can be called, the first kind of which there is one."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """An open checkpoint: in which file each tensor is, and the model's name for it, by its key."""
+
+    files: Mapping[str, OpenFile]
+    names: Mapping[str, str]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the model's names, read when they are used."""
+        return {name: self.files[key].tensors[key] for key, name in self.names.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The strings of its first file, of a pickle those that transformers asks for."""
+        header = next(iter(self.files.values())).header if self.files else Header()
+        return {"format": "pt"} if header.fault else header.metadata
+
+    def outline(self, file: AdapterFile) -> Outline:
+        """Take its outline, with what an adapter's file knows of the layers."""
+        return outline_of_tensors(self.tensors, file.about.layers)
+
+
+@contextmanager
+def open_base(
+    path: Path, file: AdapterFile, prefix: str | None, options: Mapping[str, Any]
+) -> Iterator[Base]:
+    """Open the checkpoint that an adapter's file was trained on, for a block.
+
+    It is a file, an index of shards, or a folder with one of these. Where the model's names begin
+    with a `prefix` that the checkpoint's lack, or the other way round, it is found or given.
+    """
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
+        for shard in _shards(path):
+            opened = stack.enter_context(open_file(shard))
+            files |= dict.fromkeys(opened.keys, opened)
+        plain = {key: plain_name(key) for key in files}
+        if twice := [name for name, count in Counter(plain.values()).items() if count > 1]:
+            raise FileError(f"{path}: more than one tensor is {shortened(twice)}; keep one of them")
+        yield Base(files, _renamed(plain, prefix, lambda: _adapted(file, options)))
+
+
+def plain_name(key: str) -> str:
+    """Return the plain model's name of a key of a state dict."""
+    plain = join(*(part for part in key.split(".") if part not in WRAPPERS))
+    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain)
+
+
+def _shards(path: Path) -> list[Path]:
+    """List the files of a checkpoint."""
+    if path.is_dir():
+        found = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [])
+        if len(found) != 1:
+            listed = ", ".join(each.name for each in found) or ", ".join(FILES)
+            raise FileError(
+                f"{path}: has {'several' if found else 'none'} of {listed}; name a file"
+            )
+        path = found[0]
+    if not path.name.endswith(INDEX):
+        return [path]
+    check_regular(path)
+    with explained(f"{path}: can't be read"):
+        content = strict_json(path.read_text("utf-8"))
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
+        raise FileError(f"{path}: no index of shards")
+    if strange := [name for name in names.values() if Path(name).name != name]:
+        raise FileError(f"{path}: {strange[0]!r:.80} is no file beside it")
+    return [path.with_name(name) for name in dict.fromkeys(names.values())]
+
+
+def _renamed(
+    plain: Mapping[str, str], prefix: str | None, adapted_names: Callable[[], Set[str]]
+) -> dict[str, str]:
+    """Give a checkpoint's tensors the model's names."""
+    if prefix is not None:
+        return _with_prefix(plain, prefix)
+    held, adapted = {*plain.values()}, adapted_names()
+    first = next(iter(adapted), "")
+    prefixes = {first.removesuffix(name) for name in held if first.endswith(f".{name}")}
+    prefixes |= {name.removesuffix(first) for name in held if first and name.endswith(f".{first}")}
+    choices = [dict(plain), *(_with_prefix(plain, each) for each in sorted(prefixes))]
+    counts = [len(adapted & {*names.values()}) for names in choices]
+    return choices[counts.index(max(counts))]
+
+
+def _with_prefix(plain: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Take a prefix from the names that have it, or where none has it give it to all."""
+    if any(name.startswith(prefix) for name in plain.values()):
+        return {key: name.removeprefix(prefix) for key, name in plain.items()}
+    return {key: prefix + name for key, name in plain.items()}
+
+
+def _adapted(file: AdapterFile, options: Mapping[str, Any]) -> Set[str]:
+    """Return the adapted weights' names, as far as a file says them without a model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the same are given when it is read for good
+            names = file.parse(UNKNOWN, **options)
+    except LoRAError:
+        return set()
+    return {re.sub(r"\[\d+:\d+\]$", "", name) for name in names}

@@ -1,0 +1,68 @@
+"""A tensor's new values, as files hold them that don't say what is added, and what that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..deltas import Delta, DenseDelta, StatisticsDelta
+from ..deltas.protocol import Shape
+
+
+class NewValues(Delta):
+    """What a tensor, or its slices at some places, becomes, `V`: a delta once it is known."""
+
+    kind = "values"
+    options = ()
+    V: Tensor
+    places: Sequence[int] | None
+
+    def __init__(self, values: Tensor, places: Sequence[int] | None = None) -> None:
+        super().__init__("default", None)
+        self.register_buffer("V", values.detach())
+        of_buffers = not values.is_floating_point()  # of any dtype
+        self.__dict__.update(places=places, of_buffers=of_buffers)
+
+    def misfit(self, shape: Shape, view: Shape) -> str | None:
+        """Say that they are of another shape, if they are."""
+        got, places = tuple(self.V.shape), self.places
+        wanted = shape if places is None else (len(places), *shape[1:])
+        if places and shape and max(places) >= shape[0]:
+            return f"it has {shape[0]} rows, and number {max(places)} has new values"
+        return None if got == wanted else f"its new values are {got}, should be {wanted}"
+
+    def singular_values(self, shape: Shape) -> Tensor:
+        """Return none: what is added isn't known."""
+        return torch.zeros(0)
+
+    def and_added(self, update: DenseDelta) -> NewValues:
+        """Return the values with an update on top."""
+        return NewValues(self.V + update.D)
+
+    def added_to(self, tensor: Tensor, is_buffer: bool) -> Delta:
+        """Return what is added to the tensor, of a buffer what stands in its place."""
+        if is_buffer:
+            return StatisticsDelta.restore({"S": self.V.to(tensor.dtype)}, {})
+        if self.places is None:
+            return DenseDelta.restore({"D": difference(self.V, tensor)}, {})
+        places = torch.tensor(self.places, device=tensor.device)
+        added = difference(self.V, tensor[places])
+        whole = added.new_zeros(tensor.shape).index_copy(0, places.to(added.device), added)
+        return DenseDelta.restore({"D": whole}, {})
+
+
+def difference(new: Tensor, old: Tensor) -> Tensor:
+    """Return `D` in the narrowest dtype in which `(old + D).to(old.dtype)` is `new`, to the bit.
+
+    Where a float64 can't say it, because `new` is smaller than `old` by some 2**29, it is the
+    nearest that there is.
+    """
+    old = old.detach().to(new.device)
+    for dtype in (old.dtype, torch.float32, torch.float64):
+        wide = torch.promote_types(old.dtype, dtype)
+        added = (new.to(torch.float64) - old).to(wide)
+        if torch.equal((old + added).to(old.dtype), new.to(old.dtype)):
+            break
+    return added

@@ -1,0 +1,94 @@
+"""Groups of the adapters' parameters, for any of torch's optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .checks import deltas_called
+from .errors import LoRAError
+from .targets import matches, number_for_each
+from .walk import walk
+from .weight import Weight
+
+
+def lora_parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    ratio: float = 16.0,
+    weight_decay: float = 0.0,
+    factors: Mapping[str, float] | None = None,
+    adapter: str | None = None,
+) -> list[dict[str, Any]]:
+    """Group the adapters' parameters by learning rate and weight decay (LoRA+).
+
+    The factor of a pair that makes a layer's output learns `ratio` times as fast as the one that
+    meets its input: `lora_B` as `lora_A`, or the other way round where a layer stores its weight as
+    `(in, out)`. All else learns at `lr`. Lengths and what is of one dimension don't decay.
+
+    Args:
+        model: An adapted model.
+        lr: The learning rate, as it was before there was a ratio.
+        ratio: A positive number; 1 for equal rates.
+        weight_decay: What an optimizer does with it; a pair that started from its weight (`init`)
+            and a dense delta decay towards the base.
+        factors: What multiplies the rates of some weights, by patterns as `register_lora` takes
+            them, of which the first that matches decides; of other weights the factor is 1.
+        adapter: The adapter's name; `None` means all.
+
+    Returns:
+        Groups with `"params"`, `"lr"` and `"weight_decay"`, in model order of their first.
+
+    Raises:
+        AdapterError: There is no such adapter.
+        TargetError: A pattern matches no adapted weight.
+        LoRAError: A number isn't finite, or is negative, or `ratio` isn't positive.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+        >>> _ = register_lora(model, rank=1)
+        >>> groups = lora_parameter_groups(model, 1e-3, factors={"1": 0.5})
+        >>> [(len(group["params"]), group["lr"]) for group in groups]
+        [(1, 0.001), (1, 0.016), (1, 0.0005), (1, 0.008)]
+        >>> optimizer = torch.optim.AdamW(groups)
+
+    Source:
+        Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models",
+        arXiv:2402.12354, section 4.
+    """
+    factors = factors or {}
+    numbers = {"lr": lr, "ratio": ratio, "weight_decay": weight_decay}
+    for name, number in (
+        numbers | {f"factors of {key!r}": n for key, n in factors.items()}
+    ).items():
+        _check(name, number)
+    pairs = deltas_called(walk(model, "lora_parameter_groups"), adapter)
+    weights = [weight for weight, _ in pairs]
+    rates = number_for_each("factors", _whole(factors, weights), weights)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for (weight, delta), factor in zip(pairs, rates, strict=True):
+        fast = "_A" if weight.layer.transposed else "_B"
+        for name, parameter in delta.named_parameters():
+            rate = lr * factor * (ratio if name.endswith(fast) else 1)
+            decays = parameter.ndim > 1 and name != "magnitude"
+            groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
+    return [{"params": each, "lr": r, "weight_decay": d} for (r, d), each in groups.items()]
+
+
+def _whole(factors: Mapping[str, float], weights: list[Weight]) -> Mapping[str, float]:
+    """Return the factors with 1 for the weights that no pattern matches."""
+    rest = any(not any(matches(each, weight) for each in factors) for weight in weights)
+    return {**factors, "*": 1.0} if rest else factors
+
+
+def _check(name: str, number: object) -> None:
+    real = isinstance(number, (int, float)) and not isinstance(number, bool)
+    least = "positive" if name == "ratio" else "at least 0"
+    if not real or not math.isfinite(number) or number < 0 or (number == 0 and name == "ratio"):  # type: ignore[arg-type, operator]
+        raise LoRAError(f"{name} must be a finite number and {least}, got {number!r:.40}")
