@@ -327,3 +327,40 @@ def test_resizing_refuses_what_it_cannot_do(
 def test_only_pairs_are_resized() -> None:
     with pytest.raises(AdapterError, match="no pair of factors to resize"):
         resize_lora(layer({"a": 2}, "dense"), 2)
+
+
+def test_a_copy_of_statistics_is_moved_alone() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    register_lora(model, rank=2, adapter="a")
+    combine_lora(model, {"a": 1}, adapter="b")
+    with lora_selected(model, "b"):
+        model(torch.randn(8, 4))
+        assert model[1].num_batches_tracked == 1
+    with lora_selected(model, "a"):
+        assert model[1].num_batches_tracked == 0
+
+
+def anchored() -> Any:
+    model = layer({"a": 2, "b": 2}, init="pissa")
+    model.parametrizations.weight[0].shift_A.requires_grad_(False)  # type: ignore[union-attr]
+    return model
+
+
+def test_an_anchored_pair_is_plain_when_it_is_resized() -> None:
+    model = anchored()
+    before = update(model, "a")
+    resize_lora(model, 5, "a")
+    torch.testing.assert_close(update(model, "a"), before, rtol=0, atol=1e-12)
+    assert not [name for name in model.state_dict() if "weight.0.start" in name]
+    combine_lora(model, {"a": 1}, adapter="again")
+    torch.testing.assert_close(update(model, "again"), before, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("selected", [["a", "b"], "b"])
+def test_resizing_keeps_each_factors_flag(selected: Any) -> None:
+    model = anchored()
+    select_lora(model, selected)
+    resize_lora(model, 5, "a")
+    select_lora(model, ["a", "b"])
+    flags = {name: p.requires_grad for name, p in named_lora_parameters(model)}
+    assert (flags["weight.a.lora_A"], flags["weight.a.lora_B"]) == (False, True)
