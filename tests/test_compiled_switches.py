@@ -37,7 +37,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     model = MODELS[request.param]()
-    for index in range(10):
+    for index in range(4):
         register_lora(model, rank=2, adapter=f"a{index}")
     shake(model)
     return model
@@ -63,13 +63,13 @@ def rescale(model: nn.Module, scale: float) -> None:
 
 def test_changing_a_scale_keeps_the_graph(model: nn.Module) -> None:
     select_lora(model, "a0")
-    scales = (1.0, 0.5, 0.25, 2.0, 3.0, -1.0, 7.0, 0.1, 11.0, 0.3)
+    scales = (1.0, 0.5, 2.0, -1.0, 7.0, 0.1)
     changes = [lambda scale=scale: rescale(model, scale) for scale in scales]
     assert graphs(model, changes) <= 2  # of one value, and of any
 
 
 def test_changing_strengths_keeps_the_graph(model: nn.Module) -> None:
-    shares = [0.05 + index / 10 for index in range(9)]
+    shares = [0.05 + index / 10 for index in range(5)]
     changes = [lambda s=s: select_lora(model, {"a0": s, "a1": 1 - s}) for s in shares]
     assert graphs(model, changes) <= 2
 
