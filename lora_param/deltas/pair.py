@@ -218,8 +218,8 @@ class Pair(Delta):
         self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
 
     @property
-    def _factor(self) -> float:
-        return self.scale * self.strength
+    def _factor(self) -> Any:
+        return self.scale * self.now.strength
 
     @property
     def dropout(self) -> float:
@@ -302,7 +302,7 @@ class Pair(Delta):
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
         sides = self.lora_A.mT, self.lora_B
         A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
-        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self._factor))
+        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale * self.strength))
 
 
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:

@@ -46,7 +46,8 @@ def save_lora(
     The native format is one safetensors file: the tensors, such as `<weight>.lora_A`, and as
     metadata each weight's kind and numbers, the fingerprint of the base, and a digest of all this.
     It takes the place of an older file only when it is complete. Whether the adapter is enabled is
-    not saved. Warns of an adapter that was never trained, and of a base that can be trained too.
+    not saved. Warns of an adapter that was never trained, of a base that can be trained too, and of
+    what a format has no place for and can do without.
 
     Args:
         model: An adapted model.
@@ -89,7 +90,7 @@ def save_lora(
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
     cls = type_before(getattr(model, "_orig_mod", model))
     weights = outline_of_model(found)
-    taken = weights.parameters if mesh and options.get("base") is None else {}
+    taken = weights.tensors if mesh and options.get("base") is None else {}
     about = About(
         names[0],
         name if isinstance(name, str) else "",
