@@ -327,3 +327,19 @@ def test_a_folder_with_a_head_and_norms_is_read_beside_a_checkpoint(
     merge_lora(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(attrgetter(name)(base), tensor)
+
+
+def test_new_values_are_not_written_without_the_whole_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bert()
+    register_lora(model, target="query", train="classifier")
+    shake(model)
+    save_lora(model, tmp_path / "native.safetensors")
+    message = r"classifier.weight: PEFT keeps its new values; convert a native file with the base"
+    with pytest.raises(FileError, match=message):
+        convert_file(tmp_path / "native.safetensors", tmp_path / "out", "peft")
+    monkeypatch.setattr("lora_param.io.formats.peft_whole.is_sharded", lambda tensor: True)
+    with pytest.raises(FileError, match=message):
+        save_lora(model, tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()
