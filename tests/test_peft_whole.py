@@ -104,6 +104,15 @@ def test_a_head_trained_whole_here_is_saved_by_peft_as_its_own(make: Any, tmp_pa
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_head_alone_is_read_from_its_file_beside_the_config(tmp_path: Path) -> None:
+    model = bert()
+    register_lora(model, target=(), train="classifier")
+    shake(model)
+    save_lora(model, tmp_path, format="peft")
+    names = load_lora(bert(), tmp_path / "adapter_model.safetensors")
+    assert names == ["classifier.weight", "classifier.bias"]
+
+
 def test_a_task_is_named_where_peft_would_save_what_is_saved(tmp_path: Path) -> None:
     for train, task in (("classifier", "SEQ_CLS"), ("classifier.bias", None)):
         model = bert()
