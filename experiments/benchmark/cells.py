@@ -133,8 +133,13 @@ def cells() -> list[Cell]:
     ]
     found += [
         Cell(
-            *(f"DoRA, Linear 1024, {tokens} tokens, rank 16", lambda: linears(1024)),
-            *((tokens, 1024), 16, EVEN, tokens == 1024, "dora"),
+            f"DoRA, Linear 1024, {tokens} tokens, rank 16",
+            lambda: linears(1024),
+            (tokens, 1024),
+            16,
+            EVEN,
+            tokens == 1024,
+            "dora",
         )
         for tokens in (1, 128, 1024)
     ]
