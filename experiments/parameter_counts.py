@@ -17,20 +17,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torchvision.models import vit_b_16  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import lora_param as lp
 
 from .shared.claims import show
 from .shared.decoder import Decoder
-from .shared.plots import new_figure
+from .shared.plots import draw_shares
 from .shared.runs import recorded
-from .shared.settings import call, check_options, option
+from .shared.settings import call, option
 from .shared.tables import aligned
 
 
@@ -39,9 +40,6 @@ class Settings:
     """Settings of the count."""
 
     output: str = option("runs/parameter_counts", "each run writes to a new folder in this one")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 class ChatGLMLayer(nn.Module):
@@ -74,26 +72,19 @@ def chatglm() -> nn.Module:
     return nn.ModuleDict({"transformer": nn.ModuleDict(body), "lm_head": head})
 
 
+def transformer(name: str, **sizes: int) -> nn.Module:
+    """Build one of transformers' models, of its default size unless told otherwise."""
+    import transformers
+
+    config = getattr(transformers, f"{name.partition('For')[0].removesuffix('Model')}Config")
+    built: nn.Module = getattr(transformers, name)(config(**sizes))
+    return built
+
+
 def roberta(**sizes: int) -> nn.Module:
     """Build RoBERTa; base, unless sizes say otherwise."""
-    from transformers import RobertaConfig, RobertaModel
-
-    return RobertaModel(RobertaConfig(vocab_size=50_265, max_position_embeddings=514, **sizes))
-
-
-def llama() -> nn.Module:
-    """Build Llama 7B, transformers' default."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig())
-
-
-def vit() -> nn.Module:
-    """Build torchvision's ViT-B/16."""
-    from torchvision.models import vit_b_16  # type: ignore[import-untyped]
-
-    built: nn.Module = vit_b_16()
-    return built
+    vocabulary = {"vocab_size": 50_265, "max_position_embeddings": 514}
+    return transformer("RobertaModel", **vocabulary, **sizes)
 
 
 @dataclass(frozen=True)
@@ -106,28 +97,36 @@ class Model:
     said: str
 
 
+def q_and_v(width: int) -> list[str]:
+    """Name the blocks of rows of the decoder's fused matrices that make queries and values."""
+    return [f"*.qkv[0:{width}]", f"*.qkv[{2 * width}:{3 * width}]"]
+
+
+def gpt3() -> nn.Module:
+    """Build GPT-3 175B."""
+    return Decoder(96, 12_288, 96, 50_257, 2048)
+
+
+def gpt2() -> nn.Module:
+    """Build GPT-2 medium."""
+    return Decoder(24, 1024, 16, 50_257, 1024)
+
+
 LARGE = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096}
+LARGE |= {"num_attention_heads": 16}
+LLAMA = partial(transformer, "LlamaForCausalLM")
 MODELS = {
-    "GPT-3 175B, q v": Model(
-        lambda: Decoder(96, 12_288, 96, 50_257, 2048), 4, ["q", "v"], "paper: 10,000 x fewer"
-    ),
-    "GPT-3 175B, q v, r = 1": Model(
-        lambda: Decoder(96, 12_288, 96, 50_257, 2048), 1, ["q", "v"], "paper, table 4: 4.7 M"
-    ),
-    "GPT-2 medium, q v": Model(
-        lambda: Decoder(24, 1024, 16, 50_257, 1024), 4, ["q", "v"], "paper, table 3: 0.35 M"
-    ),
+    "GPT-3 175B, q v": Model(gpt3, 4, q_and_v(12_288), "paper: 10,000 x fewer"),
+    "GPT-3 175B, q v, r = 1": Model(gpt3, 1, q_and_v(12_288), "paper, table 4: 4.7 M"),
+    "GPT-2 medium, q v": Model(gpt2, 4, q_and_v(1024), "paper, table 3: 0.35 M"),
     "RoBERTa base, q v": Model(roberta, 8, ["query", "value"], "paper, table 2: 0.3 M"),
     "RoBERTa large, q v": Model(
-        lambda: roberta(num_attention_heads=16, **LARGE),
-        8,
-        ["query", "value"],
-        "paper, table 2: 0.8 M",
+        partial(roberta, **LARGE), 8, ["query", "value"], "paper, table 2: 0.8 M"
     ),
     "ChatGLM-6B, fused q k v": Model(chatglm, 8, "query_key_value", "PEFT prints 3,670,016"),
-    "Llama 7B, q v": Model(llama, 8, ["q_proj", "v_proj"], ""),
-    "Llama 7B, all linear, head too": Model(llama, 8, None, ""),
-    "ViT-B/16, all linear": Model(vit, 8, None, ""),
+    "Llama 7B, q v": Model(LLAMA, 8, ["q_proj", "v_proj"], ""),
+    "Llama 7B, all linear, head too": Model(LLAMA, 8, None, ""),
+    "ViT-B/16, all linear": Model(vit_b_16, 8, None, ""),
 }
 
 
@@ -141,7 +140,7 @@ def listing(model: nn.Module) -> str:
     return aligned(rows)
 
 
-def gpt3(base: int, trained: int) -> dict[str, float]:
+def headline(base: int, trained: int) -> dict[str, float]:
     """Work out the paper's headline from the counts, and print it."""
     found = {
         "times fewer": base / trained,
@@ -154,21 +153,6 @@ def gpt3(base: int, trained: int) -> dict[str, float]:
     print("\nGPT-3 175B with LoRA of rank 4 on q and v, weights in 16 bits")
     print(aligned([["", ""], *([name, f"{value:,.2f}"] for name, value in found.items())]))
     return found
-
-
-def draw(counts: dict[str, tuple[int, int]], path: Path) -> None:
-    """Draw each model's parameters and those that are trained, on a scale of powers of ten."""
-    figure, axes = new_figure(3.6)
-    for place, (name, (base, trained)) in enumerate(counts.items()):
-        axes.plot([trained, base], [place, place], color="0.7", lw=3, zorder=1)
-        axes.scatter([trained, base], [place, place], c=["black", "white"], ec="black", zorder=2)
-        axes.text((trained * base) ** 0.5, place - 0.12, f"{base / trained:,.0f} x", ha="center")
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(counts)), list(counts))
-    axes.invert_yaxis()
-    axes.set_xlabel("parameters: trained by LoRA (black) and of the base (white)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
 
 
 def run(settings: Settings) -> None:
@@ -188,10 +172,11 @@ def run(settings: Settings) -> None:
             if name.startswith("ChatGLM"):
                 print("\nChatGLM-6B, the first of 28 layers", listing(model), sep="\n")
         print("", aligned(rows), sep="\n")
-        record.results |= {"counts": counts, "GPT-3": gpt3(*counts["GPT-3 175B, q v"])}
+        record.results |= {"counts": counts, "GPT-3": headline(*counts["GPT-3 175B, q v"])}
         show(counts["ChatGLM-6B, fused q k v"][1] == 3_670_016, "ChatGLM's count is PEFT's")
         show(counts["GPT-3 175B, q v"][1] == 96 * 2 * 4 * 2 * 12_288, "GPT-3's is 96 * 2 * r * 2 d")
-        draw(counts, record.folder / "parameter_counts.png")
+        caption = "parameters: trained by LoRA (black) and of the base (white)"
+        draw_shares(counts, caption, record.folder / "parameter_counts.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

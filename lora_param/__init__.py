@@ -9,6 +9,7 @@
 >>> remove_lora(model)
 """
 
+from .combine import Fit, combine_lora, resize_lora
 from .deltas import LoRAParametrization
 from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictError, TargetError
 from .frozen import assert_frozen, base_frozen, fingerprint
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterError",
     "AdapterSummary",
     "FileError",
+    "Fit",
     "FrozenError",
     "LoRAError",
     "LoRAParametrization",
@@ -42,6 +44,7 @@ __all__ = [
     "assert_frozen",
     "base_frozen",
     "base_state_dict",
+    "combine_lora",
     "disable_lora",
     "enable_lora",
     "fingerprint",
@@ -58,6 +61,7 @@ __all__ = [
     "named_lora_parameters",
     "register_lora",
     "remove_lora",
+    "resize_lora",
     "save_lora",
     "select_lora",
 ]

@@ -15,6 +15,9 @@ from .chains import chains_of, originals_of, run_through, type_before
 from .deltas.protocol import Delta
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
 
+PLAIN = (Tensor, nn.Parameter)
+"""Types whose results can be changed in place whatever the change is."""
+
 Runs = tuple[tuple[Delta, ...], ...]
 """Deltas in the order in which they act, neighbours of one kind together."""
 
@@ -52,7 +55,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         weight, acting = found
         # A transform, or a mode that keeps results, must see no result change.
         seen = traced or torch._C._are_functorch_transforms_active()
-        in_place = not (seen or torch._C._len_torch_dispatch_stack())
+        in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
         at_work.weight, at_work.acting = weight, acting
         y = at_work.base(weight)

@@ -60,4 +60,7 @@ def run_through(entries: Sequence[nn.Module], originals: Sequence[Tensor]) -> Te
 
 def type_before(module: nn.Module) -> type[nn.Module]:
     """Return a module's class without the one made for its parametrizations."""
-    return type(module).__bases__[0] if chains_of(module) else type(module)
+    cls = type(module)
+    if cls.__bases__[0].__name__ == "FSDPModule":
+        cls = cls.__bases__[1]
+    return cls.__bases__[0] if chains_of(module) else cls

@@ -15,6 +15,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
+from .sharding import is_sharded
 from .walk import Walk
 from .weight import Weight, merged_for_now
 
@@ -22,14 +23,25 @@ FIXED = {
     "DistributedDataParallel": "it synchronises the parameters it was given; register before "
     "wrapping, and afterwards pass its .module, when it is no longer trained",
     "FullyShardedDataParallel": "its parameters are sharded; call this before sharding",
-    "FSDPModule": "its parameters are sharded; call this before sharding",
     "ScriptModule": "its code is compiled; call this before scripting",
 }
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
 
-def check_structure(walk: Walk, call: str) -> None:
-    """Raise unless the structure of a model can be changed."""
+def check_at_hand(walk: Walk, call: str) -> None:
+    """Raise unless the tensors of a model are in it, or were never made."""
+    for module, path in walk.owners.items():
+        if "_hf_hook" in module.__dict__ and any(each.is_meta for each in module.parameters(False)):
+            reason = "its weights are away, where accelerate has put them"
+            fix = "call accelerate.hooks.remove_hook_from_submodules(model), and dispatch it again"
+            raise LoRAError(
+                f"{path or 'model'}: {call} can't be called: {reason}; first {fix} after"
+            )
+
+
+def check_present(walk: Walk, call: str) -> None:
+    """Raise unless the adapters of a model can be seen as they are."""
+    check_at_hand(walk, call)
     for module, path in walk.owners.items():
         refusal = f"{path or 'model'}: {call} can't be called"
         if module in merged_for_now:
@@ -40,9 +52,27 @@ def check_structure(walk: Walk, call: str) -> None:
                 raise LoRAError(f"{refusal} on a {base.__name__}: {FIXED[base.__name__]}")
 
 
-def check_model(walk: Walk, call: str) -> None:
-    """Raise unless the structure of a model can be changed for good, here and now."""
-    check_structure(walk, call)
+def check_structure(walk: Walk, call: str) -> None:
+    """Raise unless the structure of a model can be changed: nobody keeps a list of its parameters.
+
+    Their marks are there too while the parameters are whole for a moment.
+    """
+    check_present(walk, call)
+    for module, path in walk.owners.items():
+        if "_is_fsdp_managed_module" in module.__dict__:
+            reason = "it knows those parameters alone that it was given; call this before sharding"
+            raise LoRAError(
+                f"{path or 'model'}: {call} can't be called on what FSDP shards: {reason}"
+            )
+    for weight, tensor in walk.parameters:
+        if hasattr(tensor, "ds_id"):
+            reason = "DeepSpeed partitions it; call this before deepspeed.initialize, and outside"
+            raise LoRAError(f"{weight.name}: {call} can't be called: {reason} of zero.Init")
+
+
+def check_model(walk: Walk, call: str, changes: bool = True) -> None:
+    """Raise unless a model can be changed for good, here and now, also its structure or not."""
+    (check_structure if changes else check_present)(walk, call)
     if torch.is_inference_mode_enabled():
         reason = "what is made there never gets a gradient; call it outside"
         raise LoRAError(f"{call} can't be called in torch.inference_mode: {reason}")
@@ -135,7 +165,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
     if tied:
         listing = "; ".join(tied.values())
         warnings.warn(f"not adapted, because tied to an embedding: {listing}", stacklevel=4)
-    if len(tied) == len(weights):
+    if tied and len(tied) == len(weights):
         raise TargetError("every weight is tied to an embedding; name other weights with target")
     return [weight for weight in weights if weight not in tied]
 
@@ -212,7 +242,7 @@ def _norms(module: nn.Module, tensor: str) -> Iterator[str]:
 
 
 def _cant_be_added_to(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, nn.Parameter):
+    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
         return False
     try:
         with torch.no_grad():
@@ -235,10 +265,6 @@ TENSOR_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
         lambda tensor: tensor.layout is not torch.strided,
         "its layout must be strided, got {0.layout}; make it dense",
-    ),
-    (
-        lambda tensor: "DTensor" in [base.__name__ for base in type(tensor).__mro__],
-        "it is a DTensor, already sharded; adapt the model before sharding it",
     ),
     (_cant_be_added_to, "a {1} can't be added to a plain tensor; dequantize it first"),
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .deltas.protocol import Delta
 from .errors import FrozenError, LoRAError, TargetError
+from .sharding import whole
 from .targets import matches
 from .undo import keep_entries, set_flags
 from .walk import Walk, walk
@@ -205,12 +206,15 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
         LoRAError: It has none of its own.
     """
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+    # As DeepSpeed and FSDP mark what they leave a part of, or nothing, in its place.
+    plain = plain and getattr(tensor, "ds_shape", tensor.shape) == tensor.shape
+    plain = plain and not hasattr(tensor, "_fsdp_flattened")
     size = tensor.numel() * tensor.element_size() if plain else 0
     if plain and not tensor.is_meta:
         tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if not plain or tensor.is_meta or (size and not tensor.data_ptr()):
         what = f"a {type(tensor).__name__} of {tensor.layout} on {tensor.device}"
-        fix = "do this before the model is sharded or converted"
+        fix = "do this before the model is sharded, offloaded or converted"
         raise LoRAError(f"{name}: {what} has no bytes of its own; {fix}")
     if not size:
         return b""
@@ -221,6 +225,7 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
 
 def digest_of(name: str, tensor: Tensor) -> str:
     """Return the SHA-256 digest of a tensor, over its bytes, dtype and shape."""
+    tensor = whole(tensor)
     found = digest(tensor.dtype, tensor.shape)
     if tensor.layout is torch.sparse_coo:
         parts = [tensor._indices(), tensor._values()]

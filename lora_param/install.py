@@ -11,7 +11,7 @@ import copyreg
 import functools
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -25,6 +25,7 @@ from .chains import chains_of
 from .deltas.protocol import Delta
 from .errors import LoRAError
 from .layers import Layer, computes_as_its_row, layer_of
+from .sharding import is_sharded, news
 
 Method = Callable[..., Any]
 
@@ -171,6 +172,8 @@ def _resetting_copies(base: Any) -> Method:
 
 def _registering(base: Any) -> Method:
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if is_sharded(param) and name.startswith("parametrizations."):  # by parallelize_module
+            raise LoRAError(f"{name}: an adapted layer can't be sharded; register_lora after that")
         _check_assignable(self, name)
         base.register_parameter(self, name, param)
 
@@ -199,6 +202,8 @@ def _saving(base: Any) -> Method:
 
 
 def _check_assignable(module: nn.Module, name: str) -> None:
+    if "_modules" not in module.__dict__:  # a replica of DataParallel's, to which it gives these
+        return
     if any(isinstance(entry, Delta) for entry in chains_of(module).get(name, ())):
         rule = "can't assign to an adapted weight, which is original + update"
         fix = f"assign to parametrizations.{name}.original under no_grad"
@@ -225,11 +230,17 @@ def _loading(base: Any) -> Method:
 
 
 def _accept_base_keys(
-    absent: list[str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+    absent: list[str],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    *_: object,
 ) -> None:
     """Translate a base's keys to the adapted model's; its deltas then keep their state.
 
-    What was `absent` has been put in since, of the adapted module, and isn't the base's.
+    What was `absent` has been put in since, of the adapted module, and isn't the base's. A delta on
+    the meta device has no state to keep: it is drawn where the base leaves that, or is missing.
     """
     for name, chain in chains_of(module).items():
         stem = f"{prefix}parametrizations.{name}."
@@ -242,11 +253,16 @@ def _accept_base_keys(
         states: dict[str, Any] = {}
         for index, delta in deltas.items():
             states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
+        _take_in(state_dict, f"{prefix}{name}", f"{stem}original", chain, states)
         # By parameters, because others' parametrizations may have an extra state too.
         said = any(isinstance(states[key], nn.Parameter) for key in states.keys() & state_dict)
         if not others and f"{prefix}{name}" in state_dict and f"{stem}original" not in state_dict:
             base = state_dict[f"{stem}original"] = state_dict.pop(f"{prefix}{name}")
+            arrives = metadata.get("assign_to_params_buffers") and chain.original.is_meta
             for index, delta in deltas.items():
+                if arrives:
+                    delta.to_empty(device=base.device)
+                    states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
                 for part, value in delta.rebased(chain.original, base).items():
                     states[f"{stem}{index}.{part}"] = value
         elif not others or said:
@@ -255,7 +271,27 @@ def _accept_base_keys(
             for key in [key for key in state_dict if key.startswith(f"{stem}{plain}.")]:
                 inside = key.removeprefix(f"{stem}{plain}.")
                 state_dict[f"{stem}{index}.{inside}"] = state_dict.pop(key)
-        state_dict.update({key: value for key, value in states.items() if key not in state_dict})
+        for key, value in states.items():
+            if not value.is_meta:
+                state_dict.setdefault(key, value)
+
+
+def _take_in(
+    state_dict: dict[str, Any], plain: str, key: str, chain: Any, states: Mapping[str, Any]
+) -> None:
+    """Lay out a sharded weight's base, which the first rank alone may have, under its plain key.
+
+    torch.distributed.checkpoint fills in what is there already, and marks for extra states.
+    """
+    for each in states.keys() & state_dict:
+        if type(state_dict[each]).__name__ == "_EXTRA_STATE":
+            del state_dict[each]
+    original = getattr(chain, "original", None)
+    if not is_sharded(original) or state_dict.get(key, original) is not original:
+        return
+    if (value := news(state_dict.get(plain), original)) is not None:
+        state_dict.pop(key, None)
+        state_dict[plain] = value
 
 
 def _reduction(base: Any) -> Method:

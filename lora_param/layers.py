@@ -86,7 +86,8 @@ class Layer:
     tensors: tuple[str, ...] = ("weight",)  # globs over own tensors, or a child's tensor by path
     view: Callable[[Shape], Shape] = rows_by_rest  # from a shape to that of the matrix view
     transposed: bool = False  # stored `(in, out)`, so that `lora_B` meets the input
-    features: int = 0  # the dimension that counts output features, of a vector its only one
+    features: int = 0
+    """The dimension in which rows are numbered: of output features, of a lookup that of tokens."""
     run: Callable[[Any, Any, bool, bool], Any] | None = None
     """`(module, x, transposed, in_place)` to the layer at work on `x`, in activation space, whose
     result may be changed in place or not; `None` where it stays in weight space."""
@@ -111,7 +112,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-LOOKUP = Layer(nn.EmbeddingBag, transposed=True, features=1, default=False, refusal=_embedding_rule)
+LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
 STACKS = Layer(nn.Module, ("*",), stack, features=-2, default=False)
 
 TABLE: tuple[Layer, ...] = (

@@ -15,6 +15,7 @@ from .checks import check_model, check_structure, check_unshared, deltas_called
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .register import take_off
+from .sharding import is_sharded, own_piece, whole
 from .undo import all_or_nothing
 from .walk import walk
 from .weight import Weight, merged_for_now, without_side_effects
@@ -58,8 +59,7 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
     merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing() as undo:
         for original, value in merged:
-            undo.callback(setattr, original, "data", original.data)
-            original.data = value
+            _replace(original, value, undo)
             increment_version(original)  # a graph that has saved the original must not go on
         take_off(found, pairs, undo)
 
@@ -108,7 +108,17 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
 
 
 def _memory_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return own_piece(tensor).untyped_storage().data_ptr()
+
+
+def _replace(original: Any, value: Any, undo: ExitStack) -> None:
+    if is_sharded(original):  # whose data are behind it
+        piece = own_piece(original.detach())
+        undo.callback(piece.copy_, piece.clone())
+        piece.copy_(own_piece(value.redistribute(placements=original.placements)))
+    else:
+        undo.callback(setattr, original, "data", original.data)
+        original.data = value
 
 
 def _follow(chains: Any, module: nn.Module, training: bool) -> None:
@@ -130,8 +140,8 @@ def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
         raise LoRAError(f"{weight.name}: {reason}, {fix}")
     with without_side_effects(chain):
         value = run_through(applied, originals)
-        finite = value.is_meta or value.isfinite().all()
-        if not finite and all(original.isfinite().all() for original in originals):
+        finite = value.is_meta or whole(value.isfinite().all())
+        if not finite and all(whole(each.isfinite().all()) for each in originals):
             rule = f"the merged weight would not be finite in {value.dtype}"
             cause = "the adapter has diverged or overflows this dtype"
             raise LoRAError(f"{weight.name}: {rule}; {cause}")

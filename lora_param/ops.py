@@ -25,16 +25,16 @@ class _Run:
     acting: Sequence[Sequence[Any]] = ()  # the deltas, in the order in which they act
     transposed: bool
     in_place: bool
-    features: int  # of the output, known when the base has been computed
+    shape: Sequence[int]  # of the weight, known when the base has been computed
     lead: Sequence[int] | None = None  # the output's dimensions in front, where `x` has one instead
 
-    def whole(self, A: Tensor, B: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+    def whole(self, A: Tensor, B: Tensor, rows: Rows | None, dim: int) -> tuple[Tensor, Tensor]:
         """Return a block's factors as those of the whole weight, with zeros for its other rows."""
         if rows is None:
             return A, B
-        if self.transposed:
-            return rows.spread(A, 1, self.features), B
-        return A, rows.spread(B, 0, self.features)
+        if dim:
+            return rows.spread(A, 1, self.shape[dim]), B
+        return A, rows.spread(B, 0, self.shape[dim])
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return a stored weight's factors as `down` and `up` take them."""
@@ -69,7 +69,7 @@ class LinearRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[tokens, out]`."""
-        self.features = weight.shape[self.transposed]
+        self.shape = weight.shape
         return F.linear(self.x, weight.t() if self.transposed else weight, self.bias)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class ConvolutionRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[batch, out, *sizes]`."""
-        self.features = len(weight)
+        self.shape = weight.shape
         return self._convolve(self.x, weight, self.bias)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class EmbeddingRun(_Run):
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[lookups, width]`."""
-        self.features = weight.shape[1]
+        self.shape = weight.shape
         return F.embedding(self.x, weight, self.pad)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:

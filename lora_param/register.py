@@ -64,10 +64,10 @@ def register_lora(
             multiplies activations: of linear, convolution, bilinear, attention and recurrent
             layers. Embeddings and other parameters are adapted only when named. A glob may end in
             rows, `"*.c_attn[0:768]"`, and so adapts a block of output features with a pair of its
-            own, whichever way round the layer stores its matrix: `[start:stop]`,
-            `[start:stop:step]` or, as for the queries of heads, `[start:stop:step+width]`. The pair
-            `(selector, rows)` does the same for any selector, where rows are such a text, a slice,
-            numbers, or a function from the number of output features to numbers.
+            own, whichever way round the layer stores its matrix; of an embedding, tokens. Rows are
+            `[start:stop]`, `[start:stop:step]` or, as for the queries of heads,
+            `[start:stop:step+width]`. The pair `(selector, rows)` does the same for any selector,
+            where rows are such a text, a slice, numbers, or a function from how many there are.
         exclude: The same, for what is left out of `target`, or with `target=()` out of `train`.
         train: What to train whole, as `W + D` (`DenseDelta`): parameters of any dimensions. A
             module's path, type or predicate means all below it. `target=()` trains nothing else;

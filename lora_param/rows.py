@@ -16,7 +16,7 @@ from .errors import TargetError
 
 Numbers: TypeAlias = Iterable[int] | Tensor
 Said: TypeAlias = str | slice | Numbers | Callable[[int], Numbers]
-"""How rows can be given: as text, a slice, numbers, or or a function of the number of features."""
+"""How rows can be given: as text, a slice, numbers or a function from how many there are."""
 
 PART = re.compile(r"(-?\d+)?:(-?\d+)?(?::(\d+)(?:\+(\d+))?)?")
 MOST = 2**22  # of rows: none of a model's are so many, and a file may say anything
@@ -25,7 +25,7 @@ RULE = "rows are start:stop, start:stop:step or start:stop:step+width, several w
 
 @dataclass(frozen=True)
 class Rows:
-    """Some output features of a weight, whichever of its dimensions counts them.
+    """Some output features of a weight, or tokens of an embedding, whichever dimension counts them.
 
     Each of its `parts` is `(start, stop, step, width)`: of `width` neighbours the first is at
     `start` or any number of steps behind that, in front of `stop`.
@@ -119,8 +119,8 @@ def _checked(shown: str, indices: Sequence[int], features: int) -> Rows:
     if not indices:
         raise TargetError(f"rows {shown} are none; give one at least")
     if not 0 <= min(indices) <= max(indices) < features:
-        where = f"among its output features, which are 0 to {features - 1}"
-        raise TargetError(f"rows {shown} must lie {where}, got {min(indices)} to {max(indices)}")
+        got = f"got {min(indices)} to {max(indices)}"
+        raise TargetError(f"rows {shown} must lie within 0:{features}, {got}")
     if len(set(indices)) < len(indices):
         raise TargetError(f"rows {shown} name a row twice; name each once")
     return Rows(tuple(_parts(sorted(indices), features)))
@@ -135,8 +135,7 @@ def _numbers(part: str, features: int) -> Iterable[int]:
     start, stop = first or 0, features if last is None else last
     start, stop = (end + features if end < 0 else end for end in (start, stop))
     if stop > features or start < 0:
-        where = f"within its output features, 0:{features}"
-        raise TargetError(f"rows [{part}] must lie {where}; give others")
+        raise TargetError(f"rows [{part}] must lie within 0:{features}; give others")
     firsts = range(start, stop, step or 1)
     if len(firsts) * (width or 1) > MOST:
         raise TargetError(f"rows [{part}] are more than {MOST:,}; adapt the whole tensor")
@@ -151,7 +150,7 @@ def _called(said: Numbers | Callable[[int], Numbers], features: int) -> list[int
         rows = said(features) if callable(said) else said
         indices = rows.tolist() if isinstance(rows, Tensor) else list(rows)
     except Exception as error:
-        fix = "a function takes the number of output features and returns numbers of rows"
+        fix = "a function takes how many rows there are and returns the numbers of some"
         raise TargetError(f"rows: {said!r:.60} failed with {error!r}; {fix}") from error
     if wrong := [each for each in indices if type(each) is not int]:
         raise TargetError(f"rows: {said!r:.60} must be integers, got {wrong[0]!r:.60}")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_structure, deltas_called
+from .checks import check_at_hand, check_present, deltas_called
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
+from .sharding import alike, mesh_of, own_piece, spread, whole
 from .undo import all_or_nothing
 from .walk import Walk, walk
 
@@ -59,8 +60,12 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
     yield from (parameter for _, parameter in named_lora_parameters(model, adapter))
 
 
-def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+def lora_state_dict(
+    model: nn.Module, adapter: str | None = None, *, full: bool = False
+) -> dict[str, Tensor]:
     """Return the adapters' state: tensors, detached and not copied, and numbers.
+
+    Of a sharded model they are `DTensor`s, or with `full` gathered, for which every rank calls it.
 
     Returns:
         Tensors by the names of `named_lora_parameters`, and for each weight `_extra_state`: kind,
@@ -77,10 +82,11 @@ def lora_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, T
         >>> list(lora_state_dict(model))
         ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
+    check_at_hand(found := walk(model, "lora_state_dict"), "lora_state_dict")
     state: dict[str, Tensor] = {}
-    for weight, delta in deltas_called(walk(model, "lora_state_dict"), adapter):
+    for weight, delta in deltas_called(found, adapter):
         state |= delta.state_dict(prefix=f"{weight.name}.{delta.adapter}.")
-    return state
+    return {name: whole(tensor) for name, tensor in state.items()} if full else state
 
 
 def load_lora_state_dict(
@@ -106,7 +112,8 @@ def load_lora_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
-    pairs = deltas_called(walk(model, "load_lora_state_dict"), adapter)
+    check_at_hand(found := walk(model, "load_lora_state_dict"), "load_lora_state_dict")
+    pairs = deltas_called(found, adapter)
     with all_or_nothing() as undo:
         load_deltas({f"{w.name}.{d.adapter}.": d for w, d in pairs}, state_dict, undo)
 
@@ -119,6 +126,18 @@ def load_deltas(
     Raises:
         StateDictError: Nothing was loaded.
     """
+    tensors = [tensor for delta in deltas.values() for tensor in delta.parameters()]
+    with alike(mesh_of(tensors)):
+        copies = _fitting(deltas, state_dict, undo)
+    for parameter, value in copies:
+        undo.callback(parameter.detach().copy_, parameter.detach().clone())
+        parameter.detach().copy_(spread(value, parameter))
+
+
+def _fitting(
+    deltas: Mapping[str, Delta], state_dict: Mapping[str, Any], undo: ExitStack
+) -> list[tuple[Tensor, Tensor]]:
+    """Pair deltas' tensors with copies of what goes into them, and give deltas their numbers."""
     expected = {key for prefix, each in deltas.items() for key in each.state_dict(prefix=prefix)}
     complaints = [f"missing: {name}" for name in sorted(expected) if name not in state_dict]
     complaints += [f"unexpected: {name}" for name in state_dict if name not in expected]
@@ -141,9 +160,7 @@ def load_deltas(
     if complaints:
         listing = "; ".join(complaints)
         raise StateDictError(f"the state dict doesn't fit, nothing was loaded: {listing}")
-    for parameter, value in copies:
-        undo.callback(parameter.detach().copy_, parameter.detach().clone())
-        parameter.detach().copy_(value)
+    return copies
 
 
 def _fault(value: object, parameter: Tensor) -> str | None:
@@ -156,7 +173,7 @@ def _fault(value: object, parameter: Tensor) -> str | None:
         return f"misshapen: {{}} is {tuple(value.shape)}, should be {tuple(parameter.shape)}"
     if value.layout is not torch.strided or value.is_meta != parameter.is_meta:
         return f"without values to copy: {{}} is {value.layout} on {value.device}"
-    if not value.is_meta and not value.to(parameter.dtype).isfinite().all():
+    if not value.is_meta and not own_piece(value).to(parameter.dtype).isfinite().all():
         return "not finite: {}"
     return None
 
@@ -177,7 +194,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
-    check_structure(walk(model, "base_state_dict"), "base_state_dict")
+    check_present(walk(model, "base_state_dict"), "base_state_dict")
     twin = _twin(model, {})
     with ExitStack() as undo:
         for weight, delta in Walk(twin).deltas:

@@ -241,7 +241,7 @@ def _selectors(option: str, target: Target) -> list[Selector | Ranged]:
     for each in selectors:
         selector, rows = each if isinstance(each, tuple) and len(each) == 2 else (each, ":")
         if not (isinstance(rows, (slice, Iterable)) or callable(rows)):
-            rule = "text, a slice, numbers or a function of the number of features"
+            rule = "text, a slice, numbers or a function from how many there are"
             raise TargetError(f"{option} {_show(selector)}: rows must be {rule}, got {rows!r:.60}")
         is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         is_predicate = callable(selector) and not isinstance(selector, (type, nn.Module))

@@ -16,8 +16,8 @@ from .layers import layer_of, listed_tensors
 from .undo import in_order
 from .weight import Weight, join, tensor_names
 
-WRAPPERS = ("", "_orig_mod")
-"""What stands in a path for a wrapper around a module: `torch.compile`'s."""
+WRAPPERS = ("", "_orig_mod", "_checkpoint_wrapped_module")
+"""What stands in a path for a wrapper around a module: of `torch.compile`, for checkpointing."""
 
 
 class Walk:

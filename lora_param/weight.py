@@ -19,6 +19,7 @@ from .errors import TargetError
 from .install import parametrized_class, properties_of
 from .layers import Layer, layer_of
 from .rows import Rows, Said
+from .sharding import is_sharded
 from .undo import in_order, keep_entries
 
 
@@ -141,6 +142,8 @@ class Weight:
         chains: Any = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
         if name not in chains:
             chains[name] = _new_chain(self.whole.original, module.training)
+        if is_sharded(original := chains[name]._parameters.get("original")):
+            delta.lay_out(original)
         chains[name]._modules[str(len(chains[name]._modules))] = delta
         if delta.training != module.training:
             delta.train(module.training)

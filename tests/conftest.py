@@ -11,6 +11,7 @@ from lora_param import base_state_dict, save_lora
 
 from .cli_cases import adapted
 from .file_cases import net
+from .ranks import Ranks
 
 torch.set_num_threads(1)  # the tests' tensors are tiny, and threads would only wait for each other
 
@@ -42,3 +43,10 @@ def files(tmp_path: Path) -> tuple[Path, Path, Path]:
     save_lora(model, adapter)
     save_file(base_state_dict(model), base, {"format": "pt"})
     return adapter, base, tmp_path / "out.safetensors"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()

@@ -17,7 +17,7 @@ from .cases import Experts, outputs
 from .kinds import KINDS
 
 TRANSPOSED = (
-    *(Conv1D, nn.Embedding, nn.EmbeddingBag),
+    Conv1D,
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 """What stores its output features along the second dimension."""

@@ -17,6 +17,7 @@ from lora_param import (
     assert_frozen,
     base_frozen,
     fingerprint,
+    load_lora,
     lora_parameters,
     register_lora,
     remove_lora,
@@ -184,6 +185,17 @@ def test_a_tensor_without_bytes_of_its_own_has_no_fingerprint() -> None:
     fingerprint(layer, buffers=False)
     with pytest.raises(LoRAError, match=r"zero: .* has no bytes of its own"):
         fingerprint(layer)
+
+
+def test_a_buffer_without_bytes_is_no_matter_to_a_file_that_does_not_name_it(tmp_path) -> None:
+    model = nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        each.register_buffer("zero", torch._efficientzerotensor(3))
+    register_lora(model, rank=1)
+    shake(model)
+    save_lora(model, tmp_path / "adapter.safetensors")
+    assert load_lora(twin, tmp_path / "adapter.safetensors", base="require") == ["weight"]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")

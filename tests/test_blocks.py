@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from .kinds import KINDS
 from .reference import feature_dim, loss, reference
 
 BLOCKS = [case for case in CASES if case.id != "transposed conv2d grouped"]
+LAYERS = [case for case in SINGLE if "embedding" not in case.id]
 each_case = pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.id)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -92,7 +94,7 @@ def test_a_weight_changes_in_its_blocks_alone(case: Case) -> None:
         assert same == [row not in (0, 1, features - 1) for row in range(features)]
 
 
-@pytest.mark.parametrize("case", SINGLE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.id)
 def test_blocks_act_on_their_features_of_the_output_alone(case: Case) -> None:
     layer, inputs = case.build()
     adapt(case, layer)
@@ -138,6 +140,17 @@ def test_a_state_dict_and_a_pickle_hold_every_block(case: Case) -> None:
     buffer.seek(0)
     for copied in (fresh, torch.load(buffer, weights_only=False), copy.deepcopy(layer)):
         assert all(map(torch.equal, outputs(copied, inputs), expected))
+
+
+@pytest.mark.parametrize("target", ["weight[2:4]", ("weight", [0, 2, 3])])
+def test_an_embeddings_rows_are_tokens(target: Any) -> None:
+    layer, tokens = nn.Embedding(7, 5), torch.arange(7)
+    before = layer(tokens)
+    [name] = register_lora(layer, rank=2, target=[target])
+    shake(layer)
+    assert lora_summary(layer).weights[0].space == "activation"
+    moved = (layer(tokens) != before).any(1).nonzero().flatten().tolist()
+    assert moved == ([2, 3] if name == "weight[2:4]" else [0, 2, 3])
 
 
 def fused() -> nn.Linear:

@@ -38,7 +38,7 @@ def test_info_lists_weights_and_totals(
         "tokens.weight",
         "experts.up",
     ]
-    assert lines[4].split()[1:4] == ["6x2x3x3", "2", "3"]
+    assert lines[4].split()[1:5] == ["lora", "6x2x3x3", "2", "3"]
     size = sum(factor.numel() for factor in lora_parameters(adapted()))
     assert lines[-1] == f"6 weights, {size} parameters"
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import multiprocessing
 import pickle
+import sys
 import weakref
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lora_param import remove_lora
+from lora_param import lora_parameters, register_lora, remove_lora
 
-from .cases import adapted, shake
+from .cases import adapted, outputs, shake
 
 
 def test_registering_on_a_further_tensor_of_a_copy_leaves_the_first() -> None:
@@ -177,3 +178,28 @@ def test_a_shallow_copy_reads_the_plain_weight_when_its_twin_has_lost_the_adapte
     twin = copy.copy(layer)
     remove_lora(layer)
     torch.testing.assert_close(twin(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(nn.Linear, (3, 6)), (nn.LSTM, (3, 6)), (nn.BatchNorm1d, (3, 6))]
+)
+def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
+    kind: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = kind(6) if kind is nn.BatchNorm1d else kind(6, 5)
+    register_lora(layer, target=(), train="*")
+    shake(layer)
+    replicating = sys.modules["torch.nn.parallel.replicate"]
+
+    def broadcast(given: Any, devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[each.clone() for each in given] for _ in devices]
+
+    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(replicating, "_get_device_index", lambda device, *_: device)
+    x = torch.randn(shape)
+    expected = outputs(copy.deepcopy(layer), (x,))
+    replica = nn.parallel.replicate(layer, [0, 1])[1]
+    got = outputs(replica, (x,))
+    assert all(map(torch.equal, got, expected))
+    got[0].square().sum().backward()
+    assert all(factor.grad is not None for factor in lora_parameters(layer))

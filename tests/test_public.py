@@ -19,6 +19,7 @@ def test_the_public_names_are_these() -> None:
         "AdapterError",
         "AdapterSummary",
         "FileError",
+        "Fit",
         "FrozenError",
         "LoRAError",
         "LoRAParametrization",
@@ -29,6 +30,7 @@ def test_the_public_names_are_these() -> None:
         "assert_frozen",
         "base_frozen",
         "base_state_dict",
+        "combine_lora",
         "disable_lora",
         "enable_lora",
         "fingerprint",
@@ -45,6 +47,7 @@ def test_the_public_names_are_these() -> None:
         "named_lora_parameters",
         "register_lora",
         "remove_lora",
+        "resize_lora",
         "save_lora",
         "select_lora",
     ]

@@ -155,25 +155,26 @@ def fully_sharded(model: nn.Module) -> nn.Module:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
-    ("wrap", "name"), [(distributed, "DistributedDataParallel"), (fully_sharded, "FSDPModule")]
+    ("wrap", "name"),
+    [(distributed, "a DistributedDataParallel"), (fully_sharded, "what FSDP shards")],
 )
 @pytest.mark.parametrize("verb", [register_lora, remove_lora, merge_lora])
 @pytest.mark.parametrize("outer", [lambda model: model, nn.Sequential])
 def test_a_wrapped_or_sharded_model_is_refused(wrap, name, verb, outer) -> None:
     model = outer(wrap(nn.Linear(9, 8)))
-    with pytest.raises(LoRAError, match=f"{verb.__name__} can't be called on a {name}: it"):
+    with pytest.raises(LoRAError, match=f"{verb.__name__} can't be called on {name}: it"):
         verb(model)
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.filterwarnings("ignore:DTensor random operators")  # torch 2.6, on a CPU
-def test_a_sharded_tensor_in_an_unwrapped_module_is_refused() -> None:
+def test_splitting_an_adapted_layer_is_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    model = distribute_module(nn.Linear(9, 8), init_device_mesh("cpu", (1,)))
-    with pytest.raises(TargetError, match="it is a DTensor, already sharded"):
-        register_lora(model)
+    model = nn.Linear(9, 8, bias=False)
+    register_lora(model, rank=2)
+    with pytest.raises(LoRAError, match="an adapted layer can't be sharded; register_lora after"):
+        parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallel())
 
 
 @pytest.mark.usefixtures("process_group")

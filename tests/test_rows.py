@@ -105,8 +105,8 @@ def test_a_name_that_looks_like_rows_is_a_name() -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "past the end": ("qkv[12:19]", r"attn.qkv.weight: rows [12:19] must lie within its output features, 0:18"),
-    "before the start": ("qkv[-19:]", "must lie within its output features, 0:18"),
+    "past the end": ("qkv[12:19]", r"attn.qkv.weight: rows [12:19] must lie within 0:18"),
+    "before the start": ("qkv[-19:]", "must lie within 0:18"),
     "none": ("qkv[6:6]", "attn.qkv.weight: rows [6:6] are none"),
     "backwards": ("qkv[6:0]", "rows [6:0] are none"),
     "no numbers": ("qkv[a:b]", "rows are start:stop, start:stop:step or start:stop:step+width"),
@@ -114,10 +114,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "wider than a step": ("qkv[0:6:2+3]", "rows are start:stop"),
     "half a head": ("qkv[0:13:6+2]", "rows [0:13:6+2] end within 2 that belong together"),
     "a row twice": ("qkv[0:6,5:9]", "rows [0:6,5:9] name a row twice"),
-    "a number past the end": (("qkv", [18]), "must lie among its output features, which are 0 to 17"),
+    "a number past the end": (("qkv", [18]), "rows [18] must lie within 0:18, got 18 to 18"),
     "floats": (("qkv", [0.5]), "must be integers, got 0.5"),
     "bools": (("qkv", lambda n: [True]), "must be integers, got True"),
-    "no iterable": (("qkv", lambda n: n), "a function takes the number of output features"),
+    "no iterable": (("qkv", lambda n: n), "a function takes how many rows there are"),
     "a number": (("qkv", 3), 'target "qkv": rows must be text, a slice, numbers or a function'),
     "no such weight": ("kv[0:6]", 'target "kv" matches no weight'),
 }  # fmt: skip

@@ -21,12 +21,15 @@ from lora_param import (
     fingerprint,
     load_lora,
     load_lora_state_dict,
+    lora_disabled,
+    lora_merged,
     lora_state_dict,
     merge_lora,
     register_lora,
     remove_lora,
     save_lora,
 )
+from lora_param.weight import Weight
 
 from .cases import adapted, shake
 
@@ -248,3 +251,66 @@ def test_a_recurrent_layers_own_list_of_weights_is_restored() -> None:
     lstm(torch.randn(3, 2, 4))
     remove_lora(lstm)
     assert lstm._flat_weights[0] is lstm.weight_ih_l0
+
+
+class Closed(nn.Linear):
+    """Lets nothing be set once it is built."""
+
+    closed = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.closed:
+            raise AttributeError(f"{name} can't be set")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("verb", [remove_lora, merge_lora])
+def test_a_module_that_lets_nothing_be_set_is_adapted_and_given_back(
+    verb: Callable[[nn.Module], None],
+) -> None:
+    layer, x = Closed(6, 5), torch.randn(2, 6)
+    layer.__dict__["closed"] = True
+    before, weight, expected = list(layer.state_dict()), layer.weight, layer(x)
+    adapted(layer)
+    assert list(base_state_dict(layer)) == before
+    with lora_merged(layer):
+        assert type(layer) is Closed
+    with lora_disabled(layer):
+        assert torch.equal(layer(x), expected)
+    verb(layer)
+    assert type(layer) is Closed
+    assert layer.weight is weight
+    assert list(layer.state_dict()) == before
+    assert torch.equal(layer(x), expected) == (verb is remove_lora)
+
+
+class Hiding(nn.Linear):
+    """Shows an optimizer fewer parameters than it has."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return (each for each in super().parameters(recurse) if each.ndim > 1)
+
+
+def test_a_model_with_parameters_of_its_own_is_frozen_whole_and_given_back() -> None:
+    layer = Hiding(6, 5)
+    register_lora(layer, rank=2)
+    original = layer.parametrizations.weight.original
+    assert not any(each.requires_grad for each in (original, layer.bias))
+    remove_lora(layer)
+    assert all(each.requires_grad for each in (layer.weight, layer.bias))
+
+
+def test_a_call_that_fails_leaves_flags_and_gradients_that_the_model_does_not_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = Hiding(6, 5)
+    layer(torch.randn(2, 6)).sum().backward()
+    before = [(each, each.grad) for each in (layer.weight, layer.bias)]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(Weight, "attach", fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        register_lora(layer, rank=2)
+    assert all(each.requires_grad and each.grad is grad for each, grad in before)

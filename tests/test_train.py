@@ -139,6 +139,16 @@ def test_by_default_what_train_names_is_left_to_it_without_a_word() -> None:
     assert isinstance(model.body[0].parametrizations.weight[0], LoRAParametrization)
 
 
+@pytest.mark.parametrize("options", [{"train": "*"}, {"train": "heads", "exclude": "body*"}])
+def test_by_default_train_may_leave_nothing_else_to_adapt(options: dict[str, str]) -> None:
+    model = Classifier()
+    names = register_lora(model, **options)  # type: ignore[arg-type]
+    assert names == (
+        HEADS if "exclude" in options else [n for n, _ in Classifier().named_parameters()]
+    )
+    assert set(kinds(model).values()) == {"dense"}
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [

@@ -132,16 +132,9 @@ def cells() -> list[Cell]:
         Cell("transformer, 4 x 64", blocks, (4, 64, 256), 8, BLOCK, True),
     ]
     found += [
-        Cell(
-            f"DoRA, Linear 1024, {tokens} tokens, rank 16",
-            lambda: linears(1024),
-            (tokens, 1024),
-            16,
-            EVEN,
-            tokens == 1024,
-            "dora",
-        )
+        Cell(name, lambda: linears(1024), (tokens, 1024), 16, EVEN, tokens == 1024, "dora")
         for tokens in (1, 128, 1024)
+        for name in [f"DoRA, Linear 1024, {tokens} tokens, rank 16"]
     ]
     found += [
         Cell("DoRA, convolutions, 8 images", convolutions, (8, 3, 64, 64), 8, EVEN, False, "dora"),

@@ -1,4 +1,4 @@
-"""A decoder as GPT-2 and GPT-3 are: norms in front, learned positions, a tied head."""
+"""A decoder as GPT-2 and GPT-3 are: q, k and v in one matrix, learned positions, a tied head."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[batch, length, width]` for the same."""
-        normed = self.norm1(x)
-        q, k, v = (  # [batch, heads, length, size]
-            project(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
-        )
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # [batch, heads, length, size]
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
         y: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
-
 from torch import Tensor
 
 from .scoring import Spread
@@ -108,3 +107,47 @@ def draw_matrices(matrices: Mapping[str, Tensor], path: Path) -> None:
                 place.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
         place.set_title(f"{title}\n{matrix.shape[0]} x {matrix.shape[1]}", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def draw_shares(pairs: Mapping[str, tuple[int, int]], caption: str, path: Path) -> None:
+    """Draw how many times one count is another, a line each, on a scale of powers of ten.
+
+    Args:
+        pairs: What to say at the left: the whole, a white dot, and its part, a black one.
+        caption: What to say below.
+        path: Where the PNG goes.
+    """
+    figure, axes = new_figure(3.6)
+    for place, (whole, part) in enumerate(pairs.values()):
+        axes.plot([part, whole], [place, place], color="0.7", lw=3, zorder=1)
+        axes.scatter([part, whole], [place, place], c=["black", "white"], ec="black", zorder=2)
+        axes.text((part * whole) ** 0.5, place - 0.12, f"{whole / part:,.0f} x", ha="center")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(pairs)), list(pairs))
+    axes.set_ylim(len(pairs) - 0.5, -0.7)
+    axes.set_xlabel(caption)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def stacked_bars(bars: Mapping[str, Mapping[str, float]], caption: str, path: Path) -> None:
+    """Draw a lying bar for each of several sums, made of its parts, with the sum at its end.
+
+    Args:
+        bars: What to say at the left, and the parts by their names; the same names in each.
+        caption: What to say below.
+        path: Where the PNG goes.
+    """
+    figure, axes = new_figure(0.9 + 0.45 * len(bars))
+    left = [0.0] * len(bars)
+    for part, fill in zip(next(iter(bars.values())), FILLS, strict=False):
+        sizes = [each[part] for each in bars.values()]
+        axes.barh(range(len(bars)), sizes, 0.7, left, label=part, **OUTLINE, **fill)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for place, end in enumerate(left):
+        axes.text(end, place, f" {end:,.0f}", va="center")
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.invert_yaxis()
+    axes.set_xlabel(caption)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)

@@ -28,6 +28,7 @@ class DenseDelta(Delta):
     """
 
     kind = "dense"
+    D: nn.Parameter
     options = ("dtype",)
     adds = True
 
@@ -40,7 +41,12 @@ class DenseDelta(Delta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(adapter, dtype)
-        self.D = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        # Past torch's setter, which accelerate's init_empty_weights replaces.
+        self._parameters["D"] = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Make `D` zero."""
+        nn.init.zeros_(self.D)
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> DenseDelta:

@@ -76,10 +76,21 @@ class DoRA(Pair):
             return f"its magnitude is {m}, for a weight of {shape}"
         return super().misfit(shape, view)
 
+    def reset_parameters(self) -> None:
+        """Draw the pair, and wait for the base whose lengths are to be taken."""
+        super().reset_parameters()
+        if "magnitude" in self._parameters:
+            self.magnitude.detach().fill_(torch.nan)
+            self.__dict__["_waits"] = True
+
+    def along(self, name: str, dim: int) -> int | None:
+        """Return of the magnitude the same dimension."""
+        return dim if name == "magnitude" else super().along(name, dim)
+
     def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
         """Return the lengths of a new base, if training has not moved those of the old one."""
         own = self.magnitude.detach()
-        same = (
+        same = self.__dict__.pop("_waits", False) or (
             not own.is_meta and _unchanged(own, _length(old.detach(), own.shape), own.dtype).all()
         )
         return {"magnitude": _length(new.detach(), own.shape).to(own.dtype)} if same else {}
@@ -118,15 +129,16 @@ class DoRA(Pair):
             weight = delta(weight)
         dropping = bool(self._dropout) and self.training
         x = F.dropout(x, self._dropout) if dropping else x
-        if not self._is_of_outputs(run.transposed):
+        of_inputs = self.rows is not None and self.dim != run.transposed  # an embedding's tokens
+        if of_inputs or not self._is_of_outputs(run.transposed):
             return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
         change = self._change(self._length_of(weight, run, alone=not before))
         base = run.product(x, weight) if dropping else run.unbiased(y)
         gate, A, B = (1 + change) * self.scale, self.lora_A, self.lora_B
         A, B = (A * gate, B) if run.transposed else (A, B * gate[:, None])
         if self.rows is not None:
-            change = self.rows.spread(change, 0, run.features)
-            A, B = run.whole(A, B, self.rows)
+            change = self.rows.spread(change, 0, run.shape[self.dim])
+            A, B = run.whole(A, B, self.rows, self.dim)
         inner, outer = run.factors(A, B)
         y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
         return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))

@@ -84,7 +84,9 @@ class LoRAParametrization(Pair):
         if not others:
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
             A, B = self.lora_A, self.lora_B
-            inner, outer = run.factors(*(run.whole(A, B, self.rows) if self.rows else (A, B)))
+            inner, outer = run.factors(
+                *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
+            )
             factor = self.scale * self._places[-1].switch.strength  # without a call more
             return run.up(y, run.down(x, inner), outer, factor)
         meeting: dict[tuple[str, float], list[LoRAParametrization]] = {}
@@ -96,7 +98,7 @@ class LoRAParametrization(Pair):
                 y = first.act(y, x, run, ())
                 continue
             As, Bs = zip(
-                *(run.whole(p.lora_A, p.lora_B * p._factor, p.rows) for p in (first, *rest)),
+                *(run.whole(p.lora_A, p.lora_B * p._factor, p.rows, p.dim) for p in (first, *rest)),
                 strict=True,
             )
             # [sum of ranks, fan_in] and [fan_out, the same]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAError, StateDictError
+from ..sharding import is_sharded, spread, whole
 from .inits import DRAWS, STARTS, Init, factors_at_start
 from .protocol import Delta, Shape
 
@@ -65,11 +66,32 @@ class Pair(Delta):
             raise LoRAError(
                 f"init must be one of {[*DRAWS]}, or in register_lora {others}, got {init!r:.60}"
             )
-        source = device if generator is None else generator.device
-        A = torch.zeros(*batch, rank, fan_in, device=source, dtype=dtype)
-        B = torch.zeros(*batch, fan_out, rank, device=source, dtype=dtype)
-        DRAWS[init](A, B, generator)
-        self._keep(A if device is None else A.to(device), B if device is None else B.to(device))
+        self.__dict__.update(_init=init, _generator=generator)
+        A = torch.empty(*batch, rank, fan_in, device=device, dtype=dtype)
+        self._keep(A, torch.empty(*batch, fan_out, rank, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the factors as `init` said, on the meta device when they leave that.
+
+        What they started from, if that was the weight, can't be had again.
+        """
+        kept: list[Any] = [*self._parameters.values()][:2]
+        if kept[0].is_meta:
+            return
+        for start in self._buffers.values():
+            start.fill_(math.nan)  # type: ignore[union-attr]
+        generator = self.__dict__.pop("_generator", None)
+        apart = generator is not None or is_sharded(kept[0])
+        A, B = kept[0].detach(), kept[1].detach()
+        if apart:
+            source = A.device if generator is None else generator.device
+            A, B = (torch.empty(t.shape, device=source, dtype=t.dtype) for t in (A, B))
+        A.zero_(), B.zero_()
+        if not self._buffers:
+            DRAWS[self.__dict__["_init"]](A, B, generator)
+        for own, value in zip(kept, (A, B), strict=True) if apart else ():
+            own.detach().copy_(spread(value, own))
 
     def _keep(self, A: Tensor, B: Tensor, anchored: bool = False) -> None:
         """Have these factors for its tensors, or begin at them."""
@@ -97,7 +119,7 @@ class Pair(Delta):
         generator = given.pop("generator", None)
         pair = cls(fan_out, fan_in, batch=tuple(batch), **given)
         numbers = pair.rank, pair.scale
-        found = factors_at_start(init, weight, view, *numbers, generator, transposed)
+        found = factors_at_start(init, whole(weight), view, *numbers, generator, transposed)
         B, A = (each.to(weight.device, dtype, copy=True).contiguous() for each in found)
         pair._keep(A, B, anchored=bool(A.any() and B.any()))
         return pair
@@ -212,6 +234,13 @@ class Pair(Delta):
         """The factors that it trains."""
         both = (self.shift_A, self.shift_B) if self.anchored else (self.lora_A, self.lora_B)
         return cast("tuple[Tensor, Tensor]", both)
+
+    def along(self, name: str, dim: int) -> int | None:
+        """Return a stack's dimension in both, the rows' in what ends in B, the columns' in A."""
+        batch, side = self._kept[0].ndim - 2, name[-2:]
+        if dim < batch:
+            return dim
+        return {("_A", False): batch + 1, ("_B", True): batch}.get((side, dim == batch))
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why the factors can't be those of a weight of this matrix view."""

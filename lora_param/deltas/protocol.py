@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
 from ..rows import Rows
+from ..sharding import lay_out, mesh_of, whole
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
@@ -78,6 +79,7 @@ class Delta(nn.Module):
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
     dim = 0
+    origin = ""  # which kind it was in another library's file
     _holds = cast("set[Any]", frozenset())  # of `frozen`
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
@@ -153,6 +155,37 @@ class Delta(nn.Module):
     def singular_values(self, shape: Shape) -> Tensor:
         """Return those of what is added to a weight of this shape, `[*batch, count]`."""
         raise NotImplementedError
+
+    def along(self, name: str, dim: int) -> int | None:
+        """Return which dimension of a tensor of its lies along one of the weight's, if any does."""
+        return dim
+
+    def lay_out(self, weight: Tensor) -> None:
+        """Shard its parameters as a weight is sharded."""
+        lay_out(self, weight, self.along)
+
+    def gathered(self) -> Delta:
+        """Return it with tensors that are whole, itself if they are."""
+        tensors = {**self._parameters, **self._buffers}
+        if mesh_of(tensors.values()) is None:
+            return self
+        return self.made_of({name: whole(each) for name, each in tensors.items()}, self.numbers)
+
+    def reset_parameters(self) -> None:
+        """Make its tensors those of a fresh delta, which changes nothing."""
+        raise NotImplementedError
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its tensors are on the meta device, in part or all."""
+        return any(each.is_meta for each in (*self.parameters(), *self.buffers()))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        away = self.is_away
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if away and not self.is_away:
+            self.reset_parameters()  # `to_empty` has given them memory, and no values
+        return self
 
     @property
     def switch(self) -> Switch:

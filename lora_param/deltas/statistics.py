@@ -49,10 +49,15 @@ class StatisticsDelta(Delta):
         """Return the copy itself, for a layer to move."""
         return self._buffers["S"]  # type: ignore[return-value]
 
+    def reset_parameters(self) -> None:
+        """Wait for the base that is to be copied."""
+        self.__dict__["_waits"] = True
+
     def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
         """Return a copy of the new buffer, if training has not moved that of the old one."""
         S = self.value(old)
-        return {"S": new.clone()} if S.is_meta or torch.equal(S, old) else {}
+        fresh = self.__dict__.pop("_waits", False) or S.is_meta or torch.equal(S, old)
+        return {"S": new.clone()} if fresh else {}
 
     def block(self, start: int, stop: int) -> Delta:
         """Return the copy of some of the entries."""

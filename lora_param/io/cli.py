@@ -37,10 +37,11 @@ def _print_table(summary: FileSummary) -> None:
     for name, text in summary.metadata.items():
         print(_printable(f"{name}: {text}"))
     print()
-    rows = [("weight", "shape", "rank", "alpha", "|dW|", "eff. rank")]
+    rows = [("weight", "kind", "shape", "rank", "alpha", "|dW|", "eff. rank")]
     rows += [
         (
             _printable(each.weight),
+            each.kind,
             "x".join(map(str, each.shape)),
             "-" if each.rank is None else str(each.rank),
             show_alpha(each.alpha, each.scaling)
@@ -52,7 +53,7 @@ def _print_table(summary: FileSummary) -> None:
     ]
     width = max(len(row[0]) for row in rows)
     for row in rows:
-        print("{:{}}  {:>14}  {:>5}  {:>8}  {:>11}  {:>9}".format(row[0], width, *row[1:]))
+        print("{:{}}  {:>6}  {:>14}  {:>5}  {:>8}  {:>11}  {:>9}".format(row[0], width, *row[1:]))
     print(f"\n{len(summary.weights):,} weights, {summary.parameters:,} parameters")
 
 

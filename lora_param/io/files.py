@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import nn
 
 from ..chains import type_before
-from ..checks import check_droppable, check_model, check_structure, deltas_called
+from ..checks import check_droppable, check_model, check_present, deltas_called
 from ..deltas import Delta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
 from ..register import install
+from ..sharding import alike, mesh_of
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
 from ..walk import walk
@@ -61,6 +63,8 @@ def save_lora(
         LoRAError: A factor isn't finite, the format can't hold the adapter, or an argument is bad.
         FileError: The file can't be written.
 
+    Every rank of a sharded model calls it, and the first one writes.
+
     Example:
         >>> import tempfile, torch
         >>> from lora_param import register_lora
@@ -72,23 +76,30 @@ def save_lora(
         ['weight']
     """
     found = walk(model, "save_lora")
-    check_structure(found, "save_lora")
+    check_present(found, "save_lora")
     pairs = deltas_called(found, adapter)
     names = sorted({delta.adapter for _, delta in pairs})
     if len(names) > 1:
         raise AdapterError(f"a file holds one adapter, and the model has {names}; name one")
+    mesh = mesh_of(tensor for _, delta in pairs for tensor in delta.parameters())
+    pairs = [(weight, delta.gathered()) for weight, delta in pairs]
     deltas = {weight.name: delta for weight, delta in pairs}
     if faults := list(faults_of(deltas)):
         raise LoRAError(f"nothing was saved: {shortened(faults)}")
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
     cls = type_before(getattr(model, "_orig_mod", model))
+    weights = outline_of_model(found)
+    taken = weights.parameters if mesh and options.get("base") is None else {}
     about = About(
         names[0],
         name if isinstance(name, str) else "",
         f"{cls.__module__}.{cls.__qualname__}",
+        base={name: digest_of(name, tensor) for name, tensor in taken.items()},
         metadata=check_strings("metadata", metadata or {}),
     )
-    write_adapter(format, Path(path), deltas, outline_of_model(found), about, **options)
+    with alike(mesh) as first:
+        if first:
+            write_adapter(format, Path(path), deltas, weights, about, **options)
     check_saved(found, pairs)
 
 
@@ -130,17 +141,19 @@ def load_lora(
         LoRAError: A weight can't be adapted, or an argument is bad.
     """
     found = walk(model, "load_lora")
-    check_model(found, "load_lora")
     if type(freeze) is not bool or type(trainable) is not bool:
         raise LoRAError(f"freeze and trainable must be bools, got {freeze!r} and {trainable!r}")
     if base not in ("require", "warn", "ignore"):
         raise LoRAError(f'base must be "require", "warn" or "ignore", got {base!r}')
-    with open_adapter(Path(path)) as file:
-        adapter = file.about.adapter if adapter is None else adapter
-        check_adapter(adapter)
-        own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
-        weights = outline_of_model(found)
-        deltas = file.fit(weights, "" if own else adapter, **options)
+    with ExitStack() as opened:
+        with alike(mesh_of(tensor for _, tensor in found.parameters)):
+            file = opened.enter_context(open_adapter(Path(path)))
+            adapter = file.about.adapter if adapter is None else adapter
+            check_adapter(adapter)
+            own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
+            check_model(found, "load_lora", changes=not own)
+            weights = outline_of_model(found)
+            deltas = file.fit(weights, "" if own else adapter, **options)
         if base != "ignore" and (doubt := _doubt(file.about, weights)):
             if base == "require":
                 raise FileError(f"{path}: {doubt}")
@@ -194,8 +207,10 @@ def _doubt(about: About, weights: Outline) -> str:
     """Say why a model isn't the base that the file was trained on, or why that isn't known."""
     if not about.base:
         return 'there is no fingerprint of its base in it; pass base="warn" to load it anyway'
+    # All of the model's only where names are missing, for tensors that have gone by another.
+    names = about.base if about.base.keys() <= weights.tensors.keys() else weights.tensors
     try:
-        now = {name: digest_of(name, tensor) for name, tensor in weights.tensors.items()}
+        now = {name: digest_of(name, weights.tensors[name]) for name in names}
     except LoRAError as error:
         return f'the base can\'t be compared, pass base="ignore": {error}'
     held = set(now.values())  # a checkpoint has a module that is found twice by both its names

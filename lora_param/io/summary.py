@@ -101,4 +101,4 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     count = sum(tensor.numel() for tensor in tensors.values())
     sizes = (norm, effective_rank) if known else (None, None)
     said = rank, alpha, scaling, *sizes, count, delta.strength
-    return UpdateSummary(name, delta.kind, shape, *said)
+    return UpdateSummary(name, delta.origin or delta.kind, shape, *said)

@@ -26,6 +26,7 @@ from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from ..values import NewValues
 from . import diffusers, kohya, loralib, native, peft
+from .blocks import joined
 from .factors import warn_of_statistics
 
 Deltas = dict[str, Delta]
@@ -193,6 +194,8 @@ def write_adapter(
     if left := [n for n, d in deltas.items() if d.of_buffers and d.kind not in row.kinds]:
         warn_of_statistics(format.capitalize(), left)
         deltas = {name: delta for name, delta in deltas.items() if name not in left}
+    if not row.any_kind:
+        deltas = joined(format, deltas, weights)
     for name, delta in deltas.items():
         if delta.kind not in row.kinds or (delta.rows is not None and not row.any_kind):
             what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"

@@ -188,13 +188,18 @@ def read_layers(
     return collect(delta, found.items())
 
 
+def check_plain(weight: WeightOutline) -> None:
+    """Raise a `ValueError` unless a weight may be a linear or convolution layer's."""
+    if not weight.module.is_plain and weight.module.layer is not NOTHING:
+        raise ValueError(f"is a {weight.module.class_name}, not a linear or convolution")
+
+
 def plain_factors(
     weight: WeightOutline, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, float]:
     """Take a linear or convolution layer's factors as they are; no alpha, or 0, means the rank."""
     A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
-    if not weight.module.is_plain and weight.module.layer is not NOTHING:
-        raise ValueError(f"is a {weight.module.class_name}, not a linear or convolution")
+    check_plain(weight)
     if alpha.numel() != 1 or alpha.is_complex():
         raise ValueError(f"has an alpha of {tuple(alpha.shape)}, not one number")
     return A, B, float(alpha.item()) or float(len(A))

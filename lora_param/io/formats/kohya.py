@@ -17,6 +17,7 @@ from ...weight import join
 from ..outline import Outline, Shape
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
+from . import lycoris
 
 PARTS = (
     ("lora_unet_", "unet", "UNet"),
@@ -35,23 +36,26 @@ KEYS = (
     r"(?P<name>[^.]+)\.(?P<role>lora_down|lora_up)\.weight",
     r"(?P<name>[^.]+)\.(?P<role>alpha|dora_scale)",
     r"(?P<name>[^.]+)\.(?P<role>diff|diff_b|w_norm|b_norm)",
+    *lycoris.KEYS,
 )
 DENSE, NORM = {"weight": "diff", "bias": "diff_b"}, {"weight": "w_norm", "bias": "b_norm"}
 WHOLE = {role: tensor for roles in (DENSE, NORM) for tensor, role in roles.items()}
 """What the differences of a layer's and a norm's tensors are called."""
 
-OTHERS = r".+\.(lora_mid\.weight|hada_\w+|lokr_\w+|oft_\w+)"
+OTHERS = r".+\.oft_\w+"
 
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are the family's, be they plain LoRA's or not."""
-    return shared.matches_any((KEYS[0], KEYS[2], OTHERS), file.header.tensors)
+    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.header.tensors)
 
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[shared.AnyPair]:
-    """Read a LoRA and whole differences; names are resolved forward from the model's own modules.
+) -> list[tuple[str, Delta]]:
+    """Read a LoRA, another kind of LyCORIS's, and whole differences.
+
+    Names are resolved forward from the model's own modules.
 
     The model is a UNet, a text encoder, any other, or one with children called `unet`,
     `text_encoder` and `text_encoder_2`. Only keys that begin with `prefix` are read.
@@ -59,14 +63,14 @@ def parse(
     chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     factors, rest = shared.group_factors(chosen, *KEYS)
     flat = {name: [name] for name in factors} if weights.unknown else flat_names(weights, prefix)
-    complaints = [f"{key} is no plain LoRA's, which is all that is supported" for key in rest]
+    complaints = [f"{key} is of no kind that is supported" for key in rest]
     for name in factors:
         if len(several := flat.get(name, [])) > 1:
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
     found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
     shared.refuse(shared.without_module(found, weights))
-    whole = [
+    whole: list[tuple[str, Delta]] = [
         shared.dense(join(weight.module.path, WHOLE[role]), tensor)
         for name, weight in found.items()
         for role, tensor in factors[name].items()
@@ -74,7 +78,7 @@ def parse(
     ]
     pairs = {name: own for name, own in factors.items() if own.keys() - WHOLE.keys()}
     found = {name: found[name] for name in pairs}
-    return [*shared.read_layers(pairs, found, weights, shared.plain_factors), *whole]
+    return [*lycoris.read_layers(pairs, found, weights), *whole]
 
 
 def render(

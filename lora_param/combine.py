@@ -1,0 +1,316 @@
+"""New adapters out of adapters: combinations of several, and one with another rank."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_model, check_weights, deltas_called
+from .deltas import Delta, DenseDelta, LoRAParametrization
+from .deltas.pair import SCALINGS, check_rank
+from .deltas.protocol import Shape, check_adapter
+from .errors import AdapterError, LoRAError
+from .lowrank import (
+    Product,
+    Rank,
+    check_rank_or_share,
+    dare,
+    factorised,
+    recompressed,
+    summed,
+    ties,
+)
+from .register import install
+from .select import strengths_of
+from .undo import all_or_nothing, keep_entries
+from .walk import walk
+from .weight import Weight
+
+Method = Literal["sum", "ties", "dare"]
+Terms = Sequence[tuple[Delta, float]]
+"""Deltas of one weight with their strengths."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a weight's new update is, and what it misses of the one that was asked for.
+
+    `error` is the Frobenius norm of the difference as a share of the norm; `rank` is `None` for a
+    dense delta.
+    """
+
+    weight: str
+    rank: int | None
+    error: float
+
+
+def combine_lora(
+    model: nn.Module,
+    adapters: Mapping[str, float],
+    *,
+    adapter: str,
+    method: Method = "sum",
+    rank: Rank | None = None,
+    density: float | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Fit]:
+    """Register a combination of adapters as a new one beside them, which is off until selected.
+
+    It is one of the updates themselves, `sum(strength * scale * B A)`, never of the factors, and
+    doesn't depend on what is selected at present.
+
+    Args:
+        model: An adapted model.
+        adapters: Strengths by name, of either sign.
+        adapter: The new adapter's name.
+        method: `"sum"`; `"ties"`, the mean of what is large and agrees in sign, weighted by the
+            strengths; or `"dare"`, the sum of what is left when entries are dropped at random.
+        rank: `None` for all of it: a sum's ranks add up, up to the weight's smaller side, and the
+            others are dense deltas. A number, or a share of the squared norm such as 0.95, for the
+            nearest update of that rank; a sum's without forming it, by QR and a small SVD.
+        density: The share of entries that `"ties"` and `"dare"` keep.
+        generator: Source of the draws of `"dare"`; the global one if `None`.
+
+    Returns:
+        Each weight's rank and relative error, in model order.
+
+    Raises:
+        AdapterError: There is no such adapter, the new name is taken, or a kind doesn't add.
+        LoRAError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora, select_lora
+        >>> model = torch.nn.Linear(8, 8)
+        >>> for name in ("a", "b"):
+        ...     _ = register_lora(model, rank=2, adapter=name)
+        >>> combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
+        [Fit(weight='weight', rank=4, error=0.0)]
+        >>> select_lora(model, "ab")
+
+    Source:
+        Yadav et al., arXiv:2306.01708, for TIES; Yu et al., arXiv:2311.03099, for DARE.
+    """
+    found = walk(model, "combine_lora")
+    check_model(found, "combine_lora")
+    check_adapter(adapter)
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
+    strengths = strengths_of(found, adapters)
+    options: dict[str, Any] = {"method": method, "rank": rank, "density": density}
+    check_options(**options)
+    terms: defaultdict[str, list[tuple[Delta, float]]] = defaultdict(list)
+    weights = {}
+    for weight, delta in found.deltas:
+        if delta.adapter in adapters:
+            weights[weight.name] = weight
+            delta.check_strength(1 if delta.of_buffers else adapters[delta.adapter])
+            terms[weight.name].append((delta, strengths.get(delta.adapter, 0.0)))
+    check_weights([weight for weight in weights.values() if not weight.is_buffer], adapter)
+    _check_apart(list(weights.values()))
+    pairs, fits = [], []
+    for name, own in terms.items():
+        like, view = weights[name].like, weights[name].view
+        delta, fit = combined(name, own, tuple(like.shape), view, generator=generator, **options)
+        delta.adapter, delta.enabled = adapter, False
+        pairs.append((weights[name], delta))
+        fits.append(fit)
+    install(found, pairs, freeze=False)
+    return [fit for fit, (_, delta) in zip(fits, pairs, strict=True) if not delta.of_buffers]
+
+
+def check_options(method: object, rank: Rank | None, density: float | None) -> None:
+    """Raise for options of a combination that are out of range."""
+    if method not in ("sum", "ties", "dare"):
+        raise LoRAError(f'method must be "sum", "ties" or "dare", got {method!r}')
+    if rank is not None:
+        check_rank_or_share(rank)
+    if method == "sum" and density is not None:
+        raise LoRAError(f'density is for "ties" and "dare", got {density!r}; drop it')
+    if method != "sum" and not (isinstance(density, (int, float)) and 0 < density <= 1):
+        rule = "must satisfy 0 < density <= 1, the share of entries to keep"
+        raise LoRAError(f'density {rule} with method="{method}", got {density!r}')
+
+
+def _check_apart(weights: Sequence[Weight]) -> None:
+    """Raise for blocks of a weight that have rows in common without being the same."""
+    blocks = [weight for weight in weights if weight.rows is not None]
+    for weight in blocks:
+        for other in weights:
+            same = other.whole == weight.whole and other != weight
+            if same and weight.overlaps(other.rows):
+                fix = "combine adapters of the same blocks"
+                raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
+
+
+def combined(
+    name: str,
+    terms: Terms,
+    shape: Shape,
+    view: Shape,
+    *,
+    method: Method = "sum",
+    rank: Rank | None = None,
+    density: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Delta, Fit]:
+    """Combine the deltas on one weight of a shape and matrix view, at strength 1 each."""
+    first = terms[0][0]
+    if len(terms) == 1 and first.of_buffers:
+        return first.made_of(_tensors(first), first.numbers), Fit(name, None, 0.0)
+    if odd := [delta for delta, _ in terms if not delta.adds]:
+        reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
+        raise AdapterError(f"{name}: adapter {odd[0].adapter!r}: {reason}")
+    with torch.no_grad():
+        low_rank = all(isinstance(delta, LoRAParametrization) for delta, _ in terms)
+        if method == "sum" and low_rank:
+            return _product_sum(name, cast("Any", terms), view, rank)
+        updates = [_update(delta, shape) for delta, _ in terms]
+        strengths = [strength for _, strength in terms]
+        if method == "ties":
+            total = ties(updates, strengths, density or 1)
+        elif method == "dare":
+            total = dare(updates, strengths, density or 1, generator)
+        else:
+            total = cast(
+                "Tensor", sum(s * each for s, each in zip(strengths, updates, strict=True))
+            )
+        dtype = _dtype([delta for delta, _ in terms])
+        if rank is not None and len(view) > 1:
+            product = factorised(total.reshape(view), rank, dtype)
+            return _pair(first, product, name)
+        dense = DenseDelta.restore({"D": total.to(dtype)}, {})
+        dense.rows, dense.dim = first.rows, first.dim
+        return dense, Fit(name, None, 0.0)
+
+
+def _product_sum(
+    name: str, terms: Sequence[tuple[LoRAParametrization, float]], view: Shape, rank: Rank | None
+) -> tuple[Delta, Fit]:
+    first, limit = terms[0][0], min(view[-2:])
+    if len(terms) == 1 and rank is None:  # keeps its factors' bits
+        strength = terms[0][1]
+        numbers = first.numbers | {"alpha": first.alpha * strength, "dropout": 0.0}
+        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
+        return _neutral(first, tensors, numbers), Fit(name, first.rank, 0.0)
+    dtype = _dtype([delta for delta, _ in terms])
+    product = summed(
+        [(d.lora_A.double(), d.lora_B.double(), d.scale * strength) for d, strength in terms]
+    )
+    if rank is not None or product.A.shape[-2] > limit:
+        product = recompressed(product.A, product.B, limit if rank is None else rank)
+    return _pair(first, Product(product.A.to(dtype), product.B.to(dtype), product.error), name)
+
+
+def _pair(like: Delta, product: Product, name: str) -> tuple[Delta, Fit]:
+    A, B, error = product
+    rank = A.shape[-2]
+    numbers = {"rank": rank, "alpha": float(rank), "scaling": "lora", "dropout": 0.0}
+    pair = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
+    pair.rows, pair.dim = like.rows, like.dim
+    return pair, Fit(name, rank, error)
+
+
+def _neutral(like: Delta, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+    """Return a delta of a kind with a strength of 1."""
+    delta = like.restore(tensors, numbers)
+    delta.rows, delta.dim = like.rows, like.dim
+    return delta
+
+
+def _update(delta: Delta, shape: Shape) -> Tensor:
+    """Return what a delta adds to a weight of a shape at strength 1, in float64."""
+    zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
+    return _neutral(delta, _tensors(delta), delta.numbers).value(zeros)
+
+
+def _tensors(delta: Delta) -> dict[str, Tensor]:
+    return {
+        name: each.detach() for name, each in (*delta.named_parameters(), *delta.named_buffers())
+    }
+
+
+def _dtype(deltas: Sequence[Delta]) -> torch.dtype:
+    dtype = next(deltas[0].parameters()).dtype
+    for delta in deltas[1:]:
+        dtype = torch.promote_types(dtype, next(delta.parameters()).dtype)
+    return dtype
+
+
+def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> list[Fit]:
+    """Give an adapter's pairs another rank, in place: the nearest update of a lower one, or room.
+
+    A lower rank keeps the largest singular values. A higher one keeps the update, with new columns
+    of zeros in `lora_B` and rows of `lora_A` drawn as fresh ones are, so that training goes on with
+    more capacity. The scale stays what it was. The factors are new Parameters: build the optimizer
+    anew. Dense deltas and statistics stay as they are.
+
+    Args:
+        model: An adapted model.
+        rank: The new rank, or a share below 1 of each update's squared norm for the least rank that
+            holds it. A plain number is lowered to the smaller side of a weight.
+        adapter: The adapter; `None` for all.
+
+    Returns:
+        Each pair's rank and relative error, in model order.
+
+    Raises:
+        AdapterError: There is no such adapter with a pair, or a kind doesn't add.
+        LoRAError: The rank is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(8, 8)
+        >>> _ = register_lora(model, rank=2)
+        >>> resize_lora(model, 4)
+        [Fit(weight='weight', rank=4, error=0.0)]
+    """
+    found = walk(model, "resize_lora")
+    check_model(found, "resize_lora")
+    check_rank_or_share(rank)
+    pairs = deltas_called(found, adapter)
+    changed = [(w, d, *resized(w.name, d, w.view, rank)) for w, d in pairs if "rank" in d.numbers]
+    if not changed:
+        raise AdapterError("there is no pair of factors to resize; its deltas are dense")
+    with all_or_nothing() as undo:
+        for _, delta, new, _ in changed:
+            _become(delta, new, undo)
+    return [fit for *_, fit in changed]
+
+
+def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fit]:
+    """Return a pair of another rank, with the same scale, and what it misses."""
+    if not isinstance(delta, LoRAParametrization):
+        reason = f"a {delta.kind} delta is no sum, so that none of a lower rank is the nearest"
+        raise AdapterError(f"{name}: adapter {delta.adapter!r}: {reason}")
+    A, B = delta.lora_A.detach(), delta.lora_B.detach()
+    if isinstance(rank, int):
+        rank = min(rank, min(view[-2:]))
+    if isinstance(rank, int) and rank > A.shape[-2]:
+        more = rank - A.shape[-2]
+        fresh = A.new_empty(*A.shape[:-2], more, A.shape[-1]).uniform_(-1, 1) / A.shape[-1] ** 0.5
+        product = Product(torch.cat([A, fresh], -2), nn.functional.pad(B, (0, more)))
+    else:
+        product = recompressed(A, B, rank)
+    found = check_rank(product.A.shape[-2], *view[-2:])
+    numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
+    new = delta.made_of({"lora_A": product.A, "lora_B": product.B}, delta.numbers | numbers)
+    return new, Fit(name, found, product.error)
+
+
+def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:
+    """Give a delta another's tensors and numbers; its flags, switches and place stay."""
+    own, old = delta._parameters, delta.numbers
+    trains = any(each.requires_grad for each in delta.parameters())
+    undo.callback(setattr, delta, "numbers", old)
+    keep_entries(undo, (own, {*own, *new._parameters}))
+    own.clear()
+    own.update(new.requires_grad_(trains)._parameters)
+    delta.numbers = new.numbers

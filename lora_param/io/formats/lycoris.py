@@ -1,0 +1,192 @@
+"""LyCORIS's other kinds, read: each as plain factors, or dense where that is smaller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...deltas import Delta, DenseDelta
+from ...errors import FileError
+from ..outline import Outline, Shape, WeightOutline
+from . import factors as shared
+
+KEYS = (
+    r"(?P<name>[^.]+)\.(?P<role>lora_mid)\.weight",
+    r"(?P<name>[^.]+)\.(?P<role>(?:hada|lokr)_[wt][12](?:_[ab])?)",
+)
+KINDS = {"hada_": "loha", "lokr_": "lokr", "lora_": "tucker"}
+LAYOUTS = {
+    "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"}),
+    "lokr": tuple(
+        one | two
+        for one in ({"w1"}, {"w1_a", "w1_b"})
+        for two in ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "w2_b", "t2"})
+    ),
+    "tucker": ({"A", "B", "mid"},),
+}
+"""Which tensors a kind has, in each of its layouts, without what they begin with."""
+
+LARGEST = 2**31  # elements: a file of a few bytes may mean any number
+
+Pair = tuple[Tensor, Tensor]
+"""A matrix as `B (out, rank) @ A (rank, in * kernel)`."""
+
+
+class Update(NamedTuple):
+    """The product of two matrices, elementwise or of Kronecker, times `alpha / dim`."""
+
+    kind: str
+    one: Pair
+    two: Pair
+    dim: int  # 0 where it has a scale of one, whatever alpha says
+
+    @property
+    def shape(self) -> Shape:
+        """That of the matrix."""
+        (B1, A1), (B2, A2) = self.one, self.two
+        if self.kind == "lokr":
+            return B1.shape[0] * B2.shape[0], A1.shape[1] * A2.shape[1]
+        return B1.shape[0], A1.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """That of the pair that it amounts to."""
+        return len(self.one[1]) * len(self.two[1])
+
+    def pair(self) -> Pair:
+        """Return plain factors of it, exact but for the rounding of one product an element."""
+        (B1, A1), (B2, A2) = self.one, self.two
+        if self.kind == "lokr":
+            return _kron(B1, B2), _kron(A1, A2)
+        return (B1[:, :, None] * B2[:, None]).flatten(1), (A1[:, None] * A2).flatten(0, 1)
+
+    def matrix(self) -> Tensor:
+        """Return it as a matrix."""
+        one, two = self.one[0] @ self.one[1], self.two[0] @ self.two[1]
+        return _kron(one, two) if self.kind == "lokr" else one * two
+
+
+def kind_of(roles: Mapping[str, Tensor]) -> str | None:
+    """Name the kind whose tensors these are; `None` for a plain LoRA's."""
+    own = {role for role in roles if role in ("A", "B") or role[:5] in KINDS}
+    if not (kinds := {KINDS[role[:5]] for role in own - {"A", "B"}}):
+        return None
+    if len(kinds) > 1 or {role[5:] or role for role in own} not in LAYOUTS[min(kinds)]:
+        raise ValueError(f"has {', '.join(sorted(own))}, which are no {min(kinds)}'s")
+    return min(kinds)
+
+
+def plain_or_dense(
+    kind: str, tensors: Mapping[str, Tensor], shape: Shape | None
+) -> dict[str, Tensor] | Tensor:
+    """Return the tensors `"A"`, `"B"` and `"alpha"` of a plain LoRA, or what is added, if smaller.
+
+    Products are computed in float64 and kept in float32 at least, which holds those of half
+    precision exactly.
+
+    Source:
+        LoHa: Hyeon-Woo et al., "FedPara", arXiv:2108.06098, proposition 1. LoKr: Yeh et al.,
+        "Navigating Text-To-Image Customization", arXiv:2309.14859, section 3.
+    """
+    dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
+    wide = {role: tensor.double() for role, tensor in tensors.items()}
+    alpha = wide.pop("alpha", None)
+    lengths = {role: tensors[role] for role in ("dora_scale",) if role in tensors}
+    if kind == "tucker":
+        A = _through_core(wide["lora_mid"], wide["A"].flatten(1)).to(dtype)
+        kept = {} if alpha is None else {"alpha": alpha}
+        return {"A": _with_kernel(A, shape), "B": wide["B"].to(dtype), **kept, **lengths}
+    update = _loha(wide) if kind == "loha" else _lokr(wide)
+    (fan_out, fan_in), rank = update.shape, update.rank
+    if shape is not None and (fan_out, fan_in) != (shape[0], math.prod(shape[1:])):
+        raise ValueError(f"is a {kind} of {fan_out}x{fan_in} for a weight of {shape}")
+    size = rank * (fan_out + fan_in)
+    if min(size, fan_out * fan_in) > LARGEST:
+        raise ValueError(f"is a {kind} of {fan_out}x{fan_in}, which is too large to be a weight's")
+    if size < fan_out * fan_in or lengths:  # which scale a sum, and so need it in two parts
+        B, A = update.pair()
+        scaled = {} if alpha is None or not update.dim else {"alpha": alpha * (rank / update.dim)}
+        return {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype), **scaled, **lengths}
+    scale = 1.0 if alpha is None or not update.dim else alpha.item() / update.dim or 1.0
+    added = (update.matrix() * scale).to(dtype)
+    return added if shape is None else added.view(shape)
+
+
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    """Return Kronecker's product; torch's own fails on strides of sides of one."""
+    product = one[:, None, :, None] * two[None, :, None, :]
+    return product.reshape(one.shape[0] * two.shape[0], -1)
+
+
+def _through_core(core: Tensor, down: Tensor) -> Tensor:
+    """Return the inner factor of a Tucker decomposition, `[rank, in * kernel]`."""
+    return torch.einsum("rs...,si->ri...", core, down).flatten(1)
+
+
+def _with_kernel(A: Tensor, shape: Shape | None) -> Tensor:
+    fits = shape is not None and math.prod(shape[1:]) == A.shape[1]
+    return A.view(len(A), *shape[1:]) if fits and shape else A
+
+
+def _side(tensors: Mapping[str, Tensor], name: str, core: str) -> Pair:
+    a, b = tensors[f"{name}_a"], tensors[f"{name}_b"].flatten(1)
+    return (a.T, _through_core(tensors[core], b)) if core in tensors else (a, b)
+
+
+def _loha(tensors: Mapping[str, Tensor]) -> Update:
+    one, two = (_side(tensors, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
+    return Update("loha", one, two, len(tensors["hada_w1_b"]))
+
+
+def _lokr(tensors: Mapping[str, Tensor]) -> Update:
+    sides, dims = [], []
+    for name, core in (("lokr_w1", "none"), ("lokr_w2", "lokr_t2")):
+        if name in tensors:
+            whole = tensors[name].flatten(1)
+            fan_out, fan_in = whole.shape
+            eye = torch.eye(min(fan_out, fan_in), dtype=whole.dtype)
+            sides.append((whole, eye) if fan_in <= fan_out else (eye, whole))
+        else:
+            sides.append(_side(tensors, name, core))
+            dims.append(len(sides[-1][1]))
+    one, two = sides
+    return Update("lokr", one, two, dims[0] if dims else 0)
+
+
+def read_layers(
+    factors: shared.Factors, found: Mapping[str, WeightOutline | None], weights: Outline
+) -> list[tuple[str, Delta]]:
+    """Build the updates of layers, of LyCORIS's kinds and plain ones."""
+    shared.refuse(shared.without_module(found, weights))
+
+    def plainly(name: str) -> tuple[str | None, dict[str, Tensor] | Tensor]:
+        weight, own = found[name], factors[name]
+        assert weight is not None  # which was refused
+        try:
+            if (kind := kind_of(own)) is not None:
+                shared.check_plain(weight)
+            shape = weight.shape
+            return kind, dict(own) if kind is None else plain_or_dense(kind, own, shape)
+        except (RuntimeError, ValueError) as error:
+            raise FileError(f"{name} {error}") from None
+
+    read = dict(zip(factors, shared.collect(plainly, factors), strict=True))
+    plain = {name: own for name, (_, own) in read.items() if isinstance(own, dict)}
+    layers = {name: found[name] for name in plain}
+    pairs: dict[str, tuple[str, Delta]] = {
+        **dict(
+            zip(
+                plain, shared.read_layers(plain, layers, weights, shared.plain_factors), strict=True
+            )
+        )
+    }
+    for name, (kind, own) in read.items():
+        weight = found[name]
+        if isinstance(own, Tensor) and weight:
+            pairs[name] = weight.full_name, DenseDelta.restore({"D": own}, {})
+        pairs[name][1].origin = kind or ""
+    return list(pairs.values())

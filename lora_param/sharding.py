@@ -1,0 +1,111 @@
+"""Tensors that several processes hold in pieces: torch's `DTensor`, which stands for the whole.
+
+What is computed with these means the same as on one process. Here is what crosses over between
+them and plain tensors. All ranks of a mesh have to call it, or some would wait for the others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoRAError
+
+
+def is_sharded(tensor: object) -> bool:
+    """Say whether a tensor is one rank's piece of a whole."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # without which there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return a tensor with all its entries, gathered from every rank."""
+    if is_sharded(tensor):  # offloaded pieces first go where their mesh can send them
+        tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+    return cast("Tensor", tensor)
+
+
+def own_piece(tensor: Any) -> Tensor:
+    """Return this rank's piece of a tensor."""
+    return cast("Tensor", tensor.to_local() if is_sharded(tensor) else tensor)
+
+
+def spread(value: Tensor, like: Any) -> Tensor:
+    """Lay out a whole tensor, the first rank's, as another is; one laid out already stays so."""
+    if not is_sharded(like):
+        return whole(value)
+    laid = value if is_sharded(value) else _distributed(value, like, like.placements)
+    return cast("Tensor", laid.to(like.device))
+
+
+def lay_out(module: nn.Module, weight: Any, along: Callable[[str, int], int | None]) -> None:
+    """Shard a module's tensors as a weight is, each rank with the first one's values.
+
+    `along(name, dim)` is which dimension of a tensor lies along one of the weight's.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh = weight.device_mesh
+    tables: Any = module._parameters, module._buffers
+    for table in tables:
+        for name, tensor in table.items():
+            placements: list[Any] = []
+            for placement in weight.placements:
+                dim = along(name, placement.dim) if placement.is_shard() else None
+                whole_there = dim is None or tensor.shape[dim] == 1
+                placements.append(Replicate() if whole_there else Shard(cast("int", dim)))
+            if is_sharded(laid := tensor.detach()):
+                laid = laid.redistribute(mesh, placements)
+            else:
+                laid = _distributed(laid, weight, placements)
+            own = isinstance(tensor, nn.Parameter)
+            table[name] = nn.Parameter(laid, tensor.requires_grad) if own else laid
+
+
+def news(value: object, like: Any) -> Tensor | None:
+    """Lay out what the first rank has to load into a sharded tensor; `None` if it has nothing."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = like.device_mesh
+    fits = isinstance(value, Tensor) and value.shape == like.shape and not is_sharded(value)
+    said = torch.tensor(float(fits), device=mesh.device_type)
+    if not distribute_tensor(said, mesh, [Replicate()] * mesh.ndim).to_local():
+        return None
+    full: Any = value if fits else torch.empty(like.shape)
+    return spread(full.to(like.dtype), like)
+
+
+def mesh_of(tensors: Iterable[Any]) -> Any:
+    """Return the mesh that holds the first of the tensors that are sharded; `None` without any."""
+    return next((each.device_mesh for each in tensors if is_sharded(each)), None)
+
+
+@contextmanager
+def alike(mesh: Any) -> Iterator[bool]:
+    """Raise on every rank of a mesh what one raises in a block; say whether this is the first.
+
+    In the block no rank may wait for another.
+    """
+    fault = None
+    try:
+        yield mesh is None or not any(mesh.get_coordinate())
+    except LoRAError as error:
+        fault = error
+    for dim in range(0 if mesh is None else mesh.ndim):
+        faults: list[LoRAError | None] = [None] * mesh.size(dim)
+        torch.distributed.all_gather_object(faults, fault, group=mesh.get_group(dim))
+        fault = fault or next(filter(None, faults), None)
+    if fault is not None:
+        raise fault
+
+
+def _distributed(value: Tensor, like: Any, placements: Any) -> Any:
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = like.device_mesh
+    return distribute_tensor(value.detach().to(mesh.device_type), mesh, placements)
