@@ -16,14 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
     FileError,
+    base_state_dict,
     load_lora,
     lora_summary,
+    merge_lora,
     named_lora_parameters,
     register_lora,
     save_lora,
 )
 from lora_param.deltas.dora import DoRA
-from lora_param.io import file_summary
+from lora_param.io import file_summary, merge_checkpoint
 
 from .cases import shake
 from .peft_cases import (
@@ -114,6 +116,21 @@ def test_dropout_drops_what_pefts_does(tmp_path: Path) -> None:
         outputs.append(output(each, x))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs[0], output(base.eval(), x))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), Conv1D(5, 6), nn.Conv2d(4, 5, 3)], ids=str)
+def test_files_are_merged_block_by_block_where_lengths_are_of_rows(
+    layer: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_param.io.checkpoint.BLOCK", 48)
+    model, file, base, out = copy.deepcopy(layer), *(tmp_path / f"{n}.safetensors" for n in "abc")
+    register_lora(model, rank=2, kind="dora", init="pissa")
+    shake(model)
+    save_lora(model, file)
+    save_file(base_state_dict(model), base)
+    merge_checkpoint(file, base, out)
+    merge_lora(model)
+    torch.testing.assert_close(load_file(out)["weight"], model.weight.detach())
 
 
 def test_an_anchored_one_gets_twice_the_rank(tmp_path: Path) -> None:
