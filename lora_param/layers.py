@@ -41,6 +41,11 @@ def _graph_rule(module: nn.Module) -> str | None:
     return "a traced graph can't be parametrized; adapt the model before tracing it"
 
 
+def _packed_rule(module: nn.Module) -> str | None:
+    reason = "bitsandbytes keeps it packed, in another shape and with its state beside it"
+    return f"{reason}, which isn't supported; quantise with torchao"
+
+
 def _is_ungrouped(module: Any) -> bool:
     return module.groups == 1 and "_conv_forward" not in module.__dict__
 
@@ -129,6 +134,10 @@ TABLE: tuple[Layer, ...] = (
     Layer(nn.RNNBase, ("weight_*",), rereads=True, rows_of={"hx": -2, 1: -2}),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, features=1, run=LinearRun),
+    *(
+        Layer(f"bitsandbytes.nn.modules.{kind}", refusal=_packed_rule)
+        for kind in ("Linear8bitLt", "Linear4bit")
+    ),
     Layer("torch_geometric.nn.dense.linear.Linear", run=LinearRun),
     replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
     LOOKUP,

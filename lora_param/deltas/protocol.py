@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
+from ..quantised import dense
 from ..routing import Routing, Switch, routing_of
 from ..rows import Rows
 from ..sharding import lay_out, mesh_of, whole
@@ -269,6 +270,7 @@ class Delta(nn.Module):
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
         if not self.now.on:
             return weight
+        weight = dense(weight)
         if autocasts(weight):
             with torch.autocast(weight.device.type, enabled=False):
                 return self.forward(weight)
