@@ -113,14 +113,14 @@ def equal_after_training(x: Tensor, y: Tensor) -> dict[str, float]:
     copy_factors(wrapped, adapted)
     got = [steps(each.train(), pairs(each), x, y) for each in (wrapped, adapted)]
     far["LoRALinear with dropout"] = float((got[0] - got[1]).abs().max())
-    hand, ours = (copy.deepcopy(Attention(16)) for _ in range(2))
-    ours.load_state_dict(hand.state_dict())
+    head = Attention(16)
+    heads = [copy.deepcopy(head), copy.deepcopy(head)]
     for name in "qkv":
-        setattr(hand, name, LoRALinear(getattr(hand, name), rank=2, alpha=2))
-    lp.register_lora(ours, rank=2, target=["q", "k", "v"])
-    copy_factors(hand, ours)
+        setattr(heads[0], name, LoRALinear(getattr(head, name), rank=2, alpha=2))
+    lp.register_lora(heads[1], rank=2, target=["q", "k", "v"])
+    copy_factors(*heads)
     x, y = torch.randn(2, 5, 7, 16)
-    got = [steps(each, pairs(each), x, y) for each in (hand, ours)]
+    got = [steps(each, pairs(each), x, y) for each in heads]
     far["attention, q, k and v"] = float((got[0] - got[1]).abs().max())
     for what, difference in far.items():
         show(difference < 1e-6, f"{what}: the greatest difference is {difference:.0e}")

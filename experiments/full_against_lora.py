@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -68,11 +69,13 @@ PARTS = ("parameters", "gradients", "optimizer", "activations")
 
 def clock(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     """Return the seconds that work takes, and what it returns."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    waits = device.type == "cuda"
+    if waits:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     result = work()
-    wait()
+    if waits:
+        torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -125,7 +128,7 @@ def latency(base: nn.Module, adapted: nn.Module, tokens: Tensor, rounds: int) ->
         show(torch.allclose(merged(tokens), expected, atol=1e-3), "merged, the output is the same")
         for _ in range(2 * rounds):
             for name, model in (("base", base), ("LoRA", adapted), ("merged", merged)):
-                seconds[name].append(clock(tokens.device, lambda model=model: model(tokens))[0])
+                seconds[name].append(clock(tokens.device, partial(model, tokens))[0])
     return {name: median(all_) for name, all_ in seconds.items()}
 
 
@@ -145,7 +148,9 @@ def run(settings: Settings) -> None:
     """Measure every size both ways."""
     device = choose_device(settings.device)
     sizes = dict(list(SIZES.items())[: 1 if settings.quick else None])
-    rounds, found, delays = 2 if settings.quick else settings.rounds, {}, {}
+    rounds = 2 if settings.quick else settings.rounds
+    found: dict[str, dict[str, Any]] = {}
+    delays: dict[str, dict[str, float]] = {}
     with recorded(settings, device) as record:
         for size, (layers, width, heads) in tqdm(sizes.items(), "sizes", disable=None):
             torch.manual_seed(0)

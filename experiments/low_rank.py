@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,12 +98,11 @@ def extracted(base: nn.Module, full: nn.Module, rank: int) -> nn.Module:
     lp.register_lora(net, rank=rank, train="*.bias")
     with torch.no_grad():
         for path, layer in net.named_children():
-            target, chains = full.get_submodule(path), layer.parametrizations
-            lora = chains.weight[0]  # type: ignore[union-attr,index]
-            B, A = factors(target.weight - chains.weight.original, lora.rank)  # type: ignore
-            lora.lora_A.copy_(A)
-            lora.lora_B.copy_(B)
-            chains.bias[0].D.copy_(target.bias - chains.bias.original)  # type: ignore
+            target, chains = full.get_submodule(path), cast(Any, layer.parametrizations)
+            B, A = factors(target.weight - chains.weight.original, chains.weight[0].rank)
+            chains.weight[0].lora_A.copy_(A)
+            chains.weight[0].lora_B.copy_(B)
+            chains.bias[0].D.copy_(target.bias - chains.bias.original)
     return net
 
 

@@ -26,7 +26,7 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,11 +34,12 @@ from torch import Tensor, nn
 
 import lora_param as lp
 
+from .mnist_digits import chosen_digits, run_digits
 from .mnist_picture import plot_wrong_counts
 from .mnist_report import STATES, Run, file_size, layer_table, record, table, verdict
 from .shared import mnist
 from .shared.batches import Split, shuffled
-from .shared.claims import BrokenClaimError, claim, same_bits
+from .shared.claims import BrokenClaimError, claim, same_bits, show
 from .shared.environment import choose_device, environment, flushes_denormals
 from .shared.runs import next_folder, timed, timings, write_json
 from .shared.scoring import score
@@ -74,6 +75,7 @@ class Settings:
     """
 
     digit: int = option(9, "digit to fine-tune on", least=0, most=9)
+    digits: str = option("", "such as 9,4,7: an adapter for each, switched, weighed and routed")
     rank: int = option(1, "rank of each weight's update", most=10)  # linear3 has ten rows
     alpha: float = option(1.0, "the update is scaled by alpha / rank")
     seed: int = option(0, "seed of the initial values and of shuffling", least=0)
@@ -92,6 +94,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.digits:
+            chosen_digits(self.digits)
+
+
+def sources(settings: Settings) -> Settings:
+    """Return settings with which the figures can be held against the source's."""
+    free = ("seed", "seeds", "test_batch_size", "device", "flush_denormal", "data", "output")
+    return Settings(**{name: getattr(settings, name) for name in free})
 
 
 def pretrain(net: RichBoyNet, split: Split, settings: Settings, shuffle: torch.Generator) -> float:
@@ -103,10 +113,11 @@ def pretrain(net: RichBoyNet, split: Split, settings: Settings, shuffle: torch.G
     return train(net, optimizer, batches, count, "pretraining")
 
 
-def finetune(net: RichBoyNet, split: Split, settings: Settings, shuffle: torch.Generator) -> float:
+def finetune(net: nn.Module, split: Split, settings: Settings, shuffle: torch.Generator) -> float:
     """Train the adapter alone, on the images of one digit; return the mean loss."""
     split = split.pick(split.labels == settings.digit)
-    optimizer = adam(lp.lora_parameters(net), settings.learning_rate)
+    trained = (each for each in lp.lora_parameters(net) if each.requires_grad)
+    optimizer = adam(trained, settings.learning_rate)
     batches = shuffled(split, settings.finetune_batch_size, shuffle)
     return train(net, optimizer, batches, settings.finetune_batches, "fine-tuning")
 
@@ -128,13 +139,15 @@ def check_network(net: RichBoyNet, before: RichBoyNet, scale: float) -> None:
         claim(same_bits(layer.weight, formula), f"on, {name}.weight is W + (B @ A) * scale")
         with lp.lora_disabled(net):
             claim(same_bits(layer.weight, plain.weight), f"off, {name}.weight is its original")
+    print("  it holds: each original and each bias is what it was, bit for bit")
+    print("  it holds: on, each weight is W + (B @ A) * scale; off, it is W itself")
 
 
 def check_counts(run: Run) -> None:
     """Check that the network errs as before with its adapter off, and as it does with it loaded."""
     before, on, off, loaded = (run.scores[state].wrong for state in (*STATES, "loaded"))
-    claim(off == before, "off, the test counts are as before")
-    claim(loaded == on, "loaded from its file into a copy, the adapter gives the same test counts")
+    show(off == before, "off, the test counts are as before")
+    show(loaded == on, "loaded from its file into a copy, the adapter gives the same test counts")
 
 
 def run_seed(
@@ -183,6 +196,24 @@ def run_seed(
     return run, net
 
 
+def run_all_digits(settings: Settings, splits: tuple[Split, Split], folder: Path) -> None:
+    """Pretrain once, then adapt to each of several digits, and show what the adapters do."""
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    net = RichBoyNet().to(splits[0].labels.device)
+    pretrain(net, splits[0], settings, generator)
+
+    def adapt(net: nn.Module, digit: int) -> None:
+        options = {"rank": settings.rank, "alpha": settings.alpha, "adapter": str(digit)}
+        lp.register_lora(net, init="gaussian", generator=generator, **options)  # type: ignore[arg-type]
+        lp.select_lora(net, str(digit))
+        finetune(net, splits[0], replace(settings, digit=digit), generator)
+
+    counts = run_digits(net, chosen_digits(settings.digits), splits[1], adapt, folder)
+    about = {"settings": asdict(settings), "environment": environment(splits[0].labels.device)}
+    write_json(folder / "results.json", about | {"wrong": counts})
+
+
 def run(settings: Settings) -> None:
     """Run the experiment, print what it shows and write it to a new folder."""
     device, seconds = choose_device(settings.device), dict[str, float]()
@@ -192,6 +223,9 @@ def run(settings: Settings) -> None:
     denormals = "flushed" if flushes_denormals() else "kept"
     where = f"device {device}, {torch.get_num_threads()} CPU threads, denormal numbers {denormals}"
     print(f"{where}; writing to {folder}\n", flush=True)
+    if settings.digits:
+        run_all_digits(settings, splits, folder)
+        return
     for seed in range(settings.seed, settings.seed + settings.seeds):
         path = folder / ("adapter" if settings.seeds == 1 else f"adapter_seed{seed}")
         path = path.with_suffix(".safetensors")
@@ -204,7 +238,12 @@ def run(settings: Settings) -> None:
     plot_wrong_counts(runs, settings.digit, folder / "wrong_counts.png")
     about = {"settings": asdict(settings), "environment": environment(device), "seconds": seconds}
     write_json(folder / "results.json", about | record(runs, net))
-    print(table(runs), verdict(runs, settings.digit), timings(seconds), sep="\n\n")
+    print(
+        table(runs, settings == sources(settings)),
+        verdict(runs, settings.digit),
+        timings(seconds),
+        sep="\n\n",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

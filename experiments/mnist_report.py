@@ -111,19 +111,21 @@ def file_size(net: nn.Module, path: Path) -> str:
     return f"{path.name}: {size:,} bytes, the network {base:,}: {size / base:.1%}"
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Lay out accuracies and wrong counts, each with the source's figures beneath.
+def table(runs: Sequence[Run], with_source: bool) -> str:
+    """Lay out accuracies and wrong counts.
 
     Args:
         runs: One run or more; of several, the table has mean and standard deviation.
+        with_source: Whether each has the source's figures beneath.
 
     Returns:
         The table, without a final line break.
     """
-    rows = [("", "accuracy", *map(str, range(10)))]
+    rows = [("wrong, of about 1,000 a digit", "accuracy", *map(str, range(10)))]
     for state in STATES:
         rows.append(_row(state, [run.scores[state] for run in runs]))
-        rows.append(_row("  source", [SOURCE[state]]))
+        if with_source:
+            rows.append(_row("  the notebook's own run", [SOURCE[state]]))
     return aligned(rows)
 
 

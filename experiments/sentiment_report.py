@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from .shared.plots import grouped_bars, new_figure, save
@@ -62,6 +63,46 @@ def draw_methods(rows: Sequence[Row], path: Path) -> None:
         bars.setdefault(label, []).append(spread(row["accuracies"]))
     figure, axes = new_figure(3.5)
     grouped_bars(axes, bars, width=0.8 / len(bars))
+    axes.set(ylabel="test accuracy", ylim=(0.5, 1))
+    axes.set_xticks(range(len(domains)), domains)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def tree_table(found: Mapping[str, Sequence[float]], domains: Sequence[str]) -> str:
+    """Lay out what each choice of adapters reaches on each domain.
+
+    Args:
+        found: Test accuracies in the order of the domains, by what acted.
+        domains: The domains.
+
+    Returns:
+        The table.
+    """
+    rows = [["test accuracy", *domains, "mean"]]
+    for name, values in found.items():
+        rows.append([name, *(f"{value:.3f}" for value in (*values, mean(values)))])
+    return aligned(rows)
+
+
+def draw_tree(found: Mapping[str, Sequence[float]], domains: Sequence[str], path: Path) -> None:
+    """Draw for each domain its own adapter alone, the root, the leaf on it, and TIES.
+
+    Args:
+        found: Test accuracies in the order of the domains, by what acted.
+        domains: The domains.
+        path: Where the PNG goes.
+    """
+    own = [found[f"{domain} alone"][index] for index, domain in enumerate(domains)]
+    bars = {
+        "the domain's alone": own,
+        "sentiment": found["sentiment"],
+        "sentiment + its domain's": found["sentiment + its domain's, routed"],
+        "TIES of all, untrained": found["TIES of all"],
+    }
+    figure, axes = new_figure(3.2)
+    spreads = {name: [Spread(value, None) for value in values] for name, values in bars.items()}
+    grouped_bars(axes, spreads, width=0.2)
     axes.set(ylabel="test accuracy", ylim=(0.5, 1))
     axes.set_xticks(range(len(domains)), domains)
     axes.spines[["top", "right"]].set_visible(False)

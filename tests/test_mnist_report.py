@@ -34,7 +34,7 @@ def test_verdict_follows_the_figures(on: tuple[int, ...], sentence: str) -> None
 
 
 def test_table_has_the_sources_figures_beneath_ours() -> None:
-    lines = table(runs((20,) * 10)).split("\n")
+    lines = table(runs((20,) * 10), True).split("\n")
     for ours, source, state in zip(lines[1::2], lines[2::2], STATES, strict=True):
         assert ours.startswith(state)
         assert source.split()[2:] == [str(count) for count in SOURCE[state].wrong]
@@ -43,7 +43,7 @@ def test_table_has_the_sources_figures_beneath_ours() -> None:
 
 def test_table_of_several_runs_has_mean_and_spread() -> None:
     several = runs((10,) * 10) + runs((30,) * 10)
-    assert "20±14" in table(several).split("\n")[3]
+    assert "20±14" in table(several, True).split("\n")[3]
 
 
 def test_layer_table_adds_up() -> None:

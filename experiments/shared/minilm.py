@@ -44,7 +44,7 @@ class Classifier(nn.Module):
 
     def __init__(self, seed: int, bfloat16: bool) -> None:
         super().__init__()
-        self.bfloat16 = bfloat16
+        self.autocasts = bfloat16
         self.encoder = copy.deepcopy(_encoder())
         # The first draw of a seed's generator, whatever was drawn before it.
         head = torch.empty(2, self.encoder.config.hidden_size)
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         mask = tokens != 0
         longest = int(mask.sum(1).max())  # a batch is as wide as its longest sentence
         tokens, mask = tokens[:, :longest], mask[:, :longest]
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocasts):
             hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             logits: Tensor = self.head(mean)

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
 from .scoring import Spread
@@ -64,18 +62,6 @@ def grouped_bars(
     return places
 
 
-def root_scale(axes: Axes, ticks: Sequence[float]) -> None:
-    """Scale upwards by the square root: small and large counts are legible, and zero is still zero.
-
-    Args:
-        axes: The axes, whose figures are none below zero.
-        ticks: Where to say the figure.
-    """
-    axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.set_ylim(0, None)
-
-
 def save(figure: Figure, path: Path) -> None:
     """Write a picture, with a legend above it.
 
@@ -87,12 +73,13 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_matrices(matrices: Mapping[str, Tensor], path: Path) -> None:
+def draw_matrices(matrices: Mapping[str, Tensor], path: Path, decimals: int = 2) -> None:
     """Draw small matrices side by side, each entry as a grey and a number.
 
     Args:
         matrices: By their titles.
         path: Where the PNG goes.
+        decimals: Of the numbers.
     """
     figure = Figure(figsize=(9, 2.4), layout="constrained")
     widths = [max(each.shape[1], 1) for each in matrices.values()]
@@ -104,7 +91,9 @@ def draw_matrices(matrices: Mapping[str, Tensor], path: Path) -> None:
         place.axis("off")
         for row, values in enumerate(matrix.tolist()):
             for column, value in enumerate(values):
-                place.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                place.text(
+                    column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=8
+                )
         place.set_title(f"{title}\n{matrix.shape[0]} x {matrix.shape[1]}", fontsize=10)
     figure.savefig(path, dpi=120)
 

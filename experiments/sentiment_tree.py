@@ -1,0 +1,236 @@
+"""Grow a tree of adapters on one base: sentiment, and on top of it a domain, served in one batch.
+
+Reproduces: the picture that tutorials end with, one base and many tasks, on real text: MiniLM and
+    the four domains of `shared/sentiment.py`. An adapter "sentiment" learns from all domains; one
+    for each domain is trained on top of it, with the one beneath acting and frozen.
+Command: `python -m experiments.sentiment_tree`; `--quick` for two domains of 100 sentences.
+Needs: `pip install -e ".[sentiment]"` for MiniLM.
+Hardware, time: 2 cores of a shared AMD EPYC; TIME.
+Expected: the shared adapter is ahead of one trained on a domain alone, and its domain's on top adds
+    little to it; TIES, made of four adapters without any training, is between.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lora_param as lp
+
+from .sentiment_report import draw_tree, tree_table
+from .shared.batches import Split, shuffled
+from .shared.claims import show
+from .shared.environment import choose_device
+from .shared.minilm import Classifier, encoded, lengths
+from .shared.runs import Record, recorded
+from .shared.scoring import score
+from .shared.sentiment import DOMAINS, FOLDER, split
+from .shared.settings import call, check_options, option
+from .shared.training import adam, train
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the tree.
+
+    Raises:
+        ValueError: A value is out of range; says which, the rule and what it got.
+    """
+
+    quick: bool = option(False, "two domains, 100 sentences of each")
+    sentences: int = option(500, "training sentences of a domain, at most", least=8)
+    test_sentences: int = option(500, "of a domain, at most", least=8)
+    epochs: int = option(3, "epochs of training of each adapter")
+    rank: int = option(8, "rank of each adapter")
+    rate: float = option(6e-4, "AdamW's learning rate", above=0)
+    seed: int = option(0, "seed of the heads, the factors and of shuffling", least=0)
+    bfloat16: bool = option(True, "train in bfloat16 by autocast; parameters stay in float32")
+    device: str = option("auto", "cpu, cuda, ...")
+    data: str = option(str(FOLDER), "the folder that has the sentences")
+    output: str = option("runs/sentiment_tree", "each run writes to a new folder in this one")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+Data = dict[str, tuple[Split, Split]]
+"""Test and training sentences by domain."""
+
+
+def grow(model: Classifier, adapter: str, on: list[str], data: Split, settings: Settings) -> None:
+    """Train a new adapter, a head of its own in it, on top of others that act and stay."""
+    torch.manual_seed(settings.seed)
+    lp.register_lora(
+        model, rank=settings.rank, alpha=2 * settings.rank, train="head", adapter=adapter
+    )
+    lp.select_lora(model, [*on, adapter], trainable=adapter)
+    optimizer = adam(
+        (each for each in model.parameters() if each.requires_grad),
+        settings.rate,
+        torch.optim.AdamW,
+    )
+    batches = shuffled(data, 16, torch.Generator().manual_seed(settings.seed), lengths(data))
+    count = settings.epochs * math.ceil(len(data.labels) / 16)
+    train(model.train(), optimizer, batches, count, adapter)
+    model.eval()
+
+
+def accuracies(model: Classifier, adapters: object, data: Data) -> list[float]:
+    """Test one choice of adapters on every domain."""
+    with lp.lora_selected(model, adapters):  # type: ignore[arg-type]
+        return [score(model, test, 100, "testing").accuracy for test, _ in data.values()]
+
+
+def tree(base: Classifier, data: Data, settings: Settings) -> Classifier:
+    """Grow "sentiment" and a leaf for each domain on top of it, and check what stays."""
+    print('\n1. A tree: "sentiment", trained on all domains, and each domain on top of it.')
+    model, before = copy.deepcopy(base), lp.fingerprint(base)
+    together = Split(*map(torch.cat, zip(*(own for _, own in data.values()), strict=True)))
+    grow(model, "sentiment", [], together, settings)
+    root = lp.lora_state_dict(model)
+    for domain, (_, own) in data.items():
+        grow(model, domain, ["sentiment"], own, settings)
+    now = lp.lora_state_dict(model)
+    moved = [name for name, tensor in root.items() if not torch.equal(now[name], tensor)]
+    show(not moved, "training the leaves moved nothing of the root, bit for bit")
+    lp.assert_frozen(model, before)
+    print("  it holds: the base is what it was, by SHA-256 of every parameter and buffer")
+    return model
+
+
+def path_is_a_sum(model: Classifier, domain: str) -> None:
+    """Check that a leaf's weight is the base's, and the updates of its path."""
+    layer = model.get_submodule("encoder.encoder.layer.0.attention.self.query")
+    entries: list[lp.LoRAParametrization] = list(layer.parametrizations.weight)  # type: ignore
+    expected = layer.parametrizations.weight.original  # type: ignore[union-attr]
+    for entry in entries:
+        if entry.adapter in ("sentiment", domain):
+            expected = expected + (entry.lora_B @ entry.lora_A) * entry.scale  # type: ignore
+    with lp.lora_selected(model, ["sentiment", domain]):
+        same = torch.equal(layer.weight, expected)  # type: ignore[arg-type]
+    show(same, f'"sentiment" and "{domain}" read as W + B A * scale of both, to the bit')
+
+
+def routed(model: Classifier, data: Data) -> list[float]:
+    """Send all domains through the model in mixed batches, a row on its own path, and compare."""
+    print("\n2. One batch, a path for each row.")
+    tests = [test for test, _ in data.values()]
+    owner = [domain for domain, test in zip(data, tests, strict=True) for _ in test.labels]
+    order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(0))
+    mixed = Split(*(torch.cat(parts)[order] for parts in zip(*tests, strict=True)))
+    paths = [{"sentiment": 1.0, owner[index]: 1.0} for index in order.tolist()]
+    logits, alone = torch.empty(len(owner), 2), torch.empty(len(owner), 2)
+    with torch.no_grad():
+        for start in range(0, len(owner), 100):
+            rows = slice(start, start + 100)
+            with lp.lora_routed(model, paths[rows]):
+                logits[rows] = model(mixed.inputs[rows]).cpu()
+        for domain in data:
+            mine = torch.tensor([owner[index] == domain for index in order.tolist()])
+            with lp.lora_selected(model, ["sentiment", domain]):
+                parts = [model(part) for part in torch.split(mixed.inputs[mine], 100)]
+            alone[mine] = torch.cat(parts).cpu()
+    far = float((logits - alone).abs().max())
+    show(far < 1e-4, f"each row has what its path alone gives; at most {far:.0e} apart")
+    right = (logits.argmax(1) == mixed.labels.cpu()).float()
+    return [float(right[[owner[i] == domain for i in order.tolist()]].mean()) for domain in data]
+
+
+def to_peft_and_back(model: Classifier, base: Classifier, x: Tensor, folder: Path) -> None:
+    """Write an adapter as PEFT's folder, and read it into a fresh model."""
+    print("\n4. To PEFT and back.")
+    lp.save_lora(model, folder, adapter="sentiment", format="peft")
+    fresh = copy.deepcopy(base)
+    lp.load_lora(fresh, folder, base="ignore")
+    with torch.no_grad(), lp.lora_selected(model, "sentiment"):
+        far = float((model(x) - fresh(x)).abs().max())
+    show(far < 1e-5, f"head and all, the logits are the same; at most {far:.0e} apart")
+
+
+def run(settings: Settings) -> None:
+    """Grow the tree, serve it, combine adapters; print, write and draw."""
+    device = choose_device(settings.device)
+    domains = list(DOMAINS)[: 2 if settings.quick else None]
+    sizes = settings.test_sentences, 100 if settings.quick else settings.sentences
+    with recorded(settings, device, "transformers") as record:
+        data: Data = {}
+        for domain in domains:
+            test, own = (
+                encoded(part, device) for part in split(domain, *sizes, root=Path(settings.data))
+            )
+            data[domain] = test, own
+        found = measure(
+            Classifier(settings.seed, settings.bfloat16).to(device), data, settings, record
+        )
+        print("", tree_table(found, domains), sep="\n")
+        record.results["accuracy"] = found
+        draw_tree(found, domains, record.folder / "sentiment_tree.png")
+
+
+def measure(
+    base: Classifier, data: Data, settings: Settings, record: Record
+) -> dict[str, list[float]]:
+    """Train all adapters and test them, alone and together, on every domain.
+
+    Args:
+        base: The encoder with an untrained head.
+        data: Sentences by domain.
+        settings: The settings.
+        record: Where times and files go.
+
+    Returns:
+        Accuracies on every domain, by what acted.
+    """
+    found: dict[str, list[float]] = {}
+    with record.timed("the tree"):
+        model = tree(base, data, settings)
+        path_is_a_sum(model, next(iter(data)))
+        found["sentiment"] = accuracies(model, "sentiment", data)
+    model.autocasts = False  # so that paths can be compared to the last digits
+    with record.timed("routing"):
+        found["sentiment + its domain's, routed"] = routed(model, data)
+    print("\n3. A domain's adapter alone, and what four of them make without any training.")
+    with record.timed("adapters alone"):
+        alone = copy.deepcopy(base)
+        for domain, (_, own) in data.items():
+            grow(alone, domain, [], own, settings)
+        for domain in data:
+            found[f"{domain} alone"] = accuracies(alone, domain, data)
+    with record.timed("combining"):
+        share = 1 / len(data)
+        combinations = {
+            "mean of all": ({"method": "sum"}, share),
+            "sum of all": ({"method": "sum"}, 1.0),
+            "TIES of all": ({"method": "ties", "density": 0.3}, 1.0),
+        }
+        for name, (options, strength) in combinations.items():
+            made = name.replace(" ", "_")
+            lp.combine_lora(alone, dict.fromkeys(data, strength), adapter=made, **options)  # type: ignore[arg-type]
+            found[name] = accuracies(alone, made, data)
+            lp.remove_lora(alone, made)
+    x = next(iter(data.values()))[0].inputs[:50]
+    to_peft_and_back(model, base.eval(), x, record.folder / "sentiment_peft")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line.
+
+    Args:
+        argv: Arguments; those of the process if `None`.
+
+    Returns:
+        The exit status.
+    """
+    return call(run, Settings, argv, "experiments.sentiment_tree", __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
