@@ -122,7 +122,7 @@ class LoRAParametrization(Pair):
         for pair in pairs:
             meeting.setdefault(pair._dropout if pair.training else 0.0, []).append(pair)
         for dropout, same in meeting.items():
-            As, Bs = zip(*(run.whole(p.lora_A, p.lora_B, p.rows) for p in same), strict=True)
+            As, Bs = zip(*(run.whole(p.lora_A, p.lora_B, p.rows, p.dim) for p in same), strict=True)
             kept = F.dropout(x, dropout) if dropout else x
             if (chosen := run.chosen(same, As)) is not None:
                 y = run.gathered(y, kept, As, Bs, *chosen)
