@@ -13,10 +13,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_param import (
     LoRAError,
     lora_routed,
+    lora_selected,
     named_lora_parameters,
     register_lora,
 )
@@ -128,3 +130,28 @@ def test_rows_that_vmap_hides_are_refused(kind: str) -> None:
     x = torch.randn(5, 2, 6).double()
     with lora_routed(layer, ["a", "b"]), pytest.raises(LoRAError, match="vmap hides the rows"):
         torch.func.vmap(layer)(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beam_search_gives_each_prompt_its_adapters_words(beams: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=None, pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    for name in NAMES:
+        register_lora(model, rank=2, adapter=name, alpha=20)
+    shake(model)
+    prompts = torch.randint(2, 17, (1, 3)).expand(3, 3)  # as many tokens as rows
+    options = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False}
+    entries: list[Any] = ["a", None, {"b": 0.5, "c": -1.0}]
+    with lora_routed(model, entries, dim=0):
+        got = model.generate(prompts, **options)
+    alone = []
+    for row, entry in enumerate(entries):
+        with lora_selected(model, entry):
+            alone.append(model.generate(prompts[row : row + 1], **options))
+    assert torch.equal(got, torch.cat(alone))
+    assert len({tuple(row) for row in got.tolist()}) == 3

@@ -39,7 +39,8 @@ def recognises(file: OpenFile) -> bool:
     """Say whether a folder or file is PEFT's, by its names and keys."""
     if file.folder is not None or file.path.name == PICKLED:
         return True
-    return shared.matches_any(KEYS, file.header.tensors)
+    named = [name for name in file.header.tensors if name.startswith(PREFIX)]
+    return shared.matches_any(KEYS, named) or bool(named and file.path.with_name(CONFIG).exists())
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
