@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_param import FileError, load_lora, register_lora, save_lora
-from lora_param.io.formats.peft_config import NEUTRAL, NUMBERS, OFF
+from lora_param.io.formats.peft_config import BESIDE, NEUTRAL, NUMBERS, OFF
 
 from .peft_cases import (
     CASES,
@@ -34,7 +34,6 @@ from .peft_cases import (
 
 FIELDS: list[tuple[str, Any]] = [
     ("peft_type", "LOHA"),
-    ("use_dora", True),
     ("bias", "vera_only"),
     ("modules_to_save", "classifier"),
     ("target_parameters", [""]),
@@ -66,7 +65,7 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(
 
 def test_every_field_of_the_installed_peft_is_decided() -> None:
     refused = {name for name, _ in FIELDS}
-    assert set(LoraConfig().to_dict()) <= NUMBERS | NEUTRAL | set(OFF) | refused
+    assert set(LoraConfig().to_dict()) <= NUMBERS | BESIDE | NEUTRAL | set(OFF) | refused
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])

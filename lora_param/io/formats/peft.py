@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ...deltas import Delta, DoRA
-from ...deltas.pair import Pair, Scaling
+from ...deltas.numbers import Scaling
+from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import join
