@@ -18,7 +18,7 @@ from ..ops import autocasts
 from ..quantised import dense
 from ..routing import Routing, Switch, routing_of
 from ..rows import Rows
-from ..sharding import lay_out, mesh_of, whole
+from ..sharding import mesh_of, whole
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
@@ -159,10 +159,6 @@ class Delta(nn.Module):
     def along(self, name: str, dim: int) -> int | None:
         """Return which dimension of a tensor of its lies along one of the weight's, if any does."""
         return dim
-
-    def lay_out(self, weight: Tensor) -> None:
-        """Shard its parameters as a weight is sharded."""
-        lay_out(self, weight, self.along)
 
     def gathered(self) -> Delta:
         """Return it with tensors that are whole, itself if they are."""
