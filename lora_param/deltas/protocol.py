@@ -14,7 +14,7 @@ from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
 from ..quantised import dense
 from ..rows import Rows
-from ..sharding import lay_out, mesh_of, whole
+from ..sharding import mesh_of, whole
 from .switching import Switched
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -137,10 +137,6 @@ class Delta(Switched):
     def along(self, name: str, dim: int) -> int | None:
         """Return which dimension of a tensor of its lies along one of the weight's, if any does."""
         return dim
-
-    def lay_out(self, weight: Tensor) -> None:
-        """Shard its parameters as a weight is sharded."""
-        lay_out(self, weight, self.along)
 
     def gathered(self) -> Delta:
         """Return it with tensors that are whole, itself if they are."""
