@@ -269,3 +269,8 @@ def test_progress_shows_where_the_output_is_a_terminal(
     for phase in ("pretraining", "fine-tuning", "testing, LoRA on"):
         assert phase in shown
     assert "loss=" in shown
+
+
+def test_the_network_multiplies_by_torchs_own_layers() -> None:
+    layers = list(RichBoyNet().children())
+    assert [type(layer) for layer in layers if list(layer.parameters())] == [torch.nn.Linear] * 3

@@ -104,6 +104,15 @@ def test_a_head_trained_whole_here_is_saved_by_peft_as_its_own(make: Any, tmp_pa
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_head_alone_is_read_from_its_file_beside_the_config(tmp_path: Path) -> None:
+    model = bert()
+    register_lora(model, target=(), train="classifier")
+    shake(model)
+    save_lora(model, tmp_path, format="peft")
+    names = load_lora(bert(), tmp_path / "adapter_model.safetensors")
+    assert names == ["classifier.weight", "classifier.bias"]
+
+
 def test_a_task_is_named_where_peft_would_save_what_is_saved(tmp_path: Path) -> None:
     for train, task in (("classifier", "SEQ_CLS"), ("classifier.bias", None)):
         model = bert()
@@ -327,3 +336,19 @@ def test_a_folder_with_a_head_and_norms_is_read_beside_a_checkpoint(
     merge_lora(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(attrgetter(name)(base), tensor)
+
+
+def test_new_values_are_not_written_without_the_whole_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bert()
+    register_lora(model, target="query", train="classifier")
+    shake(model)
+    save_lora(model, tmp_path / "native.safetensors")
+    message = r"classifier.weight: PEFT keeps its new values; convert a native file with the base"
+    with pytest.raises(FileError, match=message):
+        convert_file(tmp_path / "native.safetensors", tmp_path / "out", "peft")
+    monkeypatch.setattr("lora_param.io.formats.peft_whole.is_sharded", lambda tensor: True)
+    with pytest.raises(FileError, match=message):
+        save_lora(model, tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()

@@ -299,10 +299,8 @@ def test_a_strength_is_saved_beside_alpha_and_comes_back(path: Path, kind: str) 
 
 @pytest.mark.parametrize("format", ["peft", "kohya"])
 def test_a_format_without_a_place_for_a_strength_says_so(tmp_path: Path, format: str) -> None:
-    model, path = (
-        net(names=("a",)),
-        tmp_path / ("folder" if format == "peft" else "file.safetensors"),
-    )
+    model = net(names=("a",))
+    path = tmp_path / ("folder" if format == "peft" else "file.safetensors")
     select_lora(model, {"a": 0.25})
     with pytest.warns(UserWarning, match=f"format {format} has no place for a strength"):
         save_lora(model, path, format=format)

@@ -73,6 +73,9 @@ class Delta(nn.Module):
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
 
+    by_rows = True
+    """Whether a row of its value depends on that row of the weight alone."""
+
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
     dim = 0
@@ -194,7 +197,6 @@ class Delta(nn.Module):
         self._places[-1].switch = switch
         self._switched()
 
-    @property
     def now(self) -> Switch:
         """How it acts here and now: by its switch, or as the batch is routed."""
         if Routing.used and (routing := routing_of(self)) is not None:
@@ -268,7 +270,7 @@ class Delta(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
-        if not self.now.on:
+        if not self.now().on:
             return weight
         weight = dense(weight)
         if autocasts(weight):

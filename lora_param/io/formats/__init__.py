@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...checks import check_weights
-from ...deltas import KINDS, Delta, LoRAParametrization
+from ...deltas import KINDS, Delta
+from ...deltas.pair import Pair
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
 from ...sharding import whole
@@ -56,8 +57,8 @@ class Format(NamedTuple):
 
 FORMATS = (
     Format("native", native, KINDS, any_kind=True),
-    Format("peft", peft, ("lora", "dense", "statistics")),
-    Format("kohya", kohya, ("lora", "dense"), silent=("dropout",)),
+    Format("peft", peft, ("lora", "dora", "dense", "statistics")),
+    Format("kohya", kohya, ("lora", "dora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
 )
@@ -267,6 +268,6 @@ def _known(delta: Delta, weight: WeightOutline) -> Delta:
 def _within_rank(delta: Delta, view: Shape) -> Delta:
     """Return a delta, or one of the same update whose rank is the weight's smaller side."""
     limit = min(view[-2:], default=0)
-    if isinstance(delta, LoRAParametrization) and delta.rank > limit:
+    if isinstance(delta, Pair) and delta.rank > limit:
         return delta.lowered(limit)
     return delta

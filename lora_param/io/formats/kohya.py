@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta, LoRAParametrization
+from ...deltas import Delta, DenseDelta, DoRA
+from ...deltas.pair import Pair
 from ...errors import FileError
 from ...weight import join
 from ..outline import Outline, Shape
@@ -33,7 +34,7 @@ A part's modules are looked up below the model's child of that name, or else in 
 
 KEYS = (
     r"(?P<name>[^.]+)\.(?P<role>lora_down|lora_up)\.weight",
-    r"(?P<name>[^.]+)\.(?P<role>alpha)",
+    r"(?P<name>[^.]+)\.(?P<role>alpha|dora_scale)",
     r"(?P<name>[^.]+)\.(?P<role>diff|diff_b|w_norm|b_norm)",
     *lycoris.KEYS,
 )
@@ -41,7 +42,7 @@ DENSE, NORM = {"weight": "diff", "bias": "diff_b"}, {"weight": "w_norm", "bias":
 WHOLE = {role: tensor for roles in (DENSE, NORM) for tensor, role in roles.items()}
 """What the differences of a layer's and a norm's tensors are called."""
 
-OTHERS = r".+\.(oft_\w+|dora_scale)"
+OTHERS = r".+\.oft_\w+"
 
 
 def recognises(file: OpenFile) -> bool:
@@ -108,7 +109,7 @@ def render(
         if isinstance(delta, DenseDelta):
             return {f"{name}.{NORM[tensor] if norm else DENSE[tensor]}": delta.D.detach()}
         shape = weights.weights[weight_name].shape
-        lora = cast("LoRAParametrization", delta).plain("lora")
+        lora = cast("Pair", delta).plain("lora")
         return _pair(name, weight_name, lora, shape)
 
     layers = shared.collect(tensors_of, deltas, "written")
@@ -118,9 +119,7 @@ def render(
     return Content(tensors, {"format": "pt", **about.metadata})
 
 
-def _pair(
-    name: str, weight_name: str, delta: LoRAParametrization, shape: Shape | None
-) -> dict[str, Tensor]:
+def _pair(name: str, weight_name: str, delta: Pair, shape: Shape | None) -> dict[str, Tensor]:
     """Lay out the update of one layer."""
     alpha = torch.tensor(delta.alpha, dtype=torch.float32)
     if not alpha or not alpha.isfinite():
@@ -132,6 +131,7 @@ def _pair(
         f"{name}.lora_down.weight": down,
         f"{name}.lora_up.weight": up,
         f"{name}.alpha": alpha,
+        **({f"{name}.dora_scale": delta.magnitude.detach()} if isinstance(delta, DoRA) else {}),
     }
 
 

@@ -13,7 +13,7 @@ from ..tensors import Config, check_regular, strict_json
 
 NUMBERS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"),
-    *("lora_dropout", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    *("lora_dropout", "lora_bias", "modules_to_save", "trainable_token_indices", "use_dora"),
 }
 NEUTRAL = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
