@@ -73,9 +73,7 @@ class Delta(nn.Module):
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
 
-    by_rows = True
-    """Whether a row of its value depends on that row of the weight alone."""
-
+    by_rows = True  # whether a row of its value depends on that row of the weight alone
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
     dim = 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,8 +131,9 @@ class AdapterFile:
         deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
         _check_adaptable([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        fitting, faults = Deltas(), list[str]()
-        for name in sorted(found, key=lambda name: order[found[name].name]):
+        fitting, faults = Deltas(), list[str](_overlaps(found))
+        rows = {name: weight.rows.parts if weight.rows else () for name, weight in found.items()}
+        for name in sorted(found, key=lambda name: (order[found[name].name], rows[name])):
             if fault := _misfit(deltas[name], found[name]):
                 faults.append(f"{name}: {fault}")
             else:
@@ -263,6 +265,16 @@ def _known(delta: Delta, weight: WeightOutline) -> Delta:
     return (
         delta if value is None or value.is_meta else delta.added_to(whole(value), weight.is_buffer)
     )
+
+
+def _overlaps(found: Mapping[str, WeightOutline]) -> Iterator[str]:
+    """Complain of what changes the same rows of one weight twice."""
+    blocks: defaultdict[str, list[WeightOutline]] = defaultdict(list)
+    for weight in found.values():
+        blocks[weight.name].append(weight)
+    for one, other in (pair for own in blocks.values() for pair in combinations(own, 2)):
+        if one.rows is None or other.rows is None or one.rows.overlaps(other.rows):
+            yield f"{one.full_name} and {other.full_name} overlap"
 
 
 def _within_rank(delta: Delta, view: Shape) -> Delta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -17,7 +17,7 @@ from ...weight import join
 from ..outline import Outline, Shape
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
-from . import lycoris
+from . import fused, lycoris
 
 PARTS = (
     ("lora_unet_", "unet", "UNet"),
@@ -69,6 +69,11 @@ def parse(
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
     found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
+    others = fused.elsewhere(weights)
+    theirs = flat_names(weights, prefix, others)
+    factors, found = fused.placed(
+        factors, found, lambda name: others[theirs[name][0]] if name in theirs else None
+    )
     shared.refuse(shared.without_module(found, weights))
     whole: list[tuple[str, Delta]] = [
         shared.dense(join(weight.module.path, WHOLE[role]), tensor)
@@ -139,13 +144,17 @@ def _children(weights: Outline) -> set[str]:
     return {path.partition(".")[0] for path in weights.modules}
 
 
-def flat_names(weights: Outline, prefix: str = "") -> dict[str, list[str]]:
-    """Return the layers' paths by each name that they can have in a file."""
+def flat_names(
+    weights: Outline, prefix: str = "", paths: Iterable[str] | None = None
+) -> dict[str, list[str]]:
+    """Return the layers' paths, or these, by each name that they can have in a file."""
     flat: defaultdict[str, list[str]] = defaultdict(list)
     children, known = _children(weights), any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
-    for path, module in weights.modules.items():
-        for begin, child, _ in parts if "weight" in module.tensors else ():
+    if paths is None:
+        paths = [path for path, module in weights.modules.items() if "weight" in module.tensors]
+    for path in paths:
+        for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")
             if inside != path or not child or child not in children:
                 flat[begin + inside.replace(".", "_")].append(path)
