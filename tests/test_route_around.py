@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_param import (
     LoRAError,
+    lora_merged,
     lora_routed,
     lora_selected,
     named_lora_parameters,
@@ -155,3 +157,33 @@ def test_beam_search_gives_each_prompt_its_adapters_words(beams: int) -> None:
             alone.append(model.generate(prompts[row : row + 1], **options))
     assert torch.equal(got, torch.cat(alone))
     assert len({tuple(row) for row in got.tolist()}) == 3
+
+
+def test_weight_space_leaves_compiled_code_and_is_refused_in_one_graph() -> None:
+    layer = nn.Conv1d(4, 4, 1, groups=2).double()
+    for name in NAMES:
+        register_lora(layer, rank=2, adapter=name)
+    shake(layer)
+    x = torch.randn(2, 4, 5).double()
+    compiled = torch.compile(layer, backend="eager")
+    for entries in (["a", "b"], [None, "c"]):
+        with lora_routed(layer, entries):
+            close(compiled(x), layer(x))
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    with lora_routed(layer, ["a", "b"]), pytest.raises(Unsupported, match="disable"):
+        whole(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own of its tracer
+def test_a_block_can_be_traced() -> None:
+    layer, x = linear(), torch.randn(2, 6).double()
+    with lora_routed(layer, ["a", "b"]):
+        traced = torch.jit.trace(layer, x)
+        close(traced(x), layer(x))
+
+
+def test_merging_in_a_block_is_refused() -> None:
+    layer = linear()
+    with lora_routed(layer, ["a", "b"]), pytest.raises(LoRAError, match="has adapters of its own"):
+        lora_merged(layer).__enter__()

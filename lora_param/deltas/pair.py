@@ -214,9 +214,8 @@ class Pair(Delta):
     def scale(self, scale: float) -> None:
         self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
 
-    @property
     def _factor(self) -> Any:
-        return self.scale * self.now.strength
+        return self.scale * self.now().strength
 
     @property
     def dropout(self) -> float:

@@ -163,7 +163,7 @@ class Delta(Switched):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
-        if not self.now.on:
+        if not self.now().on:
             return weight
         weight = dense(weight)
         if autocasts(weight):

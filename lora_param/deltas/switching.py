@@ -53,7 +53,6 @@ class Switched(nn.Module):
         self._places[-1].switch = switch
         self._switched()
 
-    @property
     def now(self) -> Switch:
         """How it acts here and now: by its switch, or as the batch is routed."""
         if Routing.used and (routing := routing_of(self)) is not None:
