@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checks import check_model, check_weights, deltas_called
 from .deltas import Delta, DenseDelta, LoRAParametrization
-from .deltas.pair import SCALINGS, check_rank
+from .deltas.numbers import SCALINGS, check_rank
 from .deltas.protocol import Shape, check_adapter
 from .errors import AdapterError, LoRAError
 from .lowrank import (

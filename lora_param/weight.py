@@ -20,7 +20,7 @@ from .install import parametrized_class, properties_of
 from .layers import Layer, layer_of
 from .routing import left_out
 from .rows import Rows, Said
-from .sharding import is_sharded
+from .sharding import is_sharded, lay_out
 from .undo import in_order, keep_entries
 
 
@@ -144,7 +144,7 @@ class Weight:
         if name not in chains:
             chains[name] = _new_chain(self.whole.original, module.training)
         if is_sharded(original := chains[name]._parameters.get("original")):
-            delta.lay_out(original)
+            lay_out(delta, original, delta.along)
         chains[name]._modules[str(len(chains[name]._modules))] = delta
         left_out(module, chains[name], delta)
         if delta.training != module.training:
