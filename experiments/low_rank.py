@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import lora_param as lp
 
 from .low_rank_picture import draw
-from .mnist_finetune import RichBoyNet
+from .mnist_network import RichBoyNet
 from .shared import mnist
 from .shared.batches import Split, shuffled
 from .shared.claims import show

@@ -15,7 +15,7 @@ import torch
 
 import lora_param as lp
 from experiments import mnist_finetune, mnist_source_loop
-from experiments.mnist_finetune import RichBoyNet
+from experiments.mnist_network import RichBoyNet
 from experiments.mnist_report import STATES
 from experiments.shared import mnist
 from experiments.shared.claims import same_bits
