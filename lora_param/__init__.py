@@ -13,10 +13,11 @@ from .combine import Fit, combine_lora, resize_lora
 from .deltas import LoRAParametrization
 from .errors import AdapterError, FileError, FrozenError, LoRAError, StateDictError, TargetError
 from .frozen import assert_frozen, base_frozen, fingerprint
-from .io import load_lora, save_lora
+from .io import extract_lora, load_lora, save_lora
 from .merge import lora_merged, merge_lora
 from .optim import lora_parameter_groups
 from .register import register_lora, remove_lora
+from .route import lora_routed
 from .select import disable_lora, enable_lora, lora_disabled, lora_selected, select_lora
 from .state import (
     base_state_dict,
@@ -47,6 +48,7 @@ __all__ = [
     "combine_lora",
     "disable_lora",
     "enable_lora",
+    "extract_lora",
     "fingerprint",
     "load_lora",
     "load_lora_state_dict",
@@ -54,6 +56,7 @@ __all__ = [
     "lora_merged",
     "lora_parameter_groups",
     "lora_parameters",
+    "lora_routed",
     "lora_selected",
     "lora_state_dict",
     "lora_summary",

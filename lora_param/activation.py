@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .chains import chains_of, originals_of, run_through, type_before
 from .deltas.protocol import Delta
+from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
+from .routing import Routing, routing_of
 
 PLAIN = (Tensor, nn.Parameter)
 """Types whose results can be changed in place whatever the change is."""
@@ -39,25 +41,29 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
     in a module whose methods somebody has replaced is left to the stock forward, in weight space.
     """
     stock, methods, run, suits = base.forward, methods_of(base), layer.run, layer.suits
+    in_weight_space = by_rows(base)
     argument = list(inspect.signature(stock).parameters)[1]
 
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(argument)
+        x: Any = args[0] if args else kwargs.get(argument)
         usual = len(args) + len(kwargs) == 1 and (suits is None or suits(self))
         dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
         patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
         if not usual or not dense or patched:
-            return base.forward(self, *args, **kwargs)
+            return in_weight_space(self, *args, **kwargs)
         traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if not (found := _acting(self, layer, traced)):
-            return base.forward(self, *args, **kwargs)
+        routing = routing_of(self) if Routing.used else None
+        if not (found := _acting(self, layer, traced, routing)):
+            return in_weight_space(self, *args, **kwargs)
         weight, acting = found
         # A transform, or a mode that keeps results, must see no result change.
         seen = traced or torch._C._are_functorch_transforms_active()
         in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
-        at_work.weight, at_work.acting = weight, acting
+        at_work.weight, at_work.acting, at_work.routing = weight, acting, routing
+        if routing is not None and routing.rows > 1:
+            at_work.rows_in = routing.dim_of(self, x, len(at_work.batch))
         y = at_work.base(weight)
         for first, *others in acting:
             y = first.act(y, at_work.x, at_work, others)
@@ -80,7 +86,9 @@ def acts(module: nn.Module, name: str) -> bool:
     return plan.in_activation_space and not _is_watched(chain, plan.acting)
 
 
-def _acting(module: nn.Module, layer: Layer, traced: bool) -> tuple[Tensor, Runs] | None:
+def _acting(
+    module: nn.Module, layer: Layer, traced: bool, routing: Routing | None
+) -> tuple[Tensor, Runs] | None:
     """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
     chains: Any = module._modules.get("parametrizations")  # gone, where a shallow copy's twin left
     if chains is None or (chain := chains._modules.get("weight")) is None:
@@ -88,10 +96,14 @@ def _acting(module: nn.Module, layer: Layer, traced: bool) -> tuple[Tensor, Runs
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
     plan: Plan | None = None if traced or not record else record.plan
+    if routing is not None:
+        plan = None if traced else routing.plans.get(chain)
     entries = tuple(chain._modules.values())
     if not plan or plan.switched is not Delta.switched or plan.entries != entries:
-        plan = _plan(chain, layer)
-        if record and not traced:
+        plan = _plan(chain, layer, routing)
+        if routing is not None:
+            routing.plans[chain] = plan
+        elif record and not traced:
             record.plan = plan
     if not plan.acting or not plan.in_activation_space or _is_watched(chain, plan.acting):
         return None
@@ -111,7 +123,7 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
     return False
 
 
-def _plan(chain: Any, layer: Layer) -> Plan:
+def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     switched = Delta.switched  # before any switch is looked at, which may change meanwhile
     entries = tuple(chain._modules.values())
     ours = [isinstance(entry, Delta) for entry in entries]
@@ -119,9 +131,11 @@ def _plan(chain: Any, layer: Layer) -> Plan:
     runs: list[tuple[Delta, ...]] = []
     possible = True
     for each in entries[first:]:
-        if isinstance(each, Delta) and not each.enabled:
+        if isinstance(each, Delta) and not _is_on(each, routing):
             continue
         can_act = isinstance(each, Delta) and each.acts
+        if routing is not None and routing.rows > 1:
+            can_act = can_act and each.routes
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):
@@ -129,6 +143,12 @@ def _plan(chain: Any, layer: Layer) -> Plan:
         else:
             runs.append((each,))
     return Plan(switched, entries, entries[:first], tuple(runs), possible)
+
+
+def _is_on(delta: Delta, routing: Routing | None) -> bool:
+    if routing is None or delta not in routing.columns:
+        return delta.enabled
+    return routing.columns[delta] >= 0 if routing.rows > 1 else routing.switch(delta).on
 
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:

@@ -15,6 +15,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
+from .quantised import is_quantised, keeps_gradients
 from .sharding import is_sharded
 from .walk import Walk
 from .weight import Weight, merged_for_now
@@ -119,6 +120,16 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
                 raise AdapterError(f"{weight.name}: {there}; {fix}")
 
 
+def check_trainable(walk: Walk) -> None:
+    """Raise for the first weight in front of which nothing could be trained."""
+    for weight, tensor in walk.parameters:
+        if type(tensor) is nn.Parameter or not is_quantised(tensor) or keeps_gradients(tensor):
+            continue
+        reason = "no gradient reaches a layer's input through it, because its activations are "
+        fix = "quantise weights alone, or load an adapter with trainable=False"
+        raise LoRAError(f"{weight.name}: {reason}quantised as they come; {fix}")
+
+
 def check_droppable(weights: Sequence[Weight]) -> None:
     """Raise for the first weight whose input a delta doesn't meet."""
     for weight in weights:
@@ -173,7 +184,8 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
 def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
     """Warn of what was thawed in a frozen model, and is going to be frozen without an adapter."""
     thawed = [weight for weight, tensor in walk.parameters if tensor.requires_grad]
-    few = len(thawed) < len(walk.parameters) / 2  # else they are as most models come
+    able = [tensor for _, tensor in walk.parameters if not is_quantised(tensor)]
+    few = len(thawed) < len(able) / 2  # else they are as most models come
     if left := [weight.name for weight in thawed if weight.name not in trained] if few else []:
         what = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"
         fix = "name them with train= to train them whole, or pass freeze=False"
@@ -242,7 +254,7 @@ def _norms(module: nn.Module, tensor: str) -> Iterator[str]:
 
 
 def _cant_be_added_to(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
+    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor) or is_quantised(tensor):
         return False
     try:
         with torch.no_grad():

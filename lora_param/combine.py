@@ -184,7 +184,7 @@ def combined(
         dtype = _dtype([delta for delta, _ in terms])
         if rank is not None and len(view) > 1:
             product = factorised(total.reshape(view), rank, dtype)
-            return _pair(first, product, name)
+            return pair_of(product, name, first)
         dense = DenseDelta.restore({"D": total.to(dtype)}, {})
         dense.rows, dense.dim = first.rows, first.dim
         return dense, Fit(name, None, 0.0)
@@ -205,15 +205,17 @@ def _product_sum(
     )
     if rank is not None or product.A.shape[-2] > limit:
         product = recompressed(product.A, product.B, limit if rank is None else rank)
-    return _pair(first, Product(product.A.to(dtype), product.B.to(dtype), product.error), name)
+    return pair_of(Product(product.A.to(dtype), product.B.to(dtype), product.error), name, first)
 
 
-def _pair(like: Delta, product: Product, name: str) -> tuple[Delta, Fit]:
+def pair_of(product: Product, name: str, like: Delta | None = None) -> tuple[Delta, Fit]:
+    """Make a pair of a product, on the same rows as another delta."""
     A, B, error = product
     rank = A.shape[-2]
     numbers = {"rank": rank, "alpha": float(rank), "scaling": "lora", "dropout": 0.0}
     pair = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
-    pair.rows, pair.dim = like.rows, like.dim
+    if like is not None:
+        pair.rows, pair.dim = like.rows, like.dim
     return pair, Fit(name, rank, error)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .deltas.protocol import Delta
 from .errors import FrozenError, LoRAError, TargetError
+from .quantised import parts_of
 from .sharding import whole
 from .targets import matches
 from .undo import keep_entries, set_flags
@@ -232,7 +233,7 @@ def digest_of(name: str, tensor: Tensor) -> str:
     elif tensor.layout is torch.sparse_csr:
         parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     else:
-        parts = [tensor]
+        parts = parts_of(tensor)
     for part in parts:
         found.update(bytes_of(name, part))
     return found.hexdigest()

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .activation import in_activation_space
-from .chains import chains_of
+from .chains import chains_of, originals_of
 from .deltas.protocol import Delta
 from .errors import LoRAError
+from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
+from .routing import Routing, routing_of
 from .sharding import is_sharded, news
 
 Method = Callable[..., Any]
@@ -66,9 +68,11 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         body: dict[str, Any] = {"__module__": base.__module__}
         body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
         if layer.moving or (layer.rereads and _is_torchs(base.forward)):
-            body["forward"] = _reading_once(base)
+            body["forward"] = by_rows(base, _reading_once(base))
         elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
+        elif base.forward is not nn.Module.forward:
+            body["forward"] = by_rows(base)
         body |= {name: _weight_property(name, layer) for name in names}
         cls = _classes[key] = meta(f"Parametrized{base.__name__}", (base,), body)
     return cls
@@ -87,9 +91,12 @@ def _weight_property(name: str, layer: Layer) -> property:
                 if name in table:
                     return table[name]
             raise AttributeError(name)
+        routing = routing_of(chain) if Routing.used else None
+        if routing is not None and routing.separates(chain):
+            return weight_by_row(routing, self, name, originals_of(chain)[0])
         if once and _reading.module is self and not torch.compiler.is_compiling():
             store, key = _reading.values, chain
-        elif parametrize._cache_enabled and not moving:
+        elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
             state = (torch.is_grad_enabled(), Delta.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,11 @@ def _embedding_rule(module: nn.Module) -> str | None:
 
 def _graph_rule(module: nn.Module) -> str | None:
     return "a traced graph can't be parametrized; adapt the model before tracing it"
+
+
+def _packed_rule(module: nn.Module) -> str | None:
+    reason = "bitsandbytes keeps it packed, in another shape and with its state beside it"
+    return f"{reason}, which isn't supported; quantise with torchao"
 
 
 def _is_ungrouped(module: Any) -> bool:
@@ -96,6 +101,9 @@ class Layer:
     default: bool = True  # whether `target=None` adapts it
     refusal: Callable[[nn.Module], str | None] = lambda module: None  # why it can't be adapted
     moving: tuple[str, ...] = ()  # buffers that its forward moves in training
+    rows_of: Mapping[Any, int] = field(default_factory=dict)
+    """Where a batch's rows are in arguments, by name, and outputs, by place, if not as in the first
+    argument; counted from the end, a tensor without that dimension has none."""
     rereads: bool = False  # whether its forward reads one weight several times
     overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """Methods that an adapted module has in place of its own, made from its class."""
@@ -111,6 +119,7 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
+MASKS = {"key_padding_mask": -2, "attn_mask": -3, 1: 0}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
 STACKS = Layer(nn.Module, ("*",), stack, features=-2, default=False)
@@ -121,10 +130,14 @@ TABLE: tuple[Layer, ...] = (
     *(Layer(kind, run=ConvolutionRun, suits=_is_ungrouped) for kind in CONVOLUTIONS),
     *(Layer(kind, features=1) for kind in TRANSPOSED_CONVOLUTIONS),
     Layer(nn.Bilinear),
-    Layer(nn.MultiheadAttention, ATTENTION, rereads=True),
-    Layer(nn.RNNBase, ("weight_*",), rereads=True),
+    Layer(nn.MultiheadAttention, ATTENTION, rereads=True, rows_of=MASKS),
+    Layer(nn.RNNBase, ("weight_*",), rereads=True, rows_of={"hx": -2, 1: -2}),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, features=1, run=LinearRun),
+    *(
+        Layer(f"bitsandbytes.nn.modules.{kind}", refusal=_packed_rule)
+        for kind in ("Linear8bitLt", "Linear4bit")
+    ),
     Layer("torch_geometric.nn.dense.linear.Linear", run=LinearRun),
     replace(LOOKUP, kind=nn.Embedding, run=EmbeddingRun, suits=_is_plain_lookup, drops=False),
     LOOKUP,

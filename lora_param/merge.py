@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,19 +14,22 @@ from .chains import chains_of, run_through
 from .checks import check_model, check_structure, check_unshared, deltas_called
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
+from .quantised import is_quantised, parts_of
 from .register import take_off
 from .sharding import is_sharded, own_piece, whole
-from .undo import all_or_nothing
+from .undo import all_or_nothing, keep_entries
 from .walk import walk
 from .weight import Weight, merged_for_now, without_side_effects
 
 
-def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
+def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool = False) -> None:
     """Fold adapters into their weights for good, and take them off.
 
     The new weight is what reading the weight gave, rounded once to its dtype; where only some of a
     weight's adapters are merged, within rounding. Statistics that a merged adapter's hid behind its
     own become the same.
+
+    A quantised weight becomes dense by `dequantize`: quantising the sum anew would change it.
 
     Raises:
         AdapterError: There is no such adapter, or it is disabled on some weight.
@@ -55,23 +58,26 @@ def merge_lora(model: nn.Module, adapter: str | None = None) -> None:
             raise AdapterError(f"{weight.name}: {reason}; enable it, or remove it")
     weights = {weight.whole.name: weight.whole for weight, _ in pairs}.values()
     check_unshared(found, list(weights), "merging would change it there too")
+    _check_dense(weights, dequantize)
     merging = {delta for _, delta in pairs}
     merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing() as undo:
-        for original, value in merged:
-            _replace(original, value, undo)
+        for chain, original, value in merged:
+            _replace(chain, original, value, undo)
             increment_version(original)  # a graph that has saved the original must not go on
         take_off(found, pairs, undo)
 
 
 @contextmanager
-def lora_merged(model: nn.Module) -> Iterator[None]:
+def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]:
     """Run a block at the base's own speed: inside, each weight is plain and has its present value.
 
     After the block, also one that raises, every module has its originals and adapters back, the
     same objects with the same bits. For inference: in the block other verbs raise a `LoRAError`,
     and what is done to the merged weights, which take memory of their own, is lost. Disabled
     adapters stay out.
+
+    With `dequantize`, quantised weights are dense in the block.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -92,6 +98,7 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
     found = walk(model, "lora_merged")
     check_structure(found, "lora_merged")
     weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
+    _check_dense(weights, dequantize)
     values = [weight.value for weight in weights]
     with ExitStack() as undo:
         for weight, value in zip(weights, values, strict=True):
@@ -108,11 +115,22 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
 
 
 def _memory_of(tensor: Tensor) -> int:
-    return own_piece(tensor).untyped_storage().data_ptr()
+    return parts_of(own_piece(tensor))[0].untyped_storage().data_ptr()
 
 
-def _replace(original: Any, value: Any, undo: ExitStack) -> None:
-    if is_sharded(original):  # whose data are behind it
+def _check_dense(weights: Iterable[Weight], dequantize: bool) -> None:
+    for weight in weights:
+        if not dequantize and any(is_quantised(each) for each in weight.originals):
+            reason = "it is quantised, and quantising the merged weight anew would change it"
+            fix = "pass dequantize=True for a dense one, or keep the adapter"
+            raise LoRAError(f"{weight.name}: {reason}; {fix}")
+
+
+def _replace(chain: Any, original: Any, value: Any, undo: ExitStack) -> None:
+    if is_quantised(original):
+        keep_entries(undo, (chain._parameters, ["original"]))
+        chain._parameters["original"] = nn.Parameter(value, requires_grad=False)
+    elif is_sharded(original):  # whose data are behind it
         piece = own_piece(original.detach())
         undo.callback(piece.copy_, piece.clone())
         piece.copy_(own_piece(value.redistribute(placements=original.placements)))
@@ -127,8 +145,8 @@ def _follow(chains: Any, module: nn.Module, training: bool) -> None:
         chains.train(module.training)
 
 
-def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
-    """Pair a weight's originals with the values that make up for the deltas in `merging`."""
+def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Any, Tensor, Tensor]]:
+    """List a weight's chain, originals, and the values that make up for the deltas in `merging`."""
     chain, originals = weight.chain, weight.originals
     last = max(index for index, entry in enumerate(chain) if entry in merging)
     applied = [e for e in chain[: last + 1] if e in merging or not isinstance(e, Delta)]
@@ -149,7 +167,8 @@ def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Tensor, Tensor]]:
     if weight.is_buffer:  # of several copies the last is read: those in front of it become the same
         originals += [each.value(value) for each in chain[:last] if each in kept]
         new = [value.clone() for _ in originals]
-    return list(zip(originals, new, strict=True))
+    holder = chains_of(weight.module)[weight.tensor]
+    return [(holder, original, each) for original, each in zip(originals, new, strict=True)]
 
 
 def _inverted(weight: Weight, others: list[nn.Module], value: Tensor) -> list[Tensor]:

@@ -17,6 +17,9 @@ from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from .rows import Rows
 
+COPY = 100
+"""How many tokens' products with a rank a copy of a row's factors costs; measured."""
+
 
 class _Run:
     x: Tensor
@@ -27,6 +30,8 @@ class _Run:
     in_place: bool
     shape: Sequence[int]  # of the weight, known when the base has been computed
     lead: Sequence[int] | None = None  # the output's dimensions in front, where `x` has one instead
+    routing: Any = None  # of a batch whose rows differ, which are in dimension `rows_in`
+    rows_in = 0
 
     def whole(self, A: Tensor, B: Tensor, rows: Rows | None, dim: int) -> tuple[Tensor, Tensor]:
         """Return a block's factors as those of the whole weight, with zeros for its other rows."""
@@ -51,6 +56,24 @@ class _Run:
     def unbiased(self, y: Tensor) -> Tensor:
         """Return `y - bias`."""
         return y if self.bias is None else y - self.across(self.bias.to(y.dtype))
+
+    @property
+    def batch(self) -> Sequence[int]:
+        """The sizes of those dimensions of the input that could have the batch's rows."""
+        return self.x.shape[:-1] if self.lead is None else self.lead
+
+    def by_row(self, low: Tensor, table: Tensor) -> Tensor:
+        """Return `low` with its columns multiplied by what a table `[rows, columns]` says."""
+        batch, shape = self.batch, [1] * len(self.batch)
+        if len(table) > 1:
+            shape[self.rows_in] = batch[self.rows_in]
+            table = repeated(table, batch[self.rows_in])
+        columns = table.shape[1]
+        return (low.reshape(*batch, columns) * table.view(*shape, columns)).view(low.shape)
+
+    def chosen(self, pairs: Sequence[Any], As: Sequence[Tensor]) -> Any:
+        """Return each row's only pair and its scale, where gathering these costs less."""
+        return None
 
     def result(self, y: Tensor) -> Tensor:
         """Return `y` in the shape of the module's output."""
@@ -79,6 +102,47 @@ class LinearRun(_Run):
     def down(self, x: Tensor, inner: Tensor) -> Tensor:
         """Return `[tokens, rank]`."""
         return F.linear(x, inner.to(x.dtype))
+
+    def chosen(self, pairs: Sequence[Any], As: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Return each row's only pair and its scale, where gathering these costs less.
+
+        A product with all factors costs each token the ranks of the other pairs; a copy of factors
+        costs a row about what `COPY` tokens do.
+        """
+        alike = len({A.shape for A in As}) == 1 and not self.rows_in and self.x.dim() == 2
+        if not alike or torch.compiler.is_compiling() or self.routing.rows == 1:
+            return None
+        tokens = self.x.shape[0] // self.routing.rows
+        if tokens * (len(As) - 1) < COPY or (choices := self.routing.choices) is None:
+            return None
+        columns = [self.routing.columns.get(pair) for pair in pairs]
+        if None in columns or len(set(columns)) < len(columns):
+            return None
+        places, scales = [], []
+        for column, strength in zip(*choices, strict=True):
+            place = columns.index(column) if column in columns else 0
+            places.append(place)
+            scales.append(pairs[place].scale * strength * (column in columns))
+        device = self.x.device
+        return torch.tensor(places, device=device), torch.tensor(scales, device=device)
+
+    def gathered(
+        self,
+        y: Tensor,
+        x: Tensor,
+        As: Sequence[Tensor],
+        Bs: Sequence[Tensor],
+        places: Tensor,
+        scales: Tensor,
+    ) -> Tensor:
+        """Add each row's own pair's part: `[rows, tokens, in]` times `[rows, in, rank]`."""
+        pairs = zip(*(self.factors(A, B) for A, B in zip(As, Bs, strict=True)), strict=True)
+        inner, outer = (torch.stack(each).index_select(0, places).to(x.dtype) for each in pairs)
+        rows = len(places)
+        low = torch.bmm(x.view(rows, -1, x.shape[1]), inner.mT)  # [rows, tokens, rank]
+        low = low * scales.to(low.dtype)[:, None, None]
+        y3 = y.view(rows, -1, y.shape[1])
+        return shaped(torch.baddbmm(y3, low.to(y.dtype), outer.to(y.dtype)), y.shape)
 
 
 class ConvolutionRun(_Run):
@@ -113,6 +177,17 @@ class ConvolutionRun(_Run):
         """Return `[batch, rank, *sizes]`."""
         kernel = inner.to(x.dtype).view(-1, self.module.in_channels, *self.module.kernel_size)
         return self._convolve(x, kernel, None)
+
+    @property
+    def batch(self) -> Sequence[int]:
+        """The size of the batch, if there is one."""
+        return self.x.shape[: self.x.dim() - len(self.module.kernel_size) - 1]
+
+    def by_row(self, low: Tensor, table: Tensor) -> Tensor:
+        """Return `low` with its channels multiplied by what a table `[rows, channels]` says."""
+        table = repeated(table, len(low)) if len(table) > 1 else table
+        table = table.view(*table.shape, *[1] * len(self.module.kernel_size))
+        return low * (table if self.batch else table[0])
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = getattr(F, f"conv{weight.dim() - 2}d")
@@ -181,6 +256,11 @@ class EmbeddingRun(_Run):
             low = torch.cat([low.masked_fill(padded, 0), own], 1)  # [lookups, 2 rank]
             outer = torch.cat([outer, outer.detach()])
         return plus(y, low.to(y.dtype), outer, scale, self.in_place)
+
+
+def repeated(table: Tensor, size: int) -> Tensor:
+    """Repeat each row of a table as often as a batch does."""
+    return table if size == len(table) else table.repeat_interleave(size // len(table), 0)
 
 
 def autocasts(tensor: Tensor) -> bool:

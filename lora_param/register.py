@@ -125,6 +125,7 @@ def register_lora(
     whole = [] if train is None else resolve_whole(found, train, left_out)
     weights = resolve(found, target, exclude, cls.least_dimensions, whole)
     checks.check_weights([*weights, *whole], adapter)
+    checks.check_trainable(found)
     if target is None:
         weights = checks.without_tied(found, weights)
     divisor = SCALINGS[check_scaling(scaling)]

@@ -9,8 +9,8 @@ from torch import nn
 
 from .checks import deltas_called
 from .deltas import Delta
-from .deltas.protocol import Switch
 from .errors import AdapterError, LoRAError
+from .routing import Switch
 from .undo import all_or_nothing
 from .walk import Walk, walk
 

@@ -255,6 +255,32 @@ def test_a_forward_that_somebody_has_patched_into_the_class_is_called(monkeypatc
     torch.testing.assert_close(another(x), wanted)
 
 
+def test_a_forward_that_was_patched_before_its_class_was_seen_is_called(monkeypatch) -> None:
+    stock = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: stock(self, input) + 1)
+    layer, x = adapted(type("Unseen", (nn.Linear,), {})(6, 5)), torch.randn(3, 6)
+    wanted = nn.functional.linear(x, layer.weight, layer.bias) + 1
+    torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "inputs"),
+    [
+        ("linear", nn.Linear(6, 5), floats(3, 6)),
+        ("conv2d", nn.Conv2d(4, 5, 3), floats(2, 4, 6, 6)),
+        ("embedding", nn.Embedding(7, 5), indices(3)),
+    ],
+)
+def test_a_function_of_torchs_that_somebody_has_replaced_is_called(
+    name: str, layer: nn.Module, inputs: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted(layer, target="weight")
+    stock, given = getattr(nn.functional, name), inputs()
+    expected = 2 * layer(*given)
+    monkeypatch.setattr(nn.functional, name, lambda *args: 2 * stock(*args))
+    torch.testing.assert_close(layer(*given), expected)
+
+
 @each_case
 def test_inference_without_a_graph_gives_the_same(case: Case) -> None:
     layer, inputs = build(case)

@@ -15,7 +15,7 @@ from torchvision.models import mnasnet0_5
 
 from lora_param import base_state_dict, register_lora, remove_lora
 
-from .cases import shake
+from .cases import adapted, shake
 
 
 class Rounded(nn.Linear):
@@ -145,3 +145,12 @@ def test_a_base_with_parametrizations_between_ours_loads() -> None:
     model.load_state_dict(state, strict=True)
     now = base_state_dict(model)
     assert all(torch.equal(now[key], state[key]) for key in state)
+
+
+def test_the_model_stays_adapted_while_its_base_state_is_taken() -> None:
+    layer, x = adapted(nn.Linear(6, 5)), torch.randn(2, 6)
+    expected, seen = layer(x), list[Tensor]()
+    layer.register_state_dict_post_hook(lambda *_: seen.append(layer(x)))
+    base_state_dict(layer)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], expected)

@@ -63,7 +63,7 @@ Forgery = Callable[[dict[str, Any], dict[str, Tensor]], Any]
 FORGERIES: dict[str, tuple[Forgery, str]] = {
     "newer": (lambda r, t: r.update(version=2), "written in version 2 .* up to 1; update it"),
     "version text": (lambda r, t: r.update(version="1"), "damaged metadata: version"),
-    "kind": (lambda r, t: r["weights"]["0.weight"].update(kind="dora"), "0.weight: .* knows no kind 'dora'; update"),
+    "kind": (lambda r, t: r["weights"]["0.weight"].update(kind="new"), "0.weight: .* knows no kind 'new'; update"),
     "no kind": (lambda r, t: r["weights"]["0.weight"].pop("kind"), "damaged metadata: KeyError 'kind'"),
     "number": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(tau=1), "0.weight: .*tau"),
     "dropout": (lambda r, t: r["weights"]["0.weight"]["numbers"].update(dropout=1.0), "0.weight: dropout must satisfy"),

@@ -213,13 +213,14 @@ def test_files_carry_it(format: str, scaling: str, tmp_path: Path) -> None:
     x = torch.randn(4, 9)
     if format == "kohya":  # which has no place for a Conv1D
         base, model = base[:1], model[:1]
-    save_lora(model, tmp_path / "file.safetensors", format=format)
-    load_lora(base, tmp_path / "file.safetensors")
+    path = tmp_path / ("folder" if format == "peft" else "file.safetensors")
+    save_lora(model, path, format=format)
+    load_lora(base, path)
     torch.testing.assert_close(base(x), model(x))
     delta = delta_of(base[0])
     anchored = format == "native"
     assert (delta.anchored, delta.rank) == (anchored, 3 if anchored else 6)
-    assert anchored <= (file_summary(tmp_path / "file.safetensors").weights[0].rank == 3)
+    assert anchored <= (file_summary(path).weights[0].rank == 3)
 
 
 @each_init

@@ -285,3 +285,8 @@ def test_an_adapter_for_each_of_several_digits(
         assert abs(wrong["routed"][digit] - wrong[f"adapter {digit}"][digit]) <= 1
     assert "originals equal, bit for bit" in capsys.readouterr().out
     assert (tmp_path / "001" / "digits.png").is_file()
+
+
+def test_the_network_multiplies_by_torchs_own_layers() -> None:
+    layers = list(RichBoyNet().children())
+    assert [type(layer) for layer in layers if list(layer.parameters())] == [torch.nn.Linear] * 3

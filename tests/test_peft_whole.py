@@ -188,7 +188,7 @@ def test_rows_of_tokens_that_there_are_not_are_refused(tmp_path: Path) -> None:
 
 def test_rows_of_tokens_are_read_with_a_warning_that_all_are_trained(tmp_path: Path) -> None:
     base, _ = trained_in_peft(WHOLE[8], tmp_path)
-    with pytest.warns(UserWarning, match="PEFT trained 2 tokens of it; here training goes on wi"):
+    with pytest.warns(UserWarning, match="PEFT trained 2 of its rows; here training goes on with"):
         load_lora(base, tmp_path)
     D = base.bert.embeddings.word_embeddings.parametrizations.weight[0].D
     assert D.any(dim=1).nonzero().flatten().tolist() == [3, 5]
@@ -256,6 +256,7 @@ def test_a_difference_is_no_wider_than_it_has_to_be() -> None:
     assert difference(old * 1.5, old).dtype == torch.float32
     assert difference(old / 3, old).dtype == torch.float64
     assert difference(torch.tensor([1e-30, 2.0]), old).dtype == torch.float64
+    assert difference(old * 1.5, old.bfloat16()).dtype == torch.float32  # nothing is lost of these
 
 
 def normed() -> nn.Module:

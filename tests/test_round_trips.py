@@ -54,7 +54,7 @@ ADAPTED = ["tokens", "fc", "conv", "head"]
 WHOLE = ["tokens", "fc.bias", "norm", "norm.weight", "conv", "head", "*.bias"]
 NUMBERS = {
     "rank": st.integers(1, 6),
-    "alpha": st.none() | st.floats(-1e4, 1e4).filter(lambda alpha: abs(alpha) > 1e-3),
+    "alpha": st.none() | st.floats(-8, 8).filter(lambda alpha: abs(alpha) > 1e-3),
     "scaling": st.sampled_from(["lora", "rslora"]),
     "target": st.lists(st.sampled_from(ADAPTED), unique=True),
     "train": st.none() | st.lists(st.sampled_from(WHOLE), unique=True, min_size=1),
@@ -109,8 +109,9 @@ def test_all_that_an_adapter_is_comes_back_from_a_file(
         assert tensor.dtype == theirs[name].dtype
         assert torch.equal(tensor, theirs[name])
     assert {each.requires_grad for each in lora_parameters(base)} == {trained}
-    x = torch.randint(0, 7, (3, 4))
-    outputs = []
+    for each in lora_parameters(model):
+        each.requires_grad_(trained)  # by which torch chooses how it multiplies
+    x, outputs = torch.randint(0, 7, (3, 4)), []
     for each in (model, base):
         torch.manual_seed(1)  # of dropout
         outputs.append(each.train()(x))

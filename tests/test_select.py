@@ -300,11 +300,12 @@ def test_a_strength_is_saved_beside_alpha_and_comes_back(path: Path, kind: str) 
 @pytest.mark.parametrize("format", ["peft", "kohya"])
 def test_a_format_without_a_place_for_a_strength_says_so(tmp_path: Path, format: str) -> None:
     model = net(names=("a",))
+    path = tmp_path / ("folder" if format == "peft" else "file.safetensors")
     select_lora(model, {"a": 0.25})
     with pytest.warns(UserWarning, match=f"format {format} has no place for a strength"):
-        save_lora(model, tmp_path / "file.safetensors", format=format)
+        save_lora(model, path, format=format)
     select_lora(model, {"a": 0.5})
-    load_lora(model, tmp_path / "file.safetensors", "a")
+    load_lora(model, path, "a")
     assert lora_summary(model).weights[0].adapters[0].strength == 0.5
 
 

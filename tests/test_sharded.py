@@ -172,7 +172,7 @@ def goes_through_a_file(way: str, path: Path, format: str) -> None:
 def test_a_sharded_models_adapter_is_a_file_like_any_other(
     way: str, format: str, ranks: Ranks, tmp_path: Path
 ) -> None:
-    ranks(goes_through_a_file, way, tmp_path / "adapter.safetensors", format)
+    ranks(goes_through_a_file, way, tmp_path / "adapter", format)
 
 
 def fails_to_save_together(path: Path) -> None:

@@ -61,7 +61,8 @@ class DenseDelta(Delta):
 
     def value(self, weight: Tensor) -> Tensor:
         """Return `W + D`, computed in the wider dtype and rounded once to `W`'s."""
-        D = self.D if self.strength == 1 else self.D * self.strength
+        strength = self.now.strength
+        D = self.D if type(strength) is float and strength == 1 else self.D * strength
         return (weight + D).to(weight.dtype)
 
     def block(self, start: int, stop: int) -> Delta:

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from ..ops import autocasts
+from ..quantised import dense
 from .pair import Pair
 from .protocol import Shape
 
@@ -63,7 +64,7 @@ class DoRA(Pair):
         shape = [1 if transposed else size for size in weight.shape[: len(view) - 1]]
         rest = weight.shape[len(shape) :]
         shape += rest if transposed else [1] * len(rest)
-        lengths = _length(weight.detach(), shape).to(delta._kept[0].dtype)
+        lengths = _length(dense(weight.detach()), shape).to(delta._kept[0].dtype)
         delta._parameters["magnitude"] = nn.Parameter(lengths)
         return delta
 
@@ -124,7 +125,7 @@ class DoRA(Pair):
     def _act(self, y: Tensor, x: Tensor, run: Any) -> Tensor:
         before = [delta for each in run.acting for delta in each]
         before = before[: before.index(self)]
-        weight = run.weight
+        weight = dense(run.weight)
         for delta in before:
             weight = delta(weight)
         dropping = bool(self._dropout) and self.training

@@ -65,6 +65,7 @@ class LoRAParametrization(Pair):
 
     kind = "lora"
     adds = True
+    routes = True
 
     def formula(self, weight: Tensor) -> Tensor:
         """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to `W`'s.
@@ -73,7 +74,8 @@ class LoRAParametrization(Pair):
         """
         dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        return (weight + update.view_as(weight) * self._factor).to(weight.dtype)
+        value: Tensor = weight + update.view_as(weight) * self._factor
+        return value.to(weight.dtype)
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
@@ -81,6 +83,8 @@ class LoRAParametrization(Pair):
         Those of `others` that meet the same input are one product: all that drop nothing of it, and
         the blocks of one adapter.
         """
+        if run.routing is not None:
+            return self._act_by_row(y, x, run, (self, *others))
         if not others:
             x = F.dropout(x, self._dropout) if self._dropout and self.training else x
             A, B = self.lora_A, self.lora_B
@@ -105,4 +109,26 @@ class LoRAParametrization(Pair):
             inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
             low = run.down(F.dropout(x, dropout) if dropout else x, inner)
             y = run.up(y, low, outer, 1.0)
+        return y
+
+    def _act_by_row(
+        self, y: Tensor, x: Tensor, run: Any, pairs: Sequence[LoRAParametrization]
+    ) -> Any:
+        """Add `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`, with what `M` says of each row.
+
+        Those that drop alike meet one input, because a row that has one adapter meets no other.
+        """
+        meeting: dict[float, list[LoRAParametrization]] = {}
+        for pair in pairs:
+            meeting.setdefault(pair._dropout if pair.training else 0.0, []).append(pair)
+        for dropout, same in meeting.items():
+            As, Bs = zip(*(run.whole(p.lora_A, p.lora_B, p.rows) for p in same), strict=True)
+            kept = F.dropout(x, dropout) if dropout else x
+            if (chosen := run.chosen(same, As)) is not None:
+                y = run.gathered(y, kept, As, Bs, *chosen)
+                continue
+            inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
+            low = run.down(kept, inner)
+            table = run.routing.table(same, [len(A) for A in As], low)
+            y = run.up(y, run.by_row(low, table), outer, 1.0)
         return y

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAError, StateDictError
+from ..quantised import dense
 from ..sharding import is_sharded, spread, whole
 from .inits import DRAWS, STARTS, Init, factors_at_start
 from .protocol import Delta, Shape
@@ -119,7 +120,7 @@ class Pair(Delta):
         generator = given.pop("generator", None)
         pair = cls(fan_out, fan_in, batch=tuple(batch), **given)
         numbers = pair.rank, pair.scale
-        found = factors_at_start(init, whole(weight), view, *numbers, generator, transposed)
+        found = factors_at_start(init, dense(whole(weight)), view, *numbers, generator, transposed)
         B, A = (each.to(weight.device, dtype, copy=True).contiguous() for each in found)
         pair._keep(A, B, anchored=bool(A.any() and B.any()))
         return pair
@@ -217,8 +218,8 @@ class Pair(Delta):
         self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
 
     @property
-    def _factor(self) -> float:
-        return self.scale * self.strength
+    def _factor(self) -> Any:
+        return self.scale * self.now.strength
 
     @property
     def dropout(self) -> float:
@@ -301,7 +302,7 @@ class Pair(Delta):
         """Return the update's singular values, `[*batch, rank]`, without forming it."""
         sides = self.lora_A.mT, self.lora_B
         A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
-        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self._factor))
+        return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale * self.strength))
 
 
 def check_rank(rank: object, fan_out: int, fan_in: int) -> int:

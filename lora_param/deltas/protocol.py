@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 from weakref import ref
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
+from ..quantised import dense
+from ..routing import Routing, Switch, routing_of
 from ..rows import Rows
 from ..sharding import lay_out, mesh_of, whole
 
@@ -22,14 +24,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
 Shape = tuple[int, ...]
-
-
-class Switch(NamedTuple):
-    """How a delta acts: at all, how strongly, and whether it may be trained meanwhile."""
-
-    on: bool = True
-    strength: float = 1.0
-    trained: bool = True
 
 
 class _Place:
@@ -73,6 +67,9 @@ class Delta(nn.Module):
     """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
     compute otherwise."""
 
+    routes: ClassVar[bool] = False
+    """Whether its own `act` heeds `run.routing`, of rows that differ in what acts on them."""
+
     switched: ClassVar[object] = object()
     """Another object after every change of a switch: what was planned before holds no more."""
 
@@ -86,7 +83,7 @@ class Delta(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.acts = "act" in vars(cls)
+        cls.acts, cls.routes = "act" in vars(cls), "routes" in vars(cls)
 
     def __init__(self, adapter: str, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -197,6 +194,13 @@ class Delta(nn.Module):
         self._places[-1].switch = switch
         self._switched()
 
+    @property
+    def now(self) -> Switch:
+        """How it acts here and now: by its switch, or as the batch is routed."""
+        if Routing.used and (routing := routing_of(self)) is not None:
+            return routing.switch(self)
+        return self._places[-1].switch
+
     @contextmanager
     def switched_for_now(self, switch: Switch) -> Iterator[None]:
         """Switch it for a block, also beside other blocks that begin and end in any order.
@@ -246,7 +250,7 @@ class Delta(nn.Module):
     @property
     def strength(self) -> float:
         """What multiplies all that it adds to a weight."""
-        return self.switch.strength
+        return cast(float, self.switch.strength)
 
     @strength.setter
     def strength(self, strength: float) -> None:
@@ -264,8 +268,9 @@ class Delta(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
-        if not self.enabled:
+        if not self.now.on:
             return weight
+        weight = dense(weight)
         if autocasts(weight):
             with torch.autocast(weight.device.type, enabled=False):
                 return self.forward(weight)

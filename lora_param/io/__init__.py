@@ -1,6 +1,7 @@
-"""Adapter files: saved and loaded, looked into, converted, checked and merged."""
+"""Adapter files: saved and loaded, looked into, converted, merged and combined."""
 
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
+from .combination import combine_files, extract_checkpoint, extract_lora, resize_file
 from .files import load_lora, save_lora
 from .summary import FileSummary, UpdateSummary, file_summary
 
@@ -8,9 +9,13 @@ __all__ = [
     "FileSummary",
     "UpdateSummary",
     "check_checkpoint",
+    "combine_files",
     "convert_file",
+    "extract_checkpoint",
+    "extract_lora",
     "file_summary",
     "load_lora",
     "merge_checkpoint",
+    "resize_file",
     "save_lora",
 ]

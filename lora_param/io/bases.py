@@ -50,14 +50,8 @@ class Base:
 
 
 @contextmanager
-def open_base(
-    path: Path, file: AdapterFile, prefix: str | None, options: Mapping[str, Any]
-) -> Iterator[Base]:
-    """Open the checkpoint that an adapter's file was trained on, for a block.
-
-    It is a file, an index of shards, or a folder with one of these. Where the model's names begin
-    with a `prefix` that the checkpoint's lack, or the other way round, it is found or given.
-    """
+def open_checkpoint(path: Path) -> Iterator[Base]:
+    """Open a checkpoint for a block: a file, an index of shards, or a folder with one of these."""
     with ExitStack() as stack:
         files: dict[str, OpenFile] = {}
         for shard in _shards(path):
@@ -66,7 +60,21 @@ def open_base(
         plain = {key: plain_name(key) for key in files}
         if twice := [name for name, count in Counter(plain.values()).items() if count > 1]:
             raise FileError(f"{path}: more than one tensor is {shortened(twice)}; keep one of them")
-        yield Base(files, _renamed(plain, prefix, lambda: _adapted(file, options)))
+        yield Base(files, plain)
+
+
+@contextmanager
+def open_base(
+    path: Path, file: AdapterFile, prefix: str | None, options: Mapping[str, Any]
+) -> Iterator[Base]:
+    """Open the checkpoint that an adapter's file was trained on, for a block.
+
+    Where the model's names begin with a `prefix` that the checkpoint's lack, or the other way
+    round, it is found or given.
+    """
+    with open_checkpoint(path) as found:
+        names = _renamed(dict(found.names), prefix, lambda: _adapted(file, options))
+        yield Base(found.files, names)
 
 
 def plain_name(key: str) -> str:

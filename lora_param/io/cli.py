@@ -1,4 +1,4 @@
-"""The command line: looks into adapter files, converts, checks and merges them."""
+"""The command line: looks into adapter files, converts, checks, merges and combines them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..combine import Fit
 from ..errors import LoRAError
 from ..summary import show_alpha
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
+from .combination import combine_files, extract_checkpoint, resize_file
 from .formats import WRITTEN
 from .summary import FileSummary, file_summary
+from .tensors import AnyPath
 
 PROGRAM = "lora-param"
 RAW = argparse.RawDescriptionHelpFormatter  # an example stays one line
@@ -94,6 +97,59 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def combine(arguments: argparse.Namespace) -> None:
+    """Combine adapters' files, each with a strength, into one of our own."""
+    strengths: dict[AnyPath, float] = {}
+    for said in arguments.files:
+        path, _, strength = said.rpartition(":")
+        try:
+            strengths[Path(path)] = float(strength)
+        except ValueError:
+            rule = "a file with its strength, such as a.safetensors:0.7"
+            raise LoRAError(f"each must be {rule}, got {said}") from None
+        if not path or len(strengths) < arguments.files.index(said) + 1:
+            raise LoRAError(f"each file can be given once, with its strength, got {said}")
+    fits = combine_files(
+        *(strengths, arguments.out),
+        method=arguments.method,
+        rank=_rank(arguments.rank),
+        density=arguments.density,
+    )
+    _print_fits(arguments.out, fits)
+
+
+def resize(arguments: argparse.Namespace) -> None:
+    """Give a file's updates another rank, the nearest of a lower one."""
+    _print_fits(arguments.out, resize_file(arguments.file, arguments.out, _rank(arguments.rank)))
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    """Write what turns a checkpoint into a tuned one as an adapter, a tensor at a time."""
+    fits = extract_checkpoint(
+        *(arguments.base, arguments.tuned, arguments.out), rank=_rank(arguments.rank)
+    )
+    _print_fits(arguments.out, fits)
+
+
+def _rank(said: str | None) -> Any:
+    """Return a rank, or a share of the squared norm, as it was written."""
+    if said is None:
+        return None
+    try:
+        return float(said) if "." in said else int(said)
+    except ValueError:
+        raise LoRAError(f"rank must be a number such as 16, or a share, got {said:.40}") from None
+
+
+def _print_fits(out: Path, fits: Sequence[Fit]) -> None:
+    width = max(len(_printable(fit.weight)) for fit in fits)
+    print("{:{}}  {:>5}  {:>10}".format("weight", width, "rank", "rel. error"))
+    for fit in fits:
+        rank = "-" if fit.rank is None else str(fit.rank)
+        print(f"{_printable(fit.weight):{width}}  {rank:>5}  {fit.error:>10.3g}")
+    print(f"\n{out}: {len(fits):,} weights")
+
+
 def _as_typed(said: object) -> str:
     """Put a message on one line, with options as they are typed here."""
     line = _printable(" ".join(str(said).split()))
@@ -138,6 +194,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print JSON"},
     "--any-base": {"action": "store_true", "help": "whether trained on this base or not"},
     "--option": REPEATED | {"help": "what FILE's format asks for, such as alpha=16"},
+    "files": {"metavar": "FILE:STRENGTH", "nargs": "+", "help": "such as a.safetensors:0.7"},
+    "--tuned": PATH | {"metavar": "CHECKPOINT", "required": True, "help": "what became of it"},
+    "--rank": {"metavar": "RANK", "required": True, "help": "16, or a share such as 0.95"},
+    "[--rank]": {"metavar": "RANK", "help": "16, or a share such as 0.95; else all of it"},
+    "--method": {"choices": ("sum", "ties", "dare"), "default": "sum"},
+    "--density": {"type": float, "help": "the share of entries that ties and dare keep"},
     "--write-option": REPEATED | {"help": "what OUT's format takes"},
 }
 COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]] = {
@@ -154,13 +216,24 @@ COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]
         "adapter.safetensors --base model.safetensors --out merged.safetensors",
         ("file", "--base", "--prefix", "--out", "--any-base", "--option"),
     ),
+    combine: (
+        "a.safetensors:0.7 b.safetensors:-0.3 --out ab.safetensors",
+        ("files", "--out", "--method", "[--rank]", "--density"),
+    ),
+    resize: ("adapter.safetensors --rank 8 --out small.safetensors", ("file", "--rank", "--out")),
+    extract: (
+        "--base model.safetensors --tuned tuned.safetensors --rank 16 --out adapter.safetensors",
+        ("--base", "--tuned", "--rank", "--out"),
+    ),
 }
 """Each command's example and arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on the process's arguments or these, and return its status."""
-    parser = _Parser(prog=PROGRAM, description="Look into, convert, check and merge adapter files.")
+    parser = _Parser(
+        prog=PROGRAM, description="Look into, convert, merge and combine adapter files."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for call, (example, names) in COMMANDS.items():
         said = f"{call.__doc__}".splitlines()[0]

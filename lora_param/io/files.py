@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from ..chains import type_before
-from ..checks import check_droppable, check_model, check_present, deltas_called
+from ..checks import check_droppable, check_model, check_present, check_trainable, deltas_called
 from ..deltas import Delta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
@@ -46,7 +46,8 @@ def save_lora(
     The native format is one safetensors file: the tensors, such as `<weight>.lora_A`, and as
     metadata each weight's kind and numbers, the fingerprint of the base, and a digest of all this.
     It takes the place of an older file only when it is complete. Whether the adapter is enabled is
-    not saved. Warns of an adapter that was never trained, and of a base that can be trained too.
+    not saved. Warns of an adapter that was never trained, of a base that can be trained too, and of
+    what a format has no place for and can do without.
 
     Args:
         model: An adapted model.
@@ -89,7 +90,7 @@ def save_lora(
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
     cls = type_before(getattr(model, "_orig_mod", model))
     weights = outline_of_model(found)
-    taken = weights.parameters if mesh and options.get("base") is None else {}
+    taken = weights.tensors if mesh and options.get("base") is None else {}
     about = About(
         names[0],
         name if isinstance(name, str) else "",
@@ -152,6 +153,8 @@ def load_lora(
             check_adapter(adapter)
             own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
             check_model(found, "load_lora", changes=not own)
+            if trainable:
+                check_trainable(found)
             weights = outline_of_model(found)
             deltas = file.fit(weights, "" if own else adapter, **options)
         if base != "ignore" and (doubt := _doubt(file.about, weights)):

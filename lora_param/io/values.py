@@ -61,8 +61,8 @@ def difference(new: Tensor, old: Tensor) -> Tensor:
     """
     old = old.detach().to(new.device)
     for dtype in (old.dtype, torch.float32, torch.float64):
-        wide = torch.promote_types(old.dtype, dtype)
-        added = (new.to(torch.float64) - old).to(wide)
+        wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), dtype)
+        added = new.to(wide) - old
         if torch.equal((old + added).to(old.dtype), new.to(old.dtype)):
             break
     return added

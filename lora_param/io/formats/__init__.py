@@ -18,6 +18,7 @@ from ...checks import check_weights
 from ...deltas import KINDS, Delta, LoRAParametrization
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
+from ...sharding import whole
 from ...state import NUMBERS
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
@@ -258,7 +259,9 @@ def _known(delta: Delta, weight: WeightOutline) -> Delta:
     if not isinstance(delta, NewValues) or _misfit(delta, weight):
         return delta
     value = weight.value
-    return delta if value is None or value.is_meta else delta.added_to(value, weight.is_buffer)
+    return (
+        delta if value is None or value.is_meta else delta.added_to(whole(value), weight.is_buffer)
+    )
 
 
 def _within_rank(delta: Delta, view: Shape) -> Delta:

@@ -18,11 +18,10 @@ from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import join
 from ..outline import NOTHING, Outline, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
-from ..values import NewValues
 from . import factors as shared
 from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
-from .peft_whole import NO_LAYERS, bias_of_update, new_values, render_whole
+from .peft_whole import NO_LAYERS, add_biases, new_values, render_whole
 
 Placed = Sequence[tuple[Place, LoRAParametrization]]
 
@@ -89,16 +88,8 @@ def parse(
         return _delta(place, A, B * 2 if twice else B, config, transposed)
 
     deltas = shared.collect(delta, places)
-    biased = []
-    for place, (_, pair) in zip(places, deltas, strict=True):
-        if (bias := factors[place.name].get("bias")) is not None:
-            biased.append(place.name)
-            name, update = bias_of_update(place.name, bias * pair.scale, weights)
-            values = new.get(name)
-            new[name] = values.and_added(update) if isinstance(values, NewValues) else update
-    if biased and not config.get("lora_bias"):
-        reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
-        warnings.warn(f"{', '.join(biased)}: {reason}", stacklevel=4)
+    scales = {place.name: pair.scale for place, (_, pair) in zip(places, deltas, strict=True)}
+    add_biases(new, scales, factors, config, weights)
     warn(places, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0)
     return [*deltas, *new.items()]
 

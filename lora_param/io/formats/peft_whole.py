@@ -10,8 +10,9 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta
+from ...deltas import Delta
 from ...errors import FileError
+from ...sharding import is_sharded
 from ...weight import join
 from ..outline import Outline
 from ..tensors import About, Config
@@ -45,10 +46,10 @@ def new_values(
 ) -> tuple[dict[str, Delta], dict[str, Tensor]]:
     """Tell what of a file's plain tensors is trained from what is the base's, by plain names."""
     saved, biased = tuple(config.get("modules_to_save") or ()), config.get("bias", "none") != "none"
-    if (rows := config.get("trainable_token_indices")) and not any(
+    if (said := config.get("trainable_token_indices")) and not any(
         TOKENS in key for key in tensors
     ):
-        raise FileError(f"trainable_token_indices={rows!r:.60}, of which no rows are in the file")
+        raise FileError(f"trainable_token_indices={said!r:.60}, of which no rows are in the file")
     new, base = dict[str, Delta](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         if key.endswith(f".{TOKENS}"):
@@ -76,17 +77,30 @@ def _tokens(path: str, tensor: Tensor, config: Config) -> NewValues:
     if tensor.ndim != 2 or len(tokens) != len(tensor) or repeated:
         raise FileError(f"{path}: trainable_token_indices={said!r:.60} for {tuple(tensor.shape)}")
     warnings.warn(
-        f"{path}.weight: PEFT trained {len(tokens)} tokens of it; here training goes on with all",
+        f"{path}.weight: PEFT trained {len(tokens)} of its rows; here training goes on with all",
         stacklevel=5,
     )
     return NewValues(tensor, tokens)
 
 
-def bias_of_update(path: str, bias: Tensor, weights: Outline) -> tuple[str, DenseDelta]:
-    """Read the update's own bias, which adds to the layer's."""
-    if weights.weight(join(path, "bias")) is None:
-        raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
-    return shared.dense(join(path, "bias"), bias)
+def add_biases(
+    new: dict[str, Delta],
+    layers: Mapping[str, float],
+    factors: shared.Factors,
+    config: Config,
+    weights: Outline,
+) -> None:
+    """Add the updates' own biases to the layers', by paths with their scales."""
+    biased = {path: factors[path]["bias"] for path in layers if "bias" in factors[path]}
+    for path, bias in biased.items():
+        if weights.weight(join(path, "bias")) is None:
+            raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
+        name, update = shared.dense(join(path, "bias"), bias * layers[path])
+        values = new.get(name)
+        new[name] = values.and_added(update) if isinstance(values, NewValues) else update
+    if biased and not config.get("lora_bias"):
+        reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
+        warnings.warn(f"{', '.join(biased)}: {reason}", stacklevel=5)
 
 
 def render_whole(
@@ -95,35 +109,46 @@ def render_whole(
     """Lay out dense deltas and statistics; `wrapped` are paths, with whether each is a layer."""
     new = {name: _value(name, delta, weights) for name, delta in deltas.items()}
     modules = list(_whole_modules(new, weights))
-    tensors, complaints = dict[str, Tensor](), list[str]()
-    for path in modules:
-        own = {name: each for name, each in weights.tensors.items() if name.startswith(f"{path}.")}
-        tensors |= {name: new.get(name, tensor) for name, tensor in own.items()}
-        for other in weights.modules:
-            if other.endswith(path) and other not in modules:
-                complaints.append(f"{other}: PEFT would save it too, because it ends like {path}")
-    biases, left = set(), sorted(new.keys() - tensors.keys())
+    inside = tuple(f"{path}." for path in modules)
+    tensors = {n: new.get(n, t) for n, t in weights.tensors.items() if n.startswith(inside or " ")}
+    left = sorted(new.keys() - tensors.keys())
     if moving := [name for name in left if deltas[name].of_buffers]:
         shared.warn_of_statistics("PEFT", moving)
-    for name in (name for name in left if name not in moving):
-        path, _, tensor = name.rpartition(".")
-        if tensor != "bias" or not all(wrapped.get(each, True) for each in _parents(path)):
-            complaints.append(f"{name}: PEFT trains biases and whole modules; train all of {path}")
-        biases.add(path)
+    biases = [name for name in left if name not in moving]
+    shared.refuse([*_ambiguous(modules, weights), *_homeless(biases, wrapped)], "written")
+    paths = {name: name.removesuffix(".bias") for name in biases}
+    for name, path in paths.items():
         tensors[f"{path}.base_layer.bias" if path in wrapped else name] = new[name]
-    shared.refuse(complaints, "written")
+    kind = "lora_only" if wrapped.keys() >= {*paths.values()} else "all"
     return tensors, {
-        "bias": ("lora_only" if biases <= wrapped.keys() else "all") if biases else "none",
+        "bias": kind if biases else "none",
         "modules_to_save": modules or None,
         **_task(about, weights, modules),
     }
 
 
+def _ambiguous(modules: Collection[str], weights: Outline) -> Iterator[str]:
+    """Yield the modules that PEFT would take for one of those that it is to save."""
+    for path in weights.modules:
+        if (named := next(filter(path.endswith, modules), None)) and path not in modules:
+            yield f"{path}: PEFT would save it too, because it ends like {named}"
+
+
+def _homeless(names: Collection[str], wrapped: Mapping[str, bool]) -> Iterator[str]:
+    """Yield what isn't the bias of a layer, or of one inside of what PEFT wraps otherwise."""
+    for name in names:
+        path, _, tensor = name.rpartition(".")
+        if tensor != "bias" or not path or not all(wrapped.get(p, True) for p in _parents(path)):
+            yield f"{name}: PEFT trains biases and whole modules; train all of {path}"
+
+
 def _value(name: str, delta: Delta, weights: Outline) -> Tensor:
     """Return what a tensor becomes."""
     weight = weights.weight(name)
-    if weight is None or (tensor := weight.value) is None:
-        raise FileError(f"{name}: PEFT keeps its new values; give the base, with --base")
+    if weight is None or (tensor := weight.value) is None or is_sharded(tensor):
+        raise FileError(
+            f"{name}: PEFT keeps its new values; convert a native file with the base, by --base"
+        )
     return delta.value(tensor.detach()).detach()
 
 

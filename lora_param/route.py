@@ -1,0 +1,180 @@
+"""A batch whose rows have adapters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .chains import chains_of
+from .checks import check_structure, deltas_called
+from .errors import AdapterError, LoRAError, TargetError
+from .routing import Routing, routed_here
+from .targets import matches
+from .walk import Walk, walk
+from .weight import Weight
+
+Setting = str | Mapping[str, float] | None
+"""What acts on a row: an adapter by name, adapters with strengths, or `None` for the base."""
+
+
+@contextmanager
+def lora_routed(
+    model: nn.Module,
+    adapters: Sequence[Setting] | Tensor,
+    *,
+    names: Sequence[str] | None = None,
+    dim: int | None = None,
+    dims: Mapping[str, int] | None = None,
+) -> Iterator[None]:
+    """Let each row of the batch have adapters of its own in a block, in inference and training.
+
+    A row gives what `select_lora` of its setting gives it alone, within rounding, whatever is
+    selected; the gradient of a row reaches its adapters only, and adapters that occur on no row get
+    none. Which are trained stays as it is. The block is of one thread or task; blocks nest, the
+    innermost one that knows a layer decides.
+
+    In activation space the factors of the adapters that occur are one product, weighed by row, or
+    are gathered row by row where that is quicker. Elsewhere, in attention, recurrent layers,
+    grouped convolutions and for dense deltas, the module runs once for each group of rows alike.
+
+    A layer whose input has a multiple of the rows takes each row's setting for as many neighbours:
+    windows, beams, tokens laid out one after the other. What mixes rows otherwise, such as the
+    dispatch to experts, isn't known. Call `backward` in the block too where activations are
+    checkpointed.
+
+    Args:
+        model: An adapted model.
+        adapters: For each row of the batch a name, a mapping from name to strength or `None` for
+            the base; or a tensor of strengths `[rows, len(names)]`, which may require gradients.
+        names: The adapters of a tensor's columns. With settings: adapters that take part whether
+            they occur or not, so that compiled code stays the same when the rows change.
+        dim: The dimension of inputs that has the rows. By default it is the first one; where
+            another one has their number too, a call raises. Modules with a flag `batch_first`, and
+            those below them, say it themselves.
+        dims: The same by pattern, of modules' paths or types of weights as for `register_lora`.
+
+    Raises:
+        AdapterError: There is no such adapter.
+        LoRAError: A strength is no finite number; a batch norm is in training; in a call, the rows
+            can't be found in a layer's input.
+
+    Example:
+        >>> import torch
+        >>> from lora_param import register_lora
+        >>> model = torch.nn.Linear(3, 2)
+        >>> for name in ("a", "b"):
+        ...     _ = register_lora(model, rank=1, adapter=name)
+        >>> with lora_routed(model, ["a", None, {"a": 0.7, "b": 0.3}]):
+        ...     model(torch.ones(3, 3)).shape
+        torch.Size([3, 2])
+    """
+    found = walk(model, "lora_routed")
+    check_structure(found, "lora_routed")
+    weights, chosen = _weights(adapters, names)
+    for name in chosen:
+        deltas_called(found, name)
+    _check_kinds(found, weights, chosen)
+    _check_statistics(found, weights, chosen)
+    columns: dict[nn.Module, int] = {}
+    for weight, delta in found.deltas:
+        column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
+        for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
+            columns[module] = max(columns.get(module, -1), column)
+    routing = Routing(
+        weights, columns, _dims(found, dim, dims), {module: path for path, module in found.modules}
+    )
+    with routed_here(routing):
+        yield
+
+
+def _weights(
+    adapters: Sequence[Setting] | Tensor, names: Sequence[str] | None
+) -> tuple[Tensor, list[str]]:
+    """Return strengths, `[rows, adapters]`, and the adapters' names."""
+    if isinstance(names, str) or (names is not None and len({*names}) < len(names)):
+        raise AdapterError(f"names must be different adapters' names, got {names!r:.60}")
+    if isinstance(adapters, Tensor):
+        count = None if names is None else len(names)
+        if adapters.ndim != 2 or adapters.shape[1] != count or not len(adapters):
+            rule = "a tensor of strengths must be [rows, len(names)]"
+            raise LoRAError(f"{rule}, got {tuple(adapters.shape)} and names={names!r:.60}")
+        if not adapters.is_floating_point() or not adapters.isfinite().all():
+            raise LoRAError(f"strengths must be finite numbers, got a tensor of {adapters.dtype}")
+        return adapters, [*(names or ())]
+    if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
+        rule = "adapters must have an entry for each row of the batch"
+        raise LoRAError(f"{rule}, got {adapters!r:.60}; for all alike, use lora_selected")
+    settings = [_setting(each) for each in adapters]
+    chosen = list(dict.fromkeys([*(names or ()), *(name for own in settings for name in own)]))
+    if names is not None and (unknown := chosen[len(names) :]):
+        raise AdapterError(
+            f"names has not {unknown[0]!r}, which is on a row; add it, or drop names"
+        )
+    rows = [[float(own.get(name, 0.0)) for name in chosen] for own in settings]
+    return torch.tensor(rows, dtype=torch.float64).view(len(rows), -1), chosen
+
+
+def _setting(entry: object) -> dict[str, float]:
+    if entry is None or isinstance(entry, str):
+        return {} if entry is None else {entry: 1.0}
+    if not isinstance(entry, Mapping):
+        rule = "a row's entry must be a name, a mapping from name to strength, or None"
+        raise LoRAError(f"{rule}, got {entry!r:.60}")
+    return {name: strength for name, strength in entry.items() if strength != 0}
+
+
+def _check_kinds(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
+    """Raise for strengths that a kind can't have, and for batch norms that would mix rows."""
+    strengths = {0.0, 1.0, *weights.detach().flatten().tolist()}
+    for weight, delta in walk.deltas:
+        for strength in strengths if delta.adapter in chosen and not delta.of_buffers else ():
+            try:
+                delta.check_strength(strength or 1)
+            except LoRAError as error:
+                raise LoRAError(f"{weight.name}: {error}") from None
+    for path, module in walk.modules:
+        if isinstance(module, _BatchNorm) and module.training:
+            reason = "a batch norm in training mixes the rows of a batch"
+            raise LoRAError(f"{path}: {reason}; put it into eval mode, or train one at a time")
+
+
+def _check_statistics(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
+    """Raise for a row with two adapters that have statistics for one buffer."""
+    for weight in walk.moving:
+        own = [chosen.index(d.adapter) for d in weight.deltas if d.adapter in chosen]
+        if own and int((weights.detach()[:, own] != 0).sum(1).max()) > 1:
+            names = " and ".join(repr(chosen[column]) for column in own[:2])
+            reason = "have statistics of their own here, of which a row can have one's"
+            raise AdapterError(f"{weight.name}: adapters {names} {reason}")
+
+
+def _dims(
+    walk: Walk, dim: int | None, dims: Mapping[str, int] | None
+) -> dict[nn.Module, tuple[int, bool]]:
+    """Return for each module which dimension has the rows, and whether that was said."""
+    flags: dict[str | None, tuple[int, bool]] = {}
+    known: dict[nn.Module, tuple[int, bool]] = {}
+    unused = set(dims or ())
+    for each in [dim, *(dims or {}).values()]:
+        if each is not None and (type(each) is not int or each < 0):
+            raise LoRAError(f"a dimension must be an integer from 0 up, got {each!r:.40}")
+    for path, module in walk.modules:
+        above = (
+            flags.get(path.rpartition(".")[0], (dim or 0, dim is not None))
+            if path
+            else (dim or 0, dim is not None)
+        )
+        first = module.__dict__.get("batch_first")
+        flags[path] = above if first is None else (0 if first else 1, True)
+        known[module] = flags[path]
+        for pattern, own in (dims or {}).items():
+            if matches(pattern, Weight(path, module, "weight")):
+                known[module] = own, True
+                unused.discard(pattern)
+    if unused:
+        raise TargetError(f'dims: "{min(unused)}" matches no module; mend it, or drop it')
+    return known

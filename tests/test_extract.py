@@ -1,0 +1,251 @@
+"""The difference between a model and a tuned twin as an adapter; combinations of files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_param import (
+    AdapterError,
+    FileError,
+    LoRAError,
+    base_state_dict,
+    combine_lora,
+    extract_lora,
+    load_lora,
+    lora_selected,
+    register_lora,
+    resize_lora,
+    save_lora,
+)
+from lora_param.io.cli import main
+
+from .cases import describe, shake
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.first, self.norm = nn.Linear(8, 12), nn.LayerNorm(12)
+        self.second = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.second(self.norm(self.first(self.embedding(x))))
+        return output
+
+
+def twins(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in ("first.weight", "norm.bias", "second.weight", "embedding.weight"):
+            parameter = tuned.get_parameter(name)
+            parameter += torch.randn_like(parameter) / 4
+    return model, tuned
+
+
+X = torch.arange(9)
+
+
+@pytest.mark.parametrize("form", ["module", "state dict", "file"])
+def test_all_of_a_change_comes_back(form: str, tmp_path: Path) -> None:
+    model, tuned = twins()
+    given: Any = tuned
+    if form == "state dict":
+        given = tuned.state_dict()
+    if form == "file":
+        given = tmp_path / "tuned.safetensors"
+        save_file(tuned.state_dict(), given)
+    base = model(X)
+    fits = extract_lora(model, given, rank=12, adapter="tuned")
+    ranks = {fit.weight: fit.rank for fit in fits}
+    want = {"embedding.weight": None, "first.weight": 8, "norm.bias": None, "second.weight": 5}
+    assert ranks == want
+    torch.testing.assert_close(model(X), tuned(X), rtol=0, atol=1e-10)
+    with lora_selected(model, None):
+        assert torch.equal(model(X), base)
+
+
+@pytest.mark.parametrize("rank", [2, 0.8])
+def test_an_error_is_the_best_there_is(rank: int | float) -> None:
+    model, tuned = twins()
+    change = (tuned.first.weight - model.first.weight).detach()  # type: ignore[union-attr, operator]
+    values = torch.linalg.svdvals(change)
+    fits = {fit.weight: fit for fit in extract_lora(model, tuned, rank=rank)}
+    fit = fits["first.weight"]
+    assert fit.rank is not None
+    if isinstance(rank, float):
+        shares = values.square().cumsum(0) / values.square().sum()
+        assert fit.rank == 1 + int((shares < rank).sum())
+    else:
+        assert fit.rank == rank
+    best = (values[fit.rank :].norm() / values.norm()).item()
+    assert fit.error == pytest.approx(best, rel=1e-9)
+    got = (model.first.weight - tuned.first.weight).norm() / change.norm()  # type: ignore[union-attr, operator]
+    assert got.item() == pytest.approx(best, rel=1e-9)
+
+
+def test_a_half_precision_change_comes_back_to_the_bit_where_it_is_dense() -> None:
+    model, tuned = twins(torch.bfloat16)
+    extract_lora(model, tuned, rank=4)
+    assert torch.equal(model.norm.bias, tuned.norm.bias)  # type: ignore[union-attr]
+    assert torch.equal(model.embedding.weight, tuned.embedding.weight)  # type: ignore[union-attr]
+
+
+def test_an_adapter_extracted_from_an_adapted_twin_is_that_adapter() -> None:
+    model, _ = twins()
+    tuned = copy.deepcopy(model)
+    register_lora(tuned, rank=2)
+    shake(tuned)
+    fits = extract_lora(model, tuned, rank=0.999999)
+    assert [fit.rank for fit in fits] == [2, 2]
+    torch.testing.assert_close(model(X), tuned(X), rtol=0, atol=1e-2)
+
+
+def test_a_target_says_what_is_extracted_and_a_warning_what_is_left() -> None:
+    model, tuned = twins()
+    with pytest.warns(
+        UserWarning, match="not extracted: embedding.weight, norm.bias, second.weight"
+    ):
+        fits = extract_lora(model, tuned, rank=2, target="first")
+    assert [fit.weight for fit in fits] == ["first.weight"]
+    model, tuned = twins()
+    fits = extract_lora(model, tuned, rank=2, exclude=["embedding", "second"])
+    assert [fit.weight for fit in fits] == ["first.weight", "norm.bias"]
+
+
+def test_statistics_that_moved_are_extracted() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).double()
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned[0].weight += 1
+        tuned(torch.randn(8, 4).double())
+    extract_lora(model, tuned)
+    x = torch.randn(3, 4).double()
+    torch.testing.assert_close(model.eval()(x), tuned.eval()(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        (lambda s: s.pop("first.bias"), {}, LoRAError, "missing: first.bias"),
+        (lambda s: s.update(head=torch.ones(1)), {}, LoRAError, "unexpected: head"),
+        (lambda s: s.update({"first.bias": torch.ones(3)}), {}, LoRAError, "misshapen: first.bias"),
+        (lambda s: s["first.weight"].fill_(torch.nan), {}, LoRAError, "difference isn't finite"),
+        (lambda s: None, {"rank": 0}, LoRAError, "rank must be a positive integer"),
+        (lambda s: None, {"adapter": "a.b"}, AdapterError, "without dots"),
+        (lambda s: None, {"tuned": 3}, LoRAError, "must be a module, a state dict of tensors or"),
+        (lambda s: None, {"tuned": "nowhere.safetensors"}, FileError, "nowhere.safetensors"),
+        (lambda s: None, {"tuned": None}, LoRAError, "there is no difference"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(
+    change: Callable[[Any], Any], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model, tuned = twins()
+    state = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    change(state)
+    if options.get("tuned", 0) is None:
+        options = {"tuned": model.state_dict()}
+    before = describe(model)
+    with pytest.raises(error, match=message):
+        extract_lora(model, **{"tuned": state} | options)
+    assert describe(model) == before
+
+
+def saved(tmp_path: Path) -> tuple[nn.Module, list[str]]:
+    """Save two adapters of one model, and return it with their paths."""
+    model, _ = twins()
+    paths = []
+    for name in ("a", "b"):
+        register_lora(model, rank=2, adapter=name, train="norm")
+        shake(model, name)
+        save_lora(model, tmp_path / f"{name}.safetensors", name)
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+    return model, paths
+
+
+def outputs(model: nn.Module, path: Path) -> Tensor:
+    load_lora(model, path, "loaded", base="require")
+    with torch.no_grad(), lora_selected(model, "loaded"):
+        output: Tensor = model(X)
+        return output
+
+
+def test_the_command_line_combines_files(tmp_path: Path, capsys: Any) -> None:
+    model, (a, b) = saved(tmp_path)
+    out = tmp_path / "ab.safetensors"
+    assert main(["combine", f"{a}:0.7", f"{b}:-0.3", "--out", str(out)]) == 0
+    assert "first.weight" in capsys.readouterr().out
+    combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
+    with lora_selected(model, "ab"):
+        want = model(X)
+    torch.testing.assert_close(outputs(model, out), want, rtol=0, atol=1e-12)
+
+
+def test_the_command_line_resizes_files(tmp_path: Path, capsys: Any) -> None:
+    model, (a, _) = saved(tmp_path)
+    out = tmp_path / "small.safetensors"
+    assert main(["resize", a, "--rank", "1", "--out", str(out)]) == 0
+    assert "first.weight       1" in capsys.readouterr().out
+    resize_lora(model, 1, "a")
+    with lora_selected(model, "a"):
+        want = model(X)
+    torch.testing.assert_close(outputs(model, out), want, rtol=0, atol=1e-12)
+
+
+def test_the_command_line_extracts_checkpoints(tmp_path: Path, capsys: Any) -> None:
+    model, tuned = twins()
+    for name, each in (("base", model), ("tuned", tuned)):
+        save_file(base_state_dict(each), tmp_path / f"{name}.safetensors")
+    out = tmp_path / "adapter.safetensors"
+    base, other = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    command = ["extract", "--base", str(base), "--tuned", str(other), "--rank", "12"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert "norm.bias             -" in capsys.readouterr().out
+    torch.testing.assert_close(outputs(model, out), tuned(X), rtol=0, atol=1e-10)
+
+
+def test_files_of_different_bases_are_refused(tmp_path: Path, capsys: Any) -> None:
+    _, (a, _) = saved(tmp_path)
+    other, _ = twins()
+    with torch.no_grad():
+        other.first.weight += 1  # type: ignore[union-attr, operator]
+    register_lora(other, rank=2)
+    shake(other)
+    save_lora(other, tmp_path / "other.safetensors")
+    command = ["combine", f"{a}:1", f"{tmp_path / 'other.safetensors'}:1"]
+    assert main([*command, "--out", str(tmp_path / "out.safetensors")]) == 1
+    assert "is of another base than those in front of it: first.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["combine", "{a}", "--out", "{out}"], "a file with its strength"),
+        (["combine", "{a}:1", "{a}:2", "--out", "{out}"], "can be given once"),
+        (["combine", "{a}:1", "--out", "{out}", "--rank", "x"], "rank must be a number"),
+        (["combine", "{a}:1", "--out", "{out}", "--method", "ties"], "density must satisfy"),
+        (["combine", "{a}:nan", "--out", "{out}"], "strength must be a finite number"),
+        (["resize", "{a}", "--rank", "0", "--out", "{out}"], "rank must be a positive"),
+        (["resize", "{a}", "--rank", "1", "--out", "{a}"], "safetensors"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(
+    command: list[str], message: str, tmp_path: Path, capsys: Any
+) -> None:
+    _, (a, _) = saved(tmp_path)
+    out = tmp_path / "out.safetensors"
+    assert main([each.format(a=a, out=out) for each in command]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()

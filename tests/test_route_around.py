@@ -1,0 +1,130 @@
+"""Routed batches among blocks, threads, checkpoints, compilers and transforms."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_param import (
+    LoRAError,
+    lora_routed,
+    named_lora_parameters,
+    register_lora,
+)
+
+from .cases import Case, shake
+from .test_route import NAMES, build, close, linear
+
+
+def test_blocks_nest_and_models_are_routed_apart() -> None:
+    first, second, x = linear(), linear(), torch.randn(2, 6).double()
+    plain = first(x)
+    with lora_routed(first, ["a", "b"]):
+        want = first(x)
+        with lora_routed(second, ["b", "a"]):
+            assert torch.equal(first(x), want)
+            assert torch.equal(second(x.flip(0)), want.flip(0))
+        with lora_routed(first, ["c", None]):
+            assert not torch.allclose(first(x), want)
+        assert torch.equal(first(x), want)
+    assert torch.equal(first(x), plain)
+
+
+def test_a_block_is_of_one_thread() -> None:
+    layer, x = linear(), torch.randn(2, 6).double()
+    alone = {}
+    for entries in (("a", "b"), ("c", None), None):
+        with lora_routed(layer, entries) if entries else contextlib.nullcontext():
+            alone[entries] = layer(x)
+    together = threading.Barrier(3)
+    faults = []
+
+    def work(entries: Any) -> None:
+        together.wait()
+        for _ in range(50):
+            with lora_routed(layer, entries) if entries else contextlib.nullcontext():
+                if not torch.equal(layer(x), alone[entries]):
+                    faults.append(entries)
+
+    threads = [threading.Thread(target=work, args=(entries,)) for entries in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_routed_rows(reentrant: bool) -> None:
+    layer, x = linear(), torch.randn(3, 6).double().requires_grad_()
+    found = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        layer.zero_grad()
+        with lora_routed(layer, ["a", None, "c"]):
+            run(x).square().sum().backward()
+        found.append({name: p.grad for name, p in named_lora_parameters(layer)})
+    for name, gradient in found[0].items():
+        assert (gradient is None) == (found[1][name] is None)
+        assert gradient is None or torch.equal(gradient, found[1][name])  # type: ignore[arg-type]
+
+
+def test_compiled_code_stays_the_same_when_the_rows_change() -> None:
+    layer, x = linear(), torch.randn(3, 6).double()
+    graphs = []
+    backend = lambda module, _: graphs.append(module) or module  # noqa: E731
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    compiled(x)
+    for entries in (["a", "b", None], ["b", {"a": 0.3}, "c"], [None, "c", "a"]):
+        with lora_routed(layer, entries, names=NAMES):
+            close(compiled(x), layer(x))
+    with lora_routed(layer, torch.randn(3, 3).double(), names=NAMES):
+        close(compiled(x), layer(x))
+    assert len(graphs) == 2
+    close(compiled(x), layer(x))
+
+
+def test_transforms_differentiate_a_routed_batch() -> None:
+    layer, x = linear(), torch.randn(3, 6).double()
+    tensors = dict(layer.named_parameters())
+    with lora_routed(layer, ["a", None, "c"]):
+        call = lambda own: functional_call(layer, own, (x,)).square().sum()  # noqa: E731
+        gradients = torch.func.grad(call)(tensors)
+        layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.grad is not None:
+            close(gradients[name], parameter.grad)
+
+
+def test_a_copy_made_in_a_block_is_not_routed() -> None:
+    layer, x = linear(), torch.randn(2, 6).double()
+    plain = layer(x)
+    with lora_routed(layer, ["a", None]):
+        assert torch.equal(copy.deepcopy(layer)(x), plain)
+
+
+def test_hundreds_of_adapters_cost_a_routed_layer_those_that_occur() -> None:
+    layer = nn.Linear(6, 5)
+    for index in range(64):
+        register_lora(layer, rank=1, adapter=f"n{index}")
+    shake(layer)
+    x = torch.randn(2, 6)
+    with lora_routed(layer, ["n3", "n60"]), FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * (6 * 5 + 2 * 6 + 2 * 5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dense"])
+def test_rows_that_vmap_hides_are_refused(kind: str) -> None:
+    layer, _ = build(Case("", lambda: nn.Linear(6, 5), lambda: (torch.randn(2, 6),)), kind)
+    x = torch.randn(5, 2, 6).double()
+    with lora_routed(layer, ["a", "b"]), pytest.raises(LoRAError, match="vmap hides the rows"):
+        torch.func.vmap(layer)(x)
