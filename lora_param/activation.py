@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .chains import chains_of, originals_of, run_through, type_before
 from .deltas.protocol import Delta
+from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
 from .routing import Routing, routing_of
@@ -99,7 +100,7 @@ def _acting(
     if routing is not None:
         plan = None if traced else routing.plans.get(chain)
     entries = tuple(chain._modules.values())
-    if not plan or plan.switched is not Delta.switched or plan.entries != entries:
+    if not plan or plan.switched is not Switched.switched or plan.entries != entries:
         plan = _plan(chain, layer, routing)
         if routing is not None:
             routing.plans[chain] = plan
@@ -124,7 +125,7 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
 
 
 def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
-    switched = Delta.switched  # before any switch is looked at, which may change meanwhile
+    switched = Switched.switched  # before any switch is looked at, which may change meanwhile
     entries = tuple(chain._modules.values())
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)

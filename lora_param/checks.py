@@ -231,6 +231,8 @@ def _reasons(weight: Weight) -> Iterator[str]:
         yield "it is None; give the module a Parameter"
     elif not chain and tensor is None:
         yield "it is no Parameter of its module; make it one"
+    if reason := weight.layer.refusal(module):
+        yield reason
     for unfit, rule in TENSOR_RULES:
         if tensor is not None and unfit(tensor):
             yield rule.format(tensor, type(tensor).__name__, show_dtypes(tensor.dtype))
@@ -239,8 +241,6 @@ def _reasons(weight: Weight) -> Iterator[str]:
     except Exception as error:
         names = ", ".join(type(entry).__name__ for entry in chain)
         yield f"reading it through {names} fails with {error!r}; mend or remove these"
-    if reason := weight.layer.refusal(module):
-        yield reason
 
 
 def _norms(module: nn.Module, tensor: str) -> Iterator[str]:

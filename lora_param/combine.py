@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checks import check_model, check_weights, deltas_called
 from .deltas import Delta, DenseDelta, LoRAParametrization
-from .deltas.pair import SCALINGS, check_rank
+from .deltas.numbers import SCALINGS, check_rank
 from .deltas.protocol import Shape, check_adapter
 from .errors import AdapterError, LoRAError
 from .lowrank import (
@@ -309,10 +309,12 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:
     """Give a delta another's tensors and numbers; its flags, switches and place stay."""
-    own, old = delta._parameters, delta.numbers
+    own, starts, old = delta._parameters, delta._buffers, delta.numbers
     trains = any(each.requires_grad for each in delta.parameters())
     undo.callback(setattr, delta, "numbers", old)
-    keep_entries(undo, (own, {*own, *new._parameters}))
+    keep_entries(undo, (own, {*own, *new._parameters}), (starts, {*starts, *new._buffers}))
     own.clear()
     own.update(new.requires_grad_(trains)._parameters)
+    starts.clear()
+    starts.update(new._buffers)
     delta.numbers = new.numbers

@@ -41,9 +41,6 @@ def run_by_groups(
     routing: Routing, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     """Call a module's forward once for each group of rows, and put their results in order."""
-    if torch.compiler.is_compiling():  # which then leaves the module to eager mode, or says this
-        reason = "runs in weight space, once for each group of rows, which isn't compiled"
-        raise LoRAError(f"{routing.paths[module]}: {reason}; drop fullgraph=True")
     named = _named(call, (module, *args), kwargs)
     layer = layer_of(type_before(module))
     if layer.moving and module.training:
@@ -195,7 +192,7 @@ def by_rows(base: Any, own: Callable[..., Any] | None = None) -> Callable[..., A
         if Routing.used:
             routing = routing_of(self)
             if routing is not None and routing.separates(self):
-                return run_by_groups(routing, self, call, args, kwargs)
+                return routing.run(routing, self, call, args, kwargs)
         return call(self, *args, **kwargs)
 
     return forward

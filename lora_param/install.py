@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from .activation import in_activation_space
 from .chains import chains_of, originals_of
 from .deltas.protocol import Delta
+from .deltas.switching import Switched
 from .errors import LoRAError
 from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
@@ -98,7 +99,7 @@ def _weight_property(name: str, layer: Layer) -> property:
             store, key = _reading.values, chain
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
-            state = (torch.is_grad_enabled(), Delta.switched)
+            state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         else:
             return compute(self, chain)

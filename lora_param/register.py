@@ -14,7 +14,7 @@ from . import checks
 from .checks import check_model, deltas_called
 from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
 from .deltas.inits import Init
-from .deltas.pair import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
+from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base

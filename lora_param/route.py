@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .chains import chains_of
 from .checks import check_structure, deltas_called
 from .errors import AdapterError, LoRAError, TargetError
+from .groups import run_by_groups
 from .routing import Routing, routed_here
 from .targets import matches
 from .walk import Walk, walk
@@ -87,6 +89,8 @@ def lora_routed(
     routing = Routing(
         weights, columns, _dims(found, dim, dims), {module: path for path, module in found.modules}
     )
+    compiles = "torch._dynamo" in sys.modules
+    routing.run = torch.compiler.disable(run_by_groups) if compiles else run_by_groups  # type: ignore[no-untyped-call]
     with routed_here(routing):
         yield
 

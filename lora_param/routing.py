@@ -38,6 +38,8 @@ class Routing:
     used: ClassVar[bool] = False
     """Whether there is any in some context: otherwise nobody looks for one."""
 
+    run: Any = None  # runs a module by groups of rows, past any compiler
+
     def __init__(
         self,
         weights: Tensor,
@@ -102,7 +104,8 @@ class Routing:
         `columns` says how many of them each delta has.
         """
         spans = tuple((self.columns[d], d.scale, n) for d, n in zip(deltas, columns, strict=True))
-        kept = not (self.weights.requires_grad or torch.compiler.is_compiling())
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        kept = not (self.weights.requires_grad or traced)
         key = (spans, low.dtype, low.device)
         if kept and key in self._tables:
             return self._tables[key]

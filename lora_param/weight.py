@@ -19,7 +19,7 @@ from .errors import TargetError
 from .install import parametrized_class, properties_of
 from .layers import Layer, layer_of
 from .rows import Rows, Said
-from .sharding import is_sharded
+from .sharding import is_sharded, lay_out
 from .undo import in_order, keep_entries
 
 
@@ -143,7 +143,7 @@ class Weight:
         if name not in chains:
             chains[name] = _new_chain(self.whole.original, module.training)
         if is_sharded(original := chains[name]._parameters.get("original")):
-            delta.lay_out(original)
+            lay_out(delta, original, delta.along)
         chains[name]._modules[str(len(chains[name]._modules))] = delta
         if delta.training != module.training:
             delta.train(module.training)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import adapters as many
 from experiments.benchmark.cells import WAYS, Cell, cells, linears
 from experiments.benchmark.measuring import kept, measure, trainer
 from experiments.benchmark.report import draw, show, summary
@@ -48,9 +49,11 @@ def test_a_report_tells_of_every_cell_and_way(tmp_path) -> None:
     assert result["inference"].keys() == (WAYS.keys() - {"full"}) | {"merged"}
     environment = {"device_name": "", "device": "cpu", "threads": 1, "torch": "x"}
     report = {"environment": environment, "cells": [result], "verbs": {"register_lora": 0.5}}
+    report["adapters"] = {"eight / one": 1.25}
     text = show(json.loads(json.dumps(report)))
     assert text.count("\ntiny ") == 4
     assert "register_lora: 500.0 ms" in text
+    assert "eight / one: 1.25" in text
     draw([result], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
@@ -104,6 +107,7 @@ def test_bad_option_ends_in_one_line(option, value, message, tmp_path, capsys) -
 def test_command_writes_its_figures_and_a_picture(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(benchmark, "cells", lambda: [replace(TINY, quick=True)])
     monkeypatch.setattr(benchmark, "verbs", lambda: {"register_lora": 0.5})
+    monkeypatch.setattr(benchmark, "adapters", lambda: {"eight / one": 1.25})
     arguments = ["--quick", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
     assert benchmark.main(arguments) == 0
     written = json.loads((tmp_path / "001" / "benchmark.json").read_text())
@@ -115,3 +119,13 @@ def test_command_writes_its_figures_and_a_picture(tmp_path, monkeypatch, capsys)
 def test_peers_are_compared_where_they_are_installed() -> None:
     installed = {name for name in ("peft", "loralib") if importlib.util.find_spec(name)}
     assert WAYS.keys() - {"floor", "lora_param", "parametrize", "full"} == installed
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_many_adapters_are_compared_on_equal_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("ROWS", 8), ("TOKENS", 2), ("WIDTH", 8), ("RANK", 2)):
+        monkeypatch.setattr(many, name, size)
+    monkeypatch.setattr(many, "recompression", lambda: 1.0)
+    found = many.adapters()
+    assert len(found) == 4 + bool(importlib.util.find_spec("peft"))
+    assert all(ratio > 0 for ratio in found.values())

@@ -16,6 +16,8 @@ from lora_param import (
     fingerprint,
     load_lora_state_dict,
     lora_parameters,
+    lora_routed,
+    lora_selected,
     lora_state_dict,
     lora_summary,
     merge_lora,
@@ -151,6 +153,22 @@ def test_an_embeddings_rows_are_tokens(target: Any) -> None:
     assert lora_summary(layer).weights[0].space == "activation"
     moved = (layer(tokens) != before).any(1).nonzero().flatten().tolist()
     assert moved == ([2, 3] if name == "weight[2:4]" else [0, 2, 3])
+
+
+@pytest.mark.parametrize("case", [c for c in LAYERS if c in CASES], ids=lambda case: case.id)
+def test_a_row_of_a_batch_meets_its_own_adapters_blocks(case: Case) -> None:
+    layer, (x,) = case.build(torch.float64)
+    alone = []
+    for adapter in "ab":
+        adapt(case, layer, adapter=adapter)
+    shake(layer)
+    for adapter in "ab":
+        with lora_selected(layer, adapter):
+            alone.append(layer(x))
+    with lora_routed(layer, ["ab"[row % 2] for row in range(len(x))]):
+        y = layer(x)
+    for row in range(len(x)):
+        torch.testing.assert_close(y[row], alone[row % 2][row])
 
 
 def fused() -> nn.Linear:

@@ -148,6 +148,17 @@ def test_a_prefix_that_cannot_be_seen_is_given(
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["weight"], model.bert.weight)
 
 
+def test_two_tensors_of_one_name_are_refused_when_a_prefix_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, adapter, base = without_prefix(tmp_path, base={})
+    tensors = load_file(base)
+    save_file(tensors | {"bert.fc.bias": torch.ones(5)}, base)
+    command = merging(adapter, base, tmp_path / "out.safetensors")
+    error = fails(capsys, *command, "--prefix", "bert.")
+    assert "more than one tensor is fc.bias; keep one of them" in error
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda folder: None, "has none of *.index.json, *.safetensors"),
     "two": (lambda folder: [save_file({}, folder / f"{n}.safetensors") for n in "ab"], "has several of a.safetensors, b.safetensors; name a file"),

@@ -85,7 +85,9 @@ def test_options_of_other_kinds_are_refused() -> None:
     for options in ({"rank": 2}, {"alpha": 3.0}, {"dropout": 0.1}, {"init": "gaussian"}):
         with pytest.raises(LoRAError, match=f"a dense delta takes no {min(options)}, got"):
             register_lora(nn.Linear(6, 5), kind="dense", **options)
-    with pytest.raises(LoRAError, match=r"kind must be one of \['dense', 'dora', 'lora'\], got 'sparse'"):
+    with pytest.raises(
+        LoRAError, match=r"kind must be one of \['dense', 'dora', 'lora'\], got 'sparse'"
+    ):
         register_lora(nn.Linear(6, 5), kind="sparse")
 
 

@@ -166,20 +166,17 @@ def converted(layer: nn.Linear) -> None:
     layer.to(torch.bfloat16).to(torch.float32)
 
 
-def moved_back(layer: nn.Linear) -> None:
-    own = original_of(layer).data
-    address = own.data_ptr()
-    original_of(layer).data = torch.empty(0)
-    del own
-    for _ in range(50):  # until a new tensor is where the old one was, with the same version
-        new = torch.randn(8, 9)
-        if new.data_ptr() == address:
-            break
-    original_of(layer).data = new
+def put_elsewhere_and_back(layer: nn.Linear) -> None:
+    """Put new memory where the old was, at the same address and with the same version."""
+    place = bytearray(8 * 9 * 4)
+    original_of(layer).data = torch.frombuffer(place, dtype=torch.float32).view(8, 9)
+    layer(torch.ones(1, 9))
+    new = torch.frombuffer(place, dtype=torch.float32).view(8, 9)
+    original_of(layer).data = new.copy_(torch.randn(8, 9))
 
 
 CHANGES: list[Callable[[Any], None]] = [
-    replaced, written, loaded, assigned, converted, moved_back
+    replaced, written, loaded, assigned, converted, put_elsewhere_and_back
 ]  # fmt: skip
 
 

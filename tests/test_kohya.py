@@ -178,7 +178,7 @@ DOWN, UP = f"{Q}.lora_down.weight", f"{Q}.lora_up.weight"
 
 BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
     ("OFT", lambda t: (t.clear(), t.update({f"{Q}.oft_blocks": torch.ones(2, 2)})), "oft_blocks is of no kind that is supported"),
-    ("DoRA", lambda t: t.update({f"{Q}.dora_scale": torch.ones(6, 1)}), "dora_scale is of no kind that is supported"),
+    ("DoRA", lambda t: t.update({f"{Q}.dora_scale": torch.ones(7, 1)}), r"its magnitude is \(7, 1\), for a weight of \(6, 6\)"),
     ("a scalar", lambda t: t.update({f"{Q}.scalar": torch.ones(())}), "scalar is of no kind that is supported"),
     ("no up", lambda t: t.pop(UP), f"{Q} has no lora_B"),
     ("no module", lambda t: t.update(linear("lora_unet_x") | linear("lora_unet_y")), "no module for lora_unet_x, lora_unet_y; the nearest"),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lora_param import (
@@ -18,12 +17,10 @@ from lora_param import (
     load_lora,
     lora_parameters,
     lora_summary,
-    merge_lora,
     register_lora,
     remove_lora,
     save_lora,
 )
-from lora_param.io import convert_file, merge_checkpoint
 from lora_param.io.values import difference
 
 from .cases import shake
@@ -102,6 +99,15 @@ def test_a_head_trained_whole_here_is_saved_by_peft_as_its_own(make: Any, tmp_pa
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_head_alone_is_read_from_its_file_beside_the_config(tmp_path: Path) -> None:
+    model = bert()
+    register_lora(model, target=(), train="classifier")
+    shake(model)
+    save_lora(model, tmp_path, format="peft")
+    names = load_lora(bert(), tmp_path / "adapter_model.safetensors")
+    assert names == ["classifier.weight", "classifier.bias"]
 
 
 def test_a_task_is_named_where_peft_would_save_what_is_saved(tmp_path: Path) -> None:
@@ -304,26 +310,3 @@ def test_a_buffer_that_nothing_trains_has_to_be_the_models_own(tmp_path: Path) -
     edit_tensors(tmp_path, lambda t: t[f"{PREFIX}pooler.places"].add_(1))
     with pytest.raises(FileError, match=r"pooler\.places is neither a factor nor equal"):
         load_lora(base, tmp_path)
-
-
-@pytest.mark.parametrize("to", ["native", "merged"])
-def test_a_folder_with_a_head_and_norms_is_read_beside_a_checkpoint(
-    to: str, tmp_path: Path
-) -> None:
-    base = bert()
-    base.norm = nn.BatchNorm1d(3)
-    options = {"modules_to_save": ["classifier", "norm"], "bias": "all"}
-    case = Case("", lambda: base, tokens(2, 5), QUERY, options=options)
-    trained_in_peft(case, tmp_path / "peft")
-    checkpoint, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
-    save_file({name: each.clone() for name, each in base.state_dict().items()}, checkpoint)
-    load_lora(model := copy.deepcopy(base), tmp_path / "peft")
-    if to == "native":
-        convert_file(tmp_path / "peft", out, "native", checkpoint)
-        load_lora(base, out, base="require")
-    else:
-        merge_checkpoint(tmp_path / "peft", checkpoint, out)
-        base.load_state_dict(load_file(out))
-    merge_lora(model)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(attrgetter(name)(base), tensor)

@@ -153,3 +153,14 @@ def test_activations_quantised_as_they_come_are_for_inference_alone(
     x = torch.randn(5, 64)
     torch.testing.assert_close(model(x), dense(x), rtol=0.1, atol=0.1)
     assert not any(each.requires_grad for each in lora_parameters(model))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_bitsandbytes_layers_are_refused_with_the_reason(kind: str, moved: bool) -> None:
+    layers = pytest.importorskip("bitsandbytes.nn")
+    model = nn.Sequential(getattr(layers, kind)(64, 32), nn.Linear(32, 4))
+    model = model.to("cpu") if moved else model  # which quantises
+    with pytest.raises(LoRAError, match=r"0\.weight: bitsandbytes keeps it packed"):
+        register_lora(model)
+    assert register_lora(model, exclude="0", freeze=False) == ["1.weight"]

@@ -10,19 +10,28 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_param import (
     LoRAError,
+    lora_merged,
     lora_routed,
+    lora_selected,
     named_lora_parameters,
     register_lora,
 )
 
 from .cases import Case, shake
 from .test_route import NAMES, build, close, linear
+
+newer = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    reason="before torch 2.7 no compiled code can read a context variable",
+)
 
 
 def test_blocks_nest_and_models_are_routed_apart() -> None:
@@ -77,6 +86,7 @@ def test_checkpointing_recomputes_the_routed_rows(reentrant: bool) -> None:
         assert gradient is None or torch.equal(gradient, found[1][name])  # type: ignore[arg-type]
 
 
+@newer
 def test_compiled_code_stays_the_same_when_the_rows_change() -> None:
     layer, x = linear(), torch.randn(3, 6).double()
     graphs = []
@@ -128,3 +138,59 @@ def test_rows_that_vmap_hides_are_refused(kind: str) -> None:
     x = torch.randn(5, 2, 6).double()
     with lora_routed(layer, ["a", "b"]), pytest.raises(LoRAError, match="vmap hides the rows"):
         torch.func.vmap(layer)(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beam_search_gives_each_prompt_its_adapters_words(beams: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=None, pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    for name in NAMES:
+        register_lora(model, rank=2, adapter=name, alpha=20)
+    shake(model)
+    prompts = torch.randint(2, 17, (1, 3)).expand(3, 3)  # as many tokens as rows
+    options = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False}
+    entries: list[Any] = ["a", None, {"b": 0.5, "c": -1.0}]
+    with lora_routed(model, entries, dim=0):
+        got = model.generate(prompts, **options)
+    alone = []
+    for row, entry in enumerate(entries):
+        with lora_selected(model, entry):
+            alone.append(model.generate(prompts[row : row + 1], **options))
+    assert torch.equal(got, torch.cat(alone))
+    assert len({tuple(row) for row in got.tolist()}) == 3
+
+
+@newer
+def test_weight_space_leaves_compiled_code_and_is_refused_in_one_graph() -> None:
+    layer = nn.Conv1d(4, 4, 1, groups=2).double()
+    for name in NAMES:
+        register_lora(layer, rank=2, adapter=name)
+    shake(layer)
+    x = torch.randn(2, 4, 5).double()
+    compiled = torch.compile(layer, backend="eager")
+    for entries in (["a", "b"], [None, "c"]):
+        with lora_routed(layer, entries):
+            close(compiled(x), layer(x))
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    torch._dynamo.reset()
+    with lora_routed(layer, ["a", "b"]), pytest.raises(Unsupported, match="disable"):
+        whole(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own of its tracer
+def test_a_block_can_be_traced() -> None:
+    layer, x = linear(), torch.randn(2, 6).double()
+    with lora_routed(layer, ["a", "b"]):
+        traced = torch.jit.trace(layer, x)
+        close(traced(x), layer(x))
+
+
+def test_merging_in_a_block_is_refused() -> None:
+    layer = linear()
+    with lora_routed(layer, ["a", "b"]), pytest.raises(LoRAError, match="has adapters of its own"):
+        lora_merged(layer).__enter__()

@@ -25,6 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..shared.environment import choose_device, environment
 from ..shared.runs import next_folder, write_json
 from ..shared.settings import check_options, option, parse
+from .adapters import adapters
 from .cells import cells
 from .measuring import measure
 from .report import draw, show
@@ -61,7 +62,7 @@ def run(settings: Settings) -> None:
     results: list[dict[str, Any]] = []
     folder = next_folder(Path(settings.output))
     about = environment(device, "peft", "loralib", "transformers")
-    report = {"environment": about, "cells": results, "verbs": verbs()}
+    report = {"environment": about, "cells": results, "verbs": verbs(), "adapters": adapters()}
     for cell, mode in tqdm(work, "cells", disable=None, unit="cell"):
         results.append(measure(cell, mode, device, 0.0 if settings.quick else TURN))
         # Each time, so that an interrupted run leaves what it has measured.

@@ -21,7 +21,7 @@ def show(report: dict[str, Any]) -> str:
         report: What the benchmark writes as JSON.
 
     Returns:
-        A table per measure, what they come to, and the verbs.
+        A table per measure, what they come to, the verbs, and many adapters.
     """
     results, env = report["cells"], report["environment"]
     lines = [
@@ -38,6 +38,7 @@ def show(report: dict[str, Any]) -> str:
     lines.append(aligned([["", *ways], *kept]))
     lines += ["", *summary(results), ""]
     lines += [f"{name}: {seconds * 1e3:,.1f} ms" for name, seconds in report["verbs"].items()]
+    lines += ["", *(f"{name}: {ratio:.2f}" for name, ratio in report["adapters"].items())]
     return "\n".join(lines)
 
 

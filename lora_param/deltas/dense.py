@@ -61,7 +61,7 @@ class DenseDelta(Delta):
 
     def value(self, weight: Tensor) -> Tensor:
         """Return `W + D`, computed in the wider dtype and rounded once to `W`'s."""
-        strength = self.now.strength
+        strength = self.now().strength
         D = self.D if type(strength) is float and strength == 1 else self.D * strength
         return (weight + D).to(weight.dtype)
 

@@ -68,6 +68,11 @@ class DoRA(Pair):
         delta._parameters["magnitude"] = nn.Parameter(lengths)
         return delta
 
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        """Whether each length is of one row or of a part of it."""
+        return self.magnitude.shape[0] > 1 or self.magnitude.numel() == 1
+
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why the tensors can't be those of a weight of this shape and matrix view."""
         m = tuple(self.magnitude.shape)

@@ -74,7 +74,7 @@ class LoRAParametrization(Pair):
         """
         dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        value: Tensor = weight + update.view_as(weight) * self._factor
+        value: Tensor = weight + update.view_as(weight) * self._factor()
         return value.to(weight.dtype)
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
@@ -102,7 +102,10 @@ class LoRAParametrization(Pair):
                 y = first.act(y, x, run, ())
                 continue
             As, Bs = zip(
-                *(run.whole(p.lora_A, p.lora_B * p._factor, p.rows, p.dim) for p in (first, *rest)),
+                *(
+                    run.whole(p.lora_A, p.lora_B * p._factor(), p.rows, p.dim)
+                    for p in (first, *rest)
+                ),
                 strict=True,
             )
             # [sum of ranks, fan_in] and [fan_out, the same]
@@ -122,7 +125,7 @@ class LoRAParametrization(Pair):
         for pair in pairs:
             meeting.setdefault(pair._dropout if pair.training else 0.0, []).append(pair)
         for dropout, same in meeting.items():
-            As, Bs = zip(*(run.whole(p.lora_A, p.lora_B, p.rows) for p in same), strict=True)
+            As, Bs = zip(*(run.whole(p.lora_A, p.lora_B, p.rows, p.dim) for p in same), strict=True)
             kept = F.dropout(x, dropout) if dropout else x
             if (chosen := run.chosen(same, As)) is not None:
                 y = run.gathered(y, kept, As, Bs, *chosen)

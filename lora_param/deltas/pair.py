@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,11 @@ from ..errors import LoRAError, StateDictError
 from ..quantised import dense
 from ..sharding import is_sharded, spread, whole
 from .inits import DRAWS, STARTS, Init, factors_at_start
+from .numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_rank, check_scaling
 from .protocol import Delta, Shape
+from .switching import Switched
 
-Scaling = Literal["lora", "rslora"]
 Self = TypeVar("Self", bound="Pair")
-
-SCALINGS: dict[str, Callable[[int], float]] = {"lora": float, "rslora": math.sqrt}
-"""What alpha is divided by, given the rank."""
 
 
 class Pair(Delta):
@@ -196,7 +193,7 @@ class Pair(Delta):
     @alpha.setter
     def alpha(self, alpha: float) -> None:
         self._alpha = check_alpha(alpha, self.rank)
-        Delta.switched = object()
+        Switched.switched = object()
 
     @property
     def scaling(self) -> str:
@@ -206,7 +203,7 @@ class Pair(Delta):
     @scaling.setter
     def scaling(self, scaling: Scaling) -> None:
         self._scaling = check_scaling(scaling)
-        Delta.switched = object()
+        Switched.switched = object()
 
     @property
     def scale(self) -> float:
@@ -217,9 +214,8 @@ class Pair(Delta):
     def scale(self, scale: float) -> None:
         self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
 
-    @property
     def _factor(self) -> Any:
-        return self.scale * self.now.strength
+        return self.scale * self.now().strength
 
     @property
     def dropout(self) -> float:
@@ -303,48 +299,3 @@ class Pair(Delta):
         sides = self.lora_A.mT, self.lora_B
         A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
         return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale * self.strength))
-
-
-def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
-    """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
-    limit = min(fan_out, fan_in)
-    whole = type(rank) is int or (isinstance(rank, Integral) and not isinstance(rank, bool))
-    number = int(cast(Any, rank)) if whole else 0
-    if not 1 <= number <= limit:
-        fix = "lower the rank" if number > limit else "give an integer from 1 up"
-        bounds = f"1 <= rank <= min({fan_out}, {fan_in}) = {limit}"
-        raise LoRAError(f"rank must satisfy {bounds}, got {rank!r}; {fix}")
-    return number
-
-
-def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
-    """Return `alpha` as a finite float, `rank` for `None`, or raise."""
-    if alpha is None and name == "alpha":
-        return float(rank)
-    if not math.isfinite(value := _real(alpha)):
-        rule = "a finite number" + (", or None for the rank" if name == "alpha" else "")
-        raise LoRAError(f"{name} must be {rule}, got {alpha!r:.40}; give a number")
-    return value
-
-
-def check_scaling(scaling: object) -> str:
-    """Return `scaling`, or raise unless it is known."""
-    if not isinstance(scaling, str) or scaling not in SCALINGS:
-        raise LoRAError(f"scaling must be one of {[*SCALINGS]}, got {scaling!r:.40}")
-    return scaling
-
-
-def check_dropout(dropout: object) -> float:
-    """Return `dropout` as a float, or raise."""
-    if not 0 <= (value := _real(dropout)) < 1:
-        raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
-    return value
-
-
-def _real(value: object) -> float:
-    """Return a real number as a float, and anything else as NaN."""
-    real = isinstance(value, (float, Real)) and not isinstance(value, bool)
-    try:
-        return float(cast(Any, value)) if real else math.nan
-    except OverflowError:
-        return math.inf

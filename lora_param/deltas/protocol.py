@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 from weakref import ref
 
@@ -16,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import AdapterError, LoRAError, StateDictError
 from ..ops import autocasts
 from ..quantised import dense
-from ..routing import Routing, Switch, routing_of
 from ..rows import Rows
-from ..sharding import lay_out, mesh_of, whole
+from ..sharding import mesh_of, whole
+from .switching import Switched
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
@@ -26,16 +23,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Shape = tuple[int, ...]
 
 
-class _Place:
-    """Where a switch is, with an identity."""
-
-    switch = Switch()
-
-
-_flags = threading.Lock()
-
-
-class Delta(nn.Module):
+class Delta(Switched):
     """What one adapter does to one weight, as a parametrization of torch's.
 
     A kind is a subclass in a file of its own and a row in `KINDS`. It says what the weight becomes
@@ -60,9 +48,6 @@ class Delta(nn.Module):
     of_values: ClassVar[bool] = False
     """Whether a fresh one depends on what others beneath it have made of the weight."""
 
-    adds: ClassVar[bool] = False
-    """Whether its value is `W` plus something, which a strength can multiply."""
-
     acts: ClassVar[bool] = False
     """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
     compute otherwise."""
@@ -70,16 +55,12 @@ class Delta(nn.Module):
     routes: ClassVar[bool] = False
     """Whether its own `act` heeds `run.routing`, of rows that differ in what acts on them."""
 
-    switched: ClassVar[object] = object()
-    """Another object after every change of a switch: what was planned before holds no more."""
-
+    by_rows = True  # whether a row of its value depends on that row of the weight alone
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
     dim = 0
     origin = ""  # which kind it was in another library's file
     _holds = cast("set[Any]", frozenset())  # of `frozen`
-    _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
-    _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -89,7 +70,7 @@ class Delta(nn.Module):
         super().__init__()
         check_adapter(adapter)
         check_dtype(dtype or torch.get_default_dtype())
-        self.__dict__.update(adapter=adapter, _places=[_Place()])
+        self.__dict__.update(adapter=adapter)
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
@@ -157,10 +138,6 @@ class Delta(nn.Module):
         """Return which dimension of a tensor of its lies along one of the weight's, if any does."""
         return dim
 
-    def lay_out(self, weight: Tensor) -> None:
-        """Shard its parameters as a weight is sharded."""
-        lay_out(self, weight, self.along)
-
     def gathered(self) -> Delta:
         """Return it with tensors that are whole, itself if they are."""
         tensors = {**self._parameters, **self._buffers}
@@ -184,91 +161,9 @@ class Delta(nn.Module):
             self.reset_parameters()  # `to_empty` has given them memory, and no values
         return self
 
-    @property
-    def switch(self) -> Switch:
-        """How it acts now."""
-        return self._places[-1].switch
-
-    @switch.setter
-    def switch(self, switch: Switch) -> None:
-        self._places[-1].switch = switch
-        self._switched()
-
-    @property
-    def now(self) -> Switch:
-        """How it acts here and now: by its switch, or as the batch is routed."""
-        if Routing.used and (routing := routing_of(self)) is not None:
-            return routing.switch(self)
-        return self._places[-1].switch
-
-    @contextmanager
-    def switched_for_now(self, switch: Switch) -> Iterator[None]:
-        """Switch it for a block, also beside other blocks that begin and end in any order.
-
-        Gradients of what may not be trained in the block are away meanwhile.
-        """
-        own, resting = _Place(), [] if switch.trained else list(self.parameters())
-        own.switch, grads = switch, [(each, each.grad) for each in resting]
-        self._places.append(own)
-        try:
-            self._switched()
-            yield
-        finally:
-            self._places.remove(own)
-            self._switched()
-            for parameter, grad in grads:
-                parameter.grad = grad
-
-    def _switched(self) -> None:
-        """Let plans know, and flags follow: those that were taken away come back."""
-        Delta.switched = object()
-        if self.switch.trained and not self._resting:
-            return
-        with _flags:
-            own, trained = dict(self.named_parameters()), self.switch.trained
-            flagged = tuple(name for name in own if own[name].requires_grad)
-            resting = tuple(dict.fromkeys((*self._resting, *flagged)))
-            self.__dict__["_resting"] = () if trained else resting
-            for name in self.__dict__["_resting"] or resting:
-                own[name].requires_grad_(trained)
-                own[name].grad = own[name].grad if trained else None
-
-    @property
-    def trains(self) -> bool:
-        """Whether any of its parameters requires a gradient, or did when it was last trained."""
-        return bool(self._resting) or any(each.requires_grad for each in self.parameters())
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it acts."""
-        return self.switch.on
-
-    @enabled.setter
-    def enabled(self, enabled: bool) -> None:
-        self.switch = self.switch._replace(on=enabled)
-
-    @property
-    def strength(self) -> float:
-        """What multiplies all that it adds to a weight."""
-        return cast(float, self.switch.strength)
-
-    @strength.setter
-    def strength(self, strength: float) -> None:
-        self.check_strength(strength)
-        self.switch = self.switch._replace(strength=strength)
-
-    def check_strength(self, strength: object) -> None:
-        """Raise unless it can act with a strength."""
-        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-        if not number or not math.isfinite(cast(float, strength)):
-            raise LoRAError(f"a strength must be a finite number, got {strength!r:.40}")
-        if strength != 1 and not self.adds:
-            reason = f"a {self.kind} delta adds nothing that could be multiplied"
-            raise LoRAError(f"a strength must be 1, because {reason}, got {strength!r}")
-
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
-        if not self.now.on:
+        if not self.now().on:
             return weight
         weight = dense(weight)
         if autocasts(weight):

@@ -57,10 +57,7 @@ def open_checkpoint(path: Path) -> Iterator[Base]:
         for shard in _shards(path):
             opened = stack.enter_context(open_file(shard))
             files |= dict.fromkeys(opened.keys, opened)
-        plain = {key: plain_name(key) for key in files}
-        if twice := [name for name, count in Counter(plain.values()).items() if count > 1]:
-            raise FileError(f"{path}: more than one tensor is {shortened(twice)}; keep one of them")
-        yield Base(files, plain)
+        yield Base(files, _each_once(path, {key: plain_name(key) for key in files}))
 
 
 @contextmanager
@@ -74,7 +71,14 @@ def open_base(
     """
     with open_checkpoint(path) as found:
         names = _renamed(dict(found.names), prefix, lambda: _adapted(file, options))
-        yield Base(found.files, names)
+        yield Base(found.files, _each_once(path, names))
+
+
+def _each_once(path: Path, names: dict[str, str]) -> dict[str, str]:
+    """Return names by keys, or raise where two keys have the same."""
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise FileError(f"{path}: more than one tensor is {shortened(twice)}; keep one of them")
+    return names
 
 
 def plain_name(key: str) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...checks import check_weights
-from ...deltas import KINDS, Delta, LoRAParametrization
+from ...deltas import KINDS, Delta
+from ...deltas.pair import Pair
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError, TargetError
 from ...sharding import whole
@@ -56,8 +58,8 @@ class Format(NamedTuple):
 
 FORMATS = (
     Format("native", native, KINDS, any_kind=True),
-    Format("peft", peft, ("lora", "dense", "statistics")),
-    Format("kohya", kohya, ("lora", "dense"), silent=("dropout",)),
+    Format("peft", peft, ("lora", "dora", "dense", "statistics")),
+    Format("kohya", kohya, ("lora", "dora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
 )
@@ -129,8 +131,9 @@ class AdapterFile:
         deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
         _check_adaptable([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        fitting, faults = Deltas(), list[str]()
-        for name in sorted(found, key=lambda name: order[found[name].name]):
+        fitting, faults = Deltas(), list[str](_overlaps(found))
+        rows = {name: weight.rows.parts if weight.rows else () for name, weight in found.items()}
+        for name in sorted(found, key=lambda name: (order[found[name].name], rows[name])):
             if fault := _misfit(deltas[name], found[name]):
                 faults.append(f"{name}: {fault}")
             else:
@@ -264,9 +267,19 @@ def _known(delta: Delta, weight: WeightOutline) -> Delta:
     )
 
 
+def _overlaps(found: Mapping[str, WeightOutline]) -> Iterator[str]:
+    """Complain of what changes the same rows of one weight twice."""
+    blocks: defaultdict[str, list[WeightOutline]] = defaultdict(list)
+    for weight in found.values():
+        blocks[weight.name].append(weight)
+    for one, other in (pair for own in blocks.values() for pair in combinations(own, 2)):
+        if one.rows is None or other.rows is None or one.rows.overlaps(other.rows):
+            yield f"{one.full_name} and {other.full_name} overlap"
+
+
 def _within_rank(delta: Delta, view: Shape) -> Delta:
     """Return a delta, or one of the same update whose rank is the weight's smaller side."""
     limit = min(view[-2:], default=0)
-    if isinstance(delta, LoRAParametrization) and delta.rank > limit:
+    if isinstance(delta, Pair) and delta.rank > limit:
         return delta.lowered(limit)
     return delta

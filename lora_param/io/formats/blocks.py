@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...deltas import Delta, LoRAParametrization
+from ...deltas.pair import Pair
 from ...rows import Rows
 from ..outline import Outline, Shape
 from ..tensors import shortened
@@ -49,7 +50,7 @@ def joined(format: str, deltas: Mapping[str, Delta], weights: Outline) -> dict[s
     return result
 
 
-def _pair(shape: Shape, blocks: Sequence[tuple[Rows, LoRAParametrization]]) -> LoRAParametrization:
+def _pair(shape: Shape, blocks: Sequence[tuple[Rows, LoRAParametrization]]) -> Pair:
     """Put blocks side by side: a factor has zeros where the others' rows are."""
     As, Bs = list[Tensor](), list[Tensor]()
     for rows, delta in blocks:

@@ -13,7 +13,7 @@ from ...errors import FileError
 from ..outline import Outline
 from ..tensors import About, Config, OpenFile, strict_json
 from . import factors as shared
-from . import peft
+from . import fused, peft
 from .peft_config import costly_patterns, rank_and_alpha, scaling, unsupported_fields
 
 CONFIG = "lora_adapter_metadata"
@@ -70,10 +70,16 @@ def parse(
     factors, rest = shared.group_factors(chosen, *KEYS)
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
-    found = {name: weights.layer_weight(*_paths(name)) for name in factors}
+    others = fused.elsewhere(weights)
+    factors, found = fused.placed(
+        factors,
+        {name: weights.layer_weight(*_paths(name)) for name in factors},
+        lambda name: next((others[path] for path in _paths(name) if path in others), None),
+    )
     deltas = shared.read_layers(factors, found, weights, shared.plain_factors)
     complaints = []
-    for name, (_, delta) in zip(factors, deltas, strict=True):
+    for part_name, (_, delta) in zip(factors, deltas, strict=True):
+        name = part_name.partition("#")[0]
         if (part := _part(name)) in config:
             rank, delta.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
             delta.scaling = scaling(config[part])

@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta, LoRAParametrization
+from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
+from ...deltas.pair import Pair as LowRank
 from ...errors import FileError, LoRAError
 from ..outline import NOTHING, Outline, Shape, WeightOutline
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
 
-LoRADeltas = Mapping[str, LoRAParametrization]
-Pair = tuple[str, LoRAParametrization]
+LoRADeltas = Mapping[str, LowRank]
+Pair = tuple[str, LowRank]
 AnyPair = tuple[str, Delta]
 Reader = Callable[[WeightOutline, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
 Item = TypeVar("Item")
@@ -49,11 +50,26 @@ def collect(
     return results
 
 
-def low_rank(name: str, A: Tensor, B: Tensor, alpha: float, **numbers: Any) -> Pair:
-    """Pair a weight's name with the update that its factors are, in the matrix view."""
+def low_rank(
+    name: str,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    *,
+    magnitude: Tensor | None = None,
+    **numbers: Any,
+) -> Pair:
+    """Pair a weight's name with the update that its factors are, in the matrix view.
+
+    With a `magnitude`, of the weight's dimensions, it is a DoRA's, of the widest dtype there is.
+    """
     numbers = {"rank": B.shape[-1], "alpha": alpha, "dropout": 0.0, **numbers}
+    tensors, kind = {"lora_A": A, "lora_B": B}, LoRAParametrization if magnitude is None else DoRA
+    if magnitude is not None:
+        dtype = torch.promote_types(A.dtype, magnitude.dtype)
+        tensors = {n: t.to(dtype) for n, t in (tensors | {"magnitude": magnitude}).items()}
     try:
-        delta: Any = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
+        delta: Any = kind.restore(tensors, numbers)
         return name, delta
     except LoRAError as error:
         raise FileError(f"{name}: {error}") from None
@@ -164,7 +180,8 @@ def read_layers(
             raise FileError(f"{name} {error}") from None
         transposed = weight.module.layer.transposed
         check_shape(name, weight.shape, A, B, transposed)
-        pair = low_rank(weight.full_name, *stored_factors(A, B, transposed), alpha)
+        m = factors[name].get("dora_scale")
+        pair = low_rank(weight.full_name, *stored_factors(A, B, transposed), alpha, magnitude=m)
         pair[1].rows = weight.rows
         return pair
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta, LoRAParametrization
+from ...deltas import Delta, DenseDelta, DoRA
+from ...deltas.pair import Pair
 from ...errors import FileError
 from ...weight import join
 from ..outline import Outline, Shape
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
-from . import lycoris
+from . import fused, lycoris
 
 PARTS = (
     ("lora_unet_", "unet", "UNet"),
@@ -33,7 +34,7 @@ A part's modules are looked up below the model's child of that name, or else in 
 
 KEYS = (
     r"(?P<name>[^.]+)\.(?P<role>lora_down|lora_up)\.weight",
-    r"(?P<name>[^.]+)\.(?P<role>alpha)",
+    r"(?P<name>[^.]+)\.(?P<role>alpha|dora_scale)",
     r"(?P<name>[^.]+)\.(?P<role>diff|diff_b|w_norm|b_norm)",
     *lycoris.KEYS,
 )
@@ -41,7 +42,7 @@ DENSE, NORM = {"weight": "diff", "bias": "diff_b"}, {"weight": "w_norm", "bias":
 WHOLE = {role: tensor for roles in (DENSE, NORM) for tensor, role in roles.items()}
 """What the differences of a layer's and a norm's tensors are called."""
 
-OTHERS = r".+\.(oft_\w+|dora_scale)"
+OTHERS = r".+\.oft_\w+"
 
 
 def recognises(file: OpenFile) -> bool:
@@ -68,6 +69,11 @@ def parse(
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
     found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
+    others = fused.elsewhere(weights)
+    theirs = flat_names(weights, prefix, others)
+    factors, found = fused.placed(
+        factors, found, lambda name: others[theirs[name][0]] if name in theirs else None
+    )
     shared.refuse(shared.without_module(found, weights))
     whole: list[tuple[str, Delta]] = [
         shared.dense(join(weight.module.path, WHOLE[role]), tensor)
@@ -108,7 +114,7 @@ def render(
         if isinstance(delta, DenseDelta):
             return {f"{name}.{NORM[tensor] if norm else DENSE[tensor]}": delta.D.detach()}
         shape = weights.weights[weight_name].shape
-        lora = cast("LoRAParametrization", delta).plain("lora")
+        lora = cast("Pair", delta).plain("lora")
         return _pair(name, weight_name, lora, shape)
 
     layers = shared.collect(tensors_of, deltas, "written")
@@ -118,9 +124,7 @@ def render(
     return Content(tensors, {"format": "pt", **about.metadata})
 
 
-def _pair(
-    name: str, weight_name: str, delta: LoRAParametrization, shape: Shape | None
-) -> dict[str, Tensor]:
+def _pair(name: str, weight_name: str, delta: Pair, shape: Shape | None) -> dict[str, Tensor]:
     """Lay out the update of one layer."""
     alpha = torch.tensor(delta.alpha, dtype=torch.float32)
     if not alpha or not alpha.isfinite():
@@ -132,6 +136,7 @@ def _pair(
         f"{name}.lora_down.weight": down,
         f"{name}.lora_up.weight": up,
         f"{name}.alpha": alpha,
+        **({f"{name}.dora_scale": delta.magnitude.detach()} if isinstance(delta, DoRA) else {}),
     }
 
 
@@ -139,13 +144,17 @@ def _children(weights: Outline) -> set[str]:
     return {path.partition(".")[0] for path in weights.modules}
 
 
-def flat_names(weights: Outline, prefix: str = "") -> dict[str, list[str]]:
-    """Return the layers' paths by each name that they can have in a file."""
+def flat_names(
+    weights: Outline, prefix: str = "", paths: Iterable[str] | None = None
+) -> dict[str, list[str]]:
+    """Return the layers' paths, or these, by each name that they can have in a file."""
     flat: defaultdict[str, list[str]] = defaultdict(list)
     children, known = _children(weights), any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
-    for path, module in weights.modules.items():
-        for begin, child, _ in parts if "weight" in module.tensors else ():
+    if paths is None:
+        paths = [path for path, module in weights.modules.items() if "weight" in module.tensors]
+    for path in paths:
+        for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")
             if inside != path or not child or child not in children:
                 flat[begin + inside.replace(".", "_")].append(path)

@@ -95,10 +95,11 @@ def plain_or_dense(
     dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
     wide = {role: tensor.double() for role, tensor in tensors.items()}
     alpha = wide.pop("alpha", None)
+    lengths = {role: tensors[role] for role in ("dora_scale",) if role in tensors}
     if kind == "tucker":
         A = _through_core(wide["lora_mid"], wide["A"].flatten(1)).to(dtype)
         kept = {} if alpha is None else {"alpha": alpha}
-        return {"A": _with_kernel(A, shape), "B": wide["B"].to(dtype), **kept}
+        return {"A": _with_kernel(A, shape), "B": wide["B"].to(dtype), **kept, **lengths}
     update = _loha(wide) if kind == "loha" else _lokr(wide)
     (fan_out, fan_in), rank = update.shape, update.rank
     if shape is not None and (fan_out, fan_in) != (shape[0], math.prod(shape[1:])):
@@ -106,10 +107,10 @@ def plain_or_dense(
     size = rank * (fan_out + fan_in)
     if min(size, fan_out * fan_in) > LARGEST:
         raise ValueError(f"is a {kind} of {fan_out}x{fan_in}, which is too large to be a weight's")
-    if size < fan_out * fan_in:
+    if size < fan_out * fan_in or lengths:  # which scale a sum, and so need it in two parts
         B, A = update.pair()
         scaled = {} if alpha is None or not update.dim else {"alpha": alpha * (rank / update.dim)}
-        return {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype), **scaled}
+        return {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype), **scaled, **lengths}
     scale = 1.0 if alpha is None or not update.dim else alpha.item() / update.dim or 1.0
     added = (update.matrix() * scale).to(dtype)
     return added if shape is None else added.view(shape)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...deltas import Delta, LoRAParametrization
-from ...deltas.pair import Scaling
+from ...deltas import Delta, DoRA
+from ...deltas.numbers import Scaling
+from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import join
@@ -23,13 +24,14 @@ from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 from .peft_whole import NO_LAYERS, add_biases, new_values, render_whole
 
-Placed = Sequence[tuple[Place, LoRAParametrization]]
+Placed = Sequence[tuple[Place, Pair]]
 
 PREFIX = "base_model.model."
 KEYS = (
     r"base_model\.model\.(?P<name>.+)\.lora_(?P<role>[AB])\.weight",
     r"base_model\.model\.(?P<name>.+)\.lora_embedding_(?P<role>[AB])",
     r"base_model\.model\.(?P<name>.+)\.lora_B\.(?P<role>bias)",
+    r"base_model\.model\.(?P<name>.+)\.(?P<role>lora_magnitude_vector)",
 )
 READ_TWICE = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
 
@@ -38,7 +40,8 @@ def recognises(file: OpenFile) -> bool:
     """Say whether a folder or file is PEFT's, by its names and keys."""
     if file.folder is not None or file.path.name == PICKLED:
         return True
-    return shared.matches_any(KEYS, file.header.tensors)
+    named = [name for name in file.header.tensors if name.startswith(PREFIX)]
+    return shared.matches_any(KEYS, named) or bool(named and file.path.with_name(CONFIG).exists())
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
@@ -85,7 +88,8 @@ def parse(
         embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
         twice = mha_out_proj != "once" and place.kind == "out_proj"
-        return _delta(place, A, B * 2 if twice else B, config, transposed)
+        magnitude = _magnitude(place, factors[place.name], config, transposed)
+        return _delta(place, A, B * 2 if twice else B, config, transposed, magnitude)
 
     deltas = shared.collect(delta, places)
     scales = {place.name: pair.scale for place, (_, pair) in zip(places, deltas, strict=True)}
@@ -95,7 +99,12 @@ def parse(
 
 
 def _delta(
-    place: Place, A: Tensor, B: Tensor, config: Config, transposed: bool | None
+    place: Place,
+    A: Tensor,
+    B: Tensor,
+    config: Config,
+    transposed: bool | None,
+    magnitude: Tensor | None,
 ) -> shared.Pair:
     """Make a delta of factors that are said to be transposed or not, or raise a `FileError`."""
     for reason in refusals(place, idle=place.kind == "alone" and not B.any()):
@@ -119,14 +128,33 @@ def _delta(
         shared.check_shape(place.name, place.weight.shape, A, B, transposed)
         A, B = shared.stored_factors(A, B, transposed)
     dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
-    numbers = {"dropout": dropout, "scaling": scaling(config)}
-    return shared.low_rank(place.weight.name, A, B, alpha, **numbers)
+    numbers: dict[str, Any] = {"dropout": dropout, "scaling": scaling(config)}
+    return shared.low_rank(place.weight.name, A, B, alpha, magnitude=magnitude, **numbers)
+
+
+def _magnitude(
+    place: Place, tensors: Mapping[str, Tensor], config: Config, transposed: bool | None
+) -> Tensor | None:
+    """Return DoRA's lengths in the weight's dimensions; `None` where there are none."""
+    magnitude, used = tensors.get("lora_magnitude_vector"), bool(config.get("use_dora"))
+    if (magnitude is not None) != used:
+        has = "no" if used else "a"
+        said = f"by its {CONFIG} use_dora={used}"
+        raise FileError(f"{place.name} has {has} lora_magnitude_vector, {said}")
+    if magnitude is None:
+        return None
+    if place.kind != "layer":
+        raise FileError(f"{place.name}: PEFT has no DoRA but of layers")
+    sizes = [1] * len(place.weight.shape or tensors["A"].shape)
+    sizes[bool(transposed)] = -1
+    return magnitude.reshape(sizes)
 
 
 def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
-    pairs = {name: d for name, d in deltas.items() if isinstance(d, LoRAParametrization)}
+    pairs = {name: d for name, d in deltas.items() if isinstance(d, Pair)}
     whole = {name: delta for name, delta in deltas.items() if name not in pairs}
+    shared.refuse(_lengths_without_place(pairs, weights), "written")
     pairs = _with_whole_attentions(_plain(pairs), weights)
     places = list(_places(pairs, weights).values())
     placed = list(zip(places, pairs.values(), strict=True))
@@ -142,6 +170,11 @@ def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Conte
         for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
+        if isinstance(delta, DoRA):
+            m = delta.magnitude.detach().flatten()
+            ones = [1] * (delta.magnitude.ndim - 2)
+            key = f"{PREFIX}{place.name}.lora_magnitude_vector"
+            tensors[key] = m.view(1, -1, *ones) if ones else m
     config = {"base_model_name_or_path": about.model or None, **_config(placed, weights), **said}
     return Content(tensors, {"format": "pt", **about.metadata}, config, _card(about.model))
 
@@ -176,6 +209,19 @@ def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
             yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
 
 
+def _lengths_without_place(deltas: shared.LoRADeltas, weights: Outline) -> Iterator[str]:
+    """Yield which DoRA PEFT has no place for."""
+    doras = {name: delta for name, delta in deltas.items() if isinstance(delta, DoRA)}
+    if doras and len(doras) < len(deltas):
+        yield f"{min(deltas.keys() - doras.keys())}: PEFT has one use_dora for all"
+    for name, place in _places(doras, weights).items():
+        shape = doras[name].magnitude.shape
+        if place.kind != "layer":
+            yield f"{name}: PEFT has no DoRA but of layers"
+        elif shape[place.module.layer.transposed] != shape.numel():
+            yield f"{name}: PEFT has lengths of outputs, not of inputs"
+
+
 def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool | None:
     """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
     module, shape = place.module, place.weight.shape or ()
@@ -195,7 +241,7 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
     return place.kind == "layer" and module.layer.kind == CONV1D
 
 
-def _factors_in_file(place: Place, delta: LoRAParametrization) -> tuple[Tensor, Tensor]:
+def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
     A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
         A, B = (B.mT, A.mT) if place.module.facts.get("is_transposed") else (A, B)
@@ -212,9 +258,7 @@ def _plain(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
     return {name: delta.plain(scaling) for name, delta in deltas.items()}
 
 
-def _with_whole_attentions(
-    deltas: shared.LoRADeltas, weights: Outline
-) -> dict[str, LoRAParametrization]:
+def _with_whole_attentions(deltas: shared.LoRADeltas, weights: Outline) -> dict[str, Pair]:
     """Halve what PEFT applies twice, and add zeros for the part of an attention that is left."""
     result = dict(deltas)
     for name, place in _places(deltas, weights).items():
@@ -243,6 +287,7 @@ def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
+        "use_dora": any(isinstance(delta, DoRA) for _, delta in placed),
         "use_rslora": any(delta.scaling == "rslora" for _, delta in placed),
         "rank_pattern": {f"^{re.escape(k)}": r for k, (r, _) in numbers.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},

@@ -7,14 +7,17 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from ...deltas.pair import Scaling
+from ...deltas.numbers import Scaling
 from ...errors import FileError
 from ..tensors import Config, check_regular, strict_json
 
 NUMBERS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"),
-    *("lora_dropout", "lora_bias", "modules_to_save", "trainable_token_indices"),
+    "lora_dropout",
 }
+BESIDE = {"lora_bias", "modules_to_save", "trainable_token_indices", "use_dora"}
+"""Fields that announce tensors beside the factors."""
+
 NEUTRAL = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "target_modules", "exclude_modules"),
@@ -54,16 +57,19 @@ def load_config(path: Path) -> Config:
         raise FileError(f"{path}: no JSON: {error}") from None
     if not isinstance(config, dict) or "peft_type" not in config:
         raise FileError(f"{path}: no config of PEFT's")
-    if complaints := list(unsupported_fields(config)):
+    if complaints := list(unsupported_fields(config, BESIDE)):
         raise FileError(f"{path}: not supported: {', '.join(complaints)}")
     return config
 
 
-def unsupported_fields(config: Config) -> Iterator[str]:
-    """Yield each field that changes the numbers in a way that can't be honoured."""
+def unsupported_fields(config: Config, beside: Collection[str] = ()) -> Iterator[str]:
+    """Yield each field that changes the numbers in a way that can't be honoured.
+
+    Those of `beside` can.
+    """
     for field, value in config.items():
         off = not value or (field in OFF and value in OFF[field])
-        if not off and field not in NUMBERS | NEUTRAL:
+        if not off and field not in NUMBERS | NEUTRAL | {*beside}:
             yield f"{field}={value!r:.60}{REASONS.get(field, '')}"
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
     for rank in (config.get("r", 8), *ranks.values()):

@@ -1,0 +1,125 @@
+"""How a delta is switched: whether it acts, how strongly, and whether it may be trained."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, cast
+
+from torch import nn
+
+from ..errors import LoRAError
+from ..routing import Routing, Switch, routing_of
+
+
+class _Place:
+    """Where a switch is, with an identity."""
+
+    switch = Switch()
+
+
+_flags = threading.Lock()
+
+
+class Switched(nn.Module):
+    """What has a switch of its own, and those of blocks that aren't over, of which the last holds.
+
+    Blocks may begin and end in any order, in threads or generators.
+    """
+
+    kind: ClassVar[str]
+    adds: ClassVar[bool] = False
+    """Whether its value is `W` plus something, which a strength can multiply."""
+
+    switched: ClassVar[object] = object()
+    """Another object after every change of a switch: what was planned before holds no more."""
+
+    _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
+    _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_places"] = [_Place()]
+
+    @property
+    def switch(self) -> Switch:
+        """How it acts now."""
+        return self._places[-1].switch
+
+    @switch.setter
+    def switch(self, switch: Switch) -> None:
+        self._places[-1].switch = switch
+        self._switched()
+
+    def now(self) -> Switch:
+        """How it acts here and now: by its switch, or as the batch is routed."""
+        if Routing.used and (routing := routing_of(self)) is not None:
+            return routing.switch(self)
+        return self._places[-1].switch
+
+    @contextmanager
+    def switched_for_now(self, switch: Switch) -> Iterator[None]:
+        """Switch it for a block, also beside other blocks that begin and end in any order.
+
+        Gradients of what may not be trained in the block are away meanwhile.
+        """
+        own, resting = _Place(), [] if switch.trained else list(self.parameters())
+        own.switch, grads = switch, [(each, each.grad) for each in resting]
+        self._places.append(own)
+        try:
+            self._switched()
+            yield
+        finally:
+            self._places.remove(own)
+            self._switched()
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+    def _switched(self) -> None:
+        """Let plans know, and flags follow: those that were taken away come back."""
+        Switched.switched = object()
+        if self.switch.trained and not self._resting:
+            return
+        with _flags:
+            own, trained = dict(self.named_parameters()), self.switch.trained
+            flagged = tuple(name for name in own if own[name].requires_grad)
+            resting = tuple(dict.fromkeys((*self._resting, *flagged)))
+            self.__dict__["_resting"] = () if trained else resting
+            for name in self.__dict__["_resting"] or resting:
+                own[name].requires_grad_(trained)
+                own[name].grad = own[name].grad if trained else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters requires a gradient, or did when it was last trained."""
+        return bool(self._resting) or any(each.requires_grad for each in self.parameters())
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it acts."""
+        return self.switch.on
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self.switch = self.switch._replace(on=enabled)
+
+    @property
+    def strength(self) -> float:
+        """What multiplies all that it adds to a weight."""
+        return cast(float, self.switch.strength)
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self.check_strength(strength)
+        self.switch = self.switch._replace(strength=strength)
+
+    def check_strength(self, strength: object) -> None:
+        """Raise unless it can act with a strength."""
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not number or not math.isfinite(cast(float, strength)):
+            raise LoRAError(f"a strength must be a finite number, got {strength!r:.40}")
+        if strength != 1 and not self.adds:
+            reason = f"a {self.kind} delta adds nothing that could be multiplied"
+            raise LoRAError(f"a strength must be 1, because {reason}, got {strength!r}")

@@ -1,0 +1,119 @@
+"""Models kept in two layouts: where one has a fused layer, the other has a layer for each part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from ...errors import FileError
+from ...weight import join
+from ..outline import Outline, WeightOutline
+from . import factors as shared
+
+Elsewhere = Mapping[str, list[WeightOutline]]
+"""By a layer's path in the other layout, what it is here: layers, or a block of one."""
+
+FLUX, FLUX_SINGLE, SD3 = "double_blocks.{}.", "single_blocks.{}.", "joint_blocks.{}."
+BLOCK, SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
+QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+LAYOUTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (FLUX + "img_attn.qkv", BLOCK, QKV),
+    (FLUX + "txt_attn.qkv", BLOCK + "attn.", ADDED),
+    (FLUX + "img_attn.proj", BLOCK, ("attn.to_out.0",)),
+    (FLUX + "txt_attn.proj", BLOCK, ("attn.to_add_out",)),
+    (FLUX + "img_mlp.0", BLOCK, ("ff.net.0.proj",)),
+    (FLUX + "img_mlp.2", BLOCK, ("ff.net.2",)),
+    (FLUX + "txt_mlp.0", BLOCK, ("ff_context.net.0.proj",)),
+    (FLUX + "txt_mlp.2", BLOCK, ("ff_context.net.2",)),
+    (FLUX + "img_mod.lin", BLOCK, ("norm1.linear",)),
+    (FLUX + "txt_mod.lin", BLOCK, ("norm1_context.linear",)),
+    (FLUX_SINGLE + "linear1", SINGLE, (*QKV, "proj_mlp")),
+    (FLUX_SINGLE + "linear2", SINGLE, ("proj_out",)),
+    (FLUX_SINGLE + "modulation.lin", SINGLE, ("norm.linear",)),
+    (SD3 + "x_block.attn.qkv", BLOCK, QKV),
+    (SD3 + "x_block.attn2.qkv", BLOCK, ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+    (SD3 + "context_block.attn.qkv", BLOCK + "attn.", ADDED),
+    (SD3 + "x_block.attn.proj", BLOCK, ("attn.to_out.0",)),
+    (SD3 + "x_block.attn2.proj", BLOCK, ("attn2.to_out.0",)),
+    (SD3 + "context_block.attn.proj", BLOCK, ("attn.to_add_out",)),
+    (SD3 + "x_block.mlp.fc1", BLOCK, ("ff.net.0.proj",)),
+    (SD3 + "x_block.mlp.fc2", BLOCK, ("ff.net.2",)),
+    (SD3 + "context_block.mlp.fc1", BLOCK, ("ff_context.net.0.proj",)),
+    (SD3 + "context_block.mlp.fc2", BLOCK, ("ff_context.net.2",)),
+    (SD3 + "x_block.adaLN_modulation.1", BLOCK, ("norm1.linear",)),
+)
+"""Layers as their authors have them and as diffusers has them, the blocks' numbers left out.
+
+Source: diffusers' `loaders/single_file_utils.py`. Modulations whose halves it swaps aren't here.
+"""
+
+
+def elsewhere(weights: Outline) -> dict[str, list[WeightOutline]]:
+    """Say what the layers of a model are in its other layout, if it has one that is known."""
+    found: dict[str, list[WeightOutline]] = {}
+    for whole, stem, parts in LAYOUTS:
+        names = [stem + part for part in parts]
+        for outer, number in _numbered(whole, weights):
+            for name, block in zip(
+                names, _blocks(weights, outer + whole.format(number), len(names)), strict=False
+            ):
+                found[outer + name.format(number)] = [block]
+        for outer, number in _numbered(names[0], weights):
+            own = [weights.layer_weight(outer + name.format(number)) for name in names]
+            layers = [each for each in own if each is not None and each.shape]
+            if len(layers) == len(names):
+                found[outer + whole.format(number)] = layers
+    return found
+
+
+def _numbered(path: str, weights: Outline) -> Iterator[tuple[str, str]]:
+    """Yield what is in front of the layers of such a path, and the number in it."""
+    pattern = re.compile(r"(|.*\.)" + re.escape(path).replace(r"\{\}", r"(\d+)"))
+    for match in filter(None, map(pattern.fullmatch, weights.modules)):
+        yield match[1], match[2]
+
+
+def _blocks(weights: Outline, path: str, parts: int) -> Iterator[WeightOutline]:
+    """Yield the parts of a fused layer: each as large as its input, but for a fourth, the rest."""
+    weight = weights.weight(join(path, "weight"))
+    if weight is None or not weight.shape or parts == 1:
+        yield from [weight] if weight else []
+        return
+    size = weight.shape[0] // 3 if parts == 3 else weight.shape[1]
+    for index in range(parts):
+        last = index == parts - 1
+        block = weight.block(slice(index * size, None if last else (index + 1) * size))
+        if block is not None:
+            yield block
+
+
+def placed(
+    factors: shared.Factors,
+    found: Mapping[str, WeightOutline | None],
+    elsewhere: Callable[[str], list[WeightOutline] | None],
+) -> tuple[shared.Factors, dict[str, WeightOutline | None]]:
+    """Place what finds no layer by its own name in the other layout, part by part.
+
+    A part's name is that of the whole with `#` and its number.
+    """
+    own, places = dict(factors), dict(found)
+    for name in [name for name, weight in found.items() if weight is None]:
+        if not (parts := elsewhere(name)):
+            continue
+        tensors = factors[name]
+        sizes = [(part.shape or (0,))[0] for part in parts]
+        if tensors.keys() - {"A", "B", "alpha"} or "B" not in tensors:
+            what = "in this model's layout only a plain LoRA can be put"
+            raise FileError(f"{name} has {', '.join(sorted(tensors))}, and {what}")
+        if len(tensors["B"]) != sum(sizes):
+            raise FileError(f"{name} has {len(tensors['B'])} outputs, and its parts here {sizes}")
+        del own[name], places[name]
+        for index, (part, B) in enumerate(
+            zip(parts, torch.split(tensors["B"], sizes), strict=True)
+        ):
+            key = f"{name}#{index}"
+            own[key], places[key] = {**tensors, "B": B}, part
+    return own, places
