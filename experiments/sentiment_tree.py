@@ -95,7 +95,7 @@ def tree(base: Classifier, data: Data, settings: Settings) -> Classifier:
     model, before = copy.deepcopy(base), lp.fingerprint(base)
     together = Split(*map(torch.cat, zip(*(own for _, own in data.values()), strict=True)))
     grow(model, "sentiment", [], together, settings)
-    root = lp.lora_state_dict(model)
+    root = {name: tensor.clone() for name, tensor in lp.lora_state_dict(model).items()}
     for domain, (_, own) in data.items():
         grow(model, domain, ["sentiment"], own, settings)
     now = lp.lora_state_dict(model)
@@ -149,6 +149,7 @@ def to_peft_and_back(model: Classifier, base: Classifier, x: Tensor, folder: Pat
     print("\n4. To PEFT and back.")
     lp.save_lora(model, folder, adapter="sentiment", format="peft")
     fresh = copy.deepcopy(base)
+    fresh.autocasts = False
     lp.load_lora(fresh, folder, base="ignore")
     with torch.no_grad(), lp.lora_selected(model, "sentiment"):
         far = float((model(x) - fresh(x)).abs().max())
