@@ -152,6 +152,26 @@ def test_states_and_files_carry_them(path: Path) -> None:
     assert same(statistics(model[0]), moved)
 
 
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_file_without_them_begins_with_the_bases_and_leaves_these(
+    registered: bool, tmp_path: Path
+) -> None:
+    model, other = net(), net()
+    register_lora(model, rank=1)
+    model(batches()[0])
+    with pytest.warns(UserWarning, match=r"no place for a norm's statistics: .* 0\.running_mean"):
+        save_lora(model, tmp_path / "folder", format="peft")
+    base = statistics(other[0])
+    if registered:
+        register_lora(other, rank=1)
+        other(batches()[1])
+    load_lora(other, tmp_path / "folder", "default")
+    assert same(statistics(other[0]), base)
+    with base_frozen(other):
+        other(batches()[1])
+    assert not same(statistics(other[0]), base)
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_moves_its_own(twin: Callable[[nn.Module], nn.Module]) -> None:
     model = net()

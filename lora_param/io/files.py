@@ -8,11 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..chains import type_before
-from ..checks import check_droppable, check_model, check_present, check_trainable, deltas_called
-from ..deltas import Delta
+from ..checks import (
+    check_droppable,
+    check_model,
+    check_present,
+    check_trainable,
+    deltas_called,
+    moving_without,
+)
+from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
@@ -20,7 +27,7 @@ from ..register import install
 from ..sharding import alike, mesh_of
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
-from ..walk import walk
+from ..walk import Walk, walk
 from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
@@ -128,7 +135,8 @@ def load_lora(
         base: Where the file has the fingerprint of its base: `"require"` raises unless the model
             is that base to the bit, `"warn"` warns naming the parameters that differ, `"ignore"`
             doesn't look, which saves reading every parameter.
-        freeze: Freeze the base when the adapter is registered, as `register_lora` does.
+        freeze: Freeze the base when the adapter is registered, as `register_lora` does, and give
+            the adapter copies of the statistics that the file doesn't hold.
         trainable: Whether the factors require gradients.
         **options: What the format takes besides: `alpha` and `enable_lora` for loralib,
             `mha_out_proj` for PEFT, `prefix` for Kohya and diffusers; see `lora_param.io.formats`.
@@ -162,11 +170,26 @@ def load_lora(
                 raise FileError(f"{path}: {doubt}")
             if file.about.base:
                 warnings.warn(f"{path}: {doubt}", stacklevel=2)
+        deltas |= _statistics_beside(found, own, adapter, freeze, deltas)
         if own:
             _load(file, own, deltas, trainable)
         else:
             install(found, _attachable(deltas, weights, adapter, trainable), freeze)
     return [name for name, delta in deltas.items() if not delta.of_buffers]
+
+
+def _statistics_beside(
+    walk: Walk, own: Mapping[str, Delta], adapter: str, freeze: bool, deltas: Deltas
+) -> Deltas:
+    """Return copies of the statistics that a file doesn't hold, and that training would move."""
+    if own:
+        moving = [weight for weight in walk.moving if weight.name in own]
+        tensors = {weight.name: weight.original for weight in moving}
+    else:
+        moving = moving_without(walk, adapter) if freeze else []
+        tensors = {weight.name: weight.value for weight in moving}
+    missing = {name: tensor for name, tensor in tensors.items() if name not in deltas}
+    return {n: StatisticsDelta(cast("Tensor", each)) for n, each in missing.items()}
 
 
 def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool) -> Pairs:
