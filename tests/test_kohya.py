@@ -106,6 +106,18 @@ def test_a_layers_bias_is_trained_beside_its_pair(tmp_path: Path) -> None:
     assert torch.equal(base(x), model(x))
 
 
+def test_a_pair_and_a_bias_go_into_the_adapter_that_there_is(tmp_path: Path) -> None:
+    model = UNet()
+    register_lora(model, rank=2, target="to_q", train="*.to_q.bias")
+    shake(model)
+    save_lora(model, tmp_path / "lora.safetensors", format="kohya")
+    x = torch.randn(1, 4, 3, 3)
+    wanted = model(x)
+    shake(model)
+    load_lora(model, tmp_path / "lora.safetensors")
+    assert torch.equal(model(x), wanted)
+
+
 class Plain(CLIPText):
     """A model of no known name."""
 

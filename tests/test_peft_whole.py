@@ -20,6 +20,7 @@ from lora_param import (
     register_lora,
     remove_lora,
     save_lora,
+    select_lora,
 )
 from lora_param.io.values import difference
 
@@ -99,6 +100,19 @@ def test_a_head_trained_whole_here_is_saved_by_peft_as_its_own(make: Any, tmp_pa
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_head_is_saved_as_strong_as_the_pairs_beside_it(tmp_path: Path) -> None:
+    base, x = bert(), tokens(2, 5)()
+    model = copy.deepcopy(base)
+    register_lora(model, rank=2, target="query", train="classifier")
+    shake(model)
+    wanted = output(model.eval(), x)
+    select_lora(model, {"default": 0.5})
+    with pytest.warns(UserWarning, match="these are saved without"):
+        save_lora(model, tmp_path, format="peft")
+    load_lora(base, tmp_path)
+    torch.testing.assert_close(output(base.eval(), x), wanted)
 
 
 def test_a_head_alone_is_read_from_its_file_beside_the_config(tmp_path: Path) -> None:

@@ -215,7 +215,8 @@ def _load(
     adapter, state = next(iter(own.values())).adapter, dict[str, Any]()
     for name, delta in deltas.items():
         if name in own and own[name].kind == delta.kind:
-            silent = {number: own[name].numbers[number] for number in file.format.silent}
+            held = own[name].numbers
+            silent = {number: held[number] for number in file.format.silent if number in held}
             delta.numbers = delta.numbers | silent
             if not file.format.any_kind:
                 delta.strength = own[name].strength

@@ -18,6 +18,7 @@ from ..outline import Outline
 from ..tensors import About, Config
 from ..values import NewValues
 from . import factors as shared
+from . import native
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 NO_LAYERS = "dummy-target-modules"
@@ -149,7 +150,9 @@ def _value(name: str, delta: Delta, weights: Outline) -> Tensor:
         raise FileError(
             f"{name}: PEFT keeps its new values; convert a native file with the base, by --base"
         )
-    return delta.value(tensor.detach()).detach()
+    full = delta.made_of(native.tensors_of(delta), delta.numbers)
+    full.strength = 1.0  # as the pairs beside it are written
+    return full.value(tensor.detach()).detach()
 
 
 def _whole_modules(names: Collection[str], weights: Outline) -> Iterator[str]:
