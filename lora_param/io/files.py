@@ -136,7 +136,7 @@ def load_lora(
             is that base to the bit, `"warn"` warns naming the parameters that differ, `"ignore"`
             doesn't look, which saves reading every parameter.
         freeze: Freeze the base when the adapter is registered, as `register_lora` does, and give
-            the adapter copies of the statistics that the file doesn't hold.
+            the adapter copies of the statistics that its format has no place for.
         trainable: Whether the factors require gradients.
         **options: What the format takes besides: `alpha` and `enable_lora` for loralib,
             `mha_out_proj` for PEFT, `prefix` for Kohya and diffusers; see `lora_param.io.formats`.
@@ -170,7 +170,8 @@ def load_lora(
                 raise FileError(f"{path}: {doubt}")
             if file.about.base:
                 warnings.warn(f"{path}: {doubt}", stacklevel=2)
-        deltas |= _statistics_beside(found, own, adapter, freeze, deltas)
+        if not file.format.any_kind:
+            deltas |= _statistics_beside(found, own, adapter, freeze, deltas)
         if own:
             _load(file, own, deltas, trainable)
         else:
@@ -181,7 +182,7 @@ def load_lora(
 def _statistics_beside(
     walk: Walk, own: Mapping[str, Delta], adapter: str, freeze: bool, deltas: Deltas
 ) -> Deltas:
-    """Return copies of the statistics that a file doesn't hold, and that training would move."""
+    """Return copies of what training moves and a file's format has no place for."""
     if own:
         moving = [weight for weight in walk.moving if weight.name in own]
         tensors = {weight.name: weight.original for weight in moving}
