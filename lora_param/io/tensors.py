@@ -204,7 +204,7 @@ def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
         raise FileError(
             f"{path}: no state dict that can be read safely: damaged, or more than tensors"
         ) from None
-    for name in ("state_dict", "model_state_dict") if isinstance(content, dict) else ():
+    for name in ("state_dict", "model_state_dict", "model") if isinstance(content, dict) else ():
         if isinstance(content.get(name), dict):  # a training's checkpoint
             content = content[name]
             break
