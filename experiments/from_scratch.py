@@ -87,7 +87,7 @@ def why_zero(x: Tensor, y: Tensor) -> None:
             optimizer = torch.optim.Adam(lp.lora_parameters(layer), lr=0.01)
             layer(torch.randn(64, 256)).square().mean().backward()
             optimizer.step()
-            sizes.append(f"{float((layer.weight - before).norm() / before.norm()):.4f}")
+            sizes.append(f"{float((layer.weight.detach() - before).norm() / before.norm()):.4f}")
         rows.append([str(rank), *sizes])
     print(aligned(rows))
     print("Without it a higher rank takes longer steps; with it a rate that suits one rank is not")

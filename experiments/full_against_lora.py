@@ -3,9 +3,10 @@
 Reproduces: what the tutorials say in words: LoRA saves gradients and the optimizer's state, while
     activations stay as they are; a merged adapter costs inference nothing.
 Command: `python -m experiments.full_against_lora`; `--quick` for the smallest size.
-Hardware, time: 2 cores of a shared AMD EPYC; TIME.
-Expected: gradients and optimizer's state fall from 12 bytes a parameter to nothing worth drawing;
-    EXPECTED
+Hardware, time: 2 cores of a shared AMD EPYC; 1 to 7 minutes, `--quick` 7 s.
+Expected: gradients and optimizer's state fall from 12 bytes a parameter to nothing worth drawing,
+    1,242 MB to 488 in the largest; activations stay to 1 %; backward takes 0.55 to 0.8 of its time,
+    forward 1.05 to 1.15, merged inference 0.99 to 1.05 of the base's.
 
 Bytes are counted tensor by tensor: parameters, gradients, Adam's state, and what forward keeps for
 backward. On CUDA the device's own peak is in the table too.

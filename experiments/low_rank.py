@@ -4,8 +4,9 @@ Reproduces: a tutorial's 10 x 10 matrix of rank 2, and the paper's hypothesis (a
     section 4.1) that "the updates to the weights have a low intrinsic rank during adaptation", on
     RichBoyNet: pretrained on all digits, then fine-tuned fully on nines alone.
 Command: `python -m experiments.low_rank`
-Hardware, time: 2 cores of a shared AMD EPYC; TIME.
-Expected: EXPECTED
+Hardware, time: 2 cores of a shared AMD EPYC; 3 minutes.
+Expected: rank 1 keeps 70 to 92 % of the update's energy, and does what all of it does: of 32 wrong
+    nines 7 are left, and 6 with the whole. LoRA of every rank from 1 to full leaves 5 to 8.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import lora_param as lp
 
 from .low_rank_picture import draw
-from .mnist_finetune import RichBoyNet
+from .mnist_network import RichBoyNet
 from .shared import mnist
 from .shared.batches import Split, shuffled
 from .shared.claims import show
@@ -95,14 +95,7 @@ def tuned(net: nn.Module, rate: float, nines: Split, settings: Settings) -> nn.M
 def extracted(base: nn.Module, full: nn.Module, rank: int) -> nn.Module:
     """Return the base with full fine-tuning's update as an adapter: cut to a rank, biases whole."""
     net = copy.deepcopy(base)
-    lp.register_lora(net, rank=rank, train="*.bias")
-    with torch.no_grad():
-        for path, layer in net.named_children():
-            target, chains = full.get_submodule(path), cast(Any, layer.parametrizations)
-            B, A = factors(target.weight - chains.weight.original, chains.weight[0].rank)
-            chains.weight[0].lora_A.copy_(A)
-            chains.weight[0].lora_B.copy_(B)
-            chains.bias[0].D.copy_(target.bias - chains.bias.original)
+    lp.extract_lora(net, full, rank=rank)
     return net
 
 

@@ -27,7 +27,7 @@ def chosen_digits(text: str) -> list[int]:
         ValueError: It is no list of two or more different digits.
     """
     parts = text.split(",")
-    if len(parts) < 2 or len(set(parts)) < len(parts) or not all(p in "0123456789" for p in parts):
+    if len(parts) < 2 or len(set(parts)) < len(parts) or not set(parts) <= {*"0123456789"}:
         raise ValueError(f"digits must be two or more different ones such as 9,4,7, got {text!r}")
     return [int(part) for part in parts]
 

@@ -30,40 +30,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lora_param as lp
 
 from .mnist_digits import chosen_digits, run_digits
+from .mnist_network import RichBoyNet, check_counts, check_network
 from .mnist_picture import plot_wrong_counts
-from .mnist_report import STATES, Run, file_size, layer_table, record, table, verdict
+from .mnist_report import Run, file_size, layer_table, record, table, verdict
 from .shared import mnist
 from .shared.batches import Split, shuffled
-from .shared.claims import BrokenClaimError, claim, same_bits, show
 from .shared.environment import choose_device, environment, flushes_denormals
 from .shared.runs import next_folder, timed, timings, write_json
 from .shared.scoring import score
-from .shared.settings import check_options, option, parse
+from .shared.settings import call, check_options, option
 from .shared.training import adam, train
-
-PROGRAM = "python -m experiments.mnist_finetune"
-
-
-class RichBoyNet(nn.Module):
-    """The source's network, `784 -> 1000 -> 2000 -> 10` with ReLU: far more than MNIST needs."""
-
-    def __init__(self, hidden_size_1: int = 1000, hidden_size_2: int = 2000) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(784, hidden_size_1)
-        self.linear2 = nn.Linear(hidden_size_1, hidden_size_2)
-        self.linear3 = nn.Linear(hidden_size_2, 10)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return the digits' logits, `[batch, 10]`, for pixels `[batch, 784]`."""
-        hidden = torch.relu(self.linear1(pixels))
-        hidden = torch.relu(self.linear2(hidden))
-        logits: Tensor = self.linear3(hidden)
-        return logits
 
 
 @dataclass(frozen=True)
@@ -120,34 +101,6 @@ def finetune(net: nn.Module, split: Split, settings: Settings, shuffle: torch.Ge
     optimizer = adam(trained, settings.learning_rate)
     batches = shuffled(split, settings.finetune_batch_size, shuffle)
     return train(net, optimizer, batches, settings.finetune_batches, "fine-tuning")
-
-
-def check_network(net: RichBoyNet, before: RichBoyNet, scale: float) -> None:
-    """Check what LoRA promises of each tensor.
-
-    Args:
-        net: The network, its adapter enabled.
-        before: A copy from before the adapter was registered.
-        scale: `alpha / rank`.
-    """
-    for name in ("linear1", "linear2", "linear3"):
-        layer, plain = getattr(net, name), getattr(before, name)
-        original, lora = layer.parametrizations.weight.original, layer.parametrizations.weight[0]
-        formula = original + (lora.lora_B @ lora.lora_A) * scale
-        claim(same_bits(original, plain.weight), f"{name}.weight's original is as before")
-        claim(same_bits(layer.bias, plain.bias), f"{name}.bias is as before")
-        claim(same_bits(layer.weight, formula), f"on, {name}.weight is W + (B @ A) * scale")
-        with lp.lora_disabled(net):
-            claim(same_bits(layer.weight, plain.weight), f"off, {name}.weight is its original")
-    print("  it holds: each original and each bias is what it was, bit for bit")
-    print("  it holds: on, each weight is W + (B @ A) * scale; off, it is W itself")
-
-
-def check_counts(run: Run) -> None:
-    """Check that the network errs as before with its adapter off, and as it does with it loaded."""
-    before, on, off, loaded = (run.scores[state].wrong for state in (*STATES, "loaded"))
-    show(off == before, "off, the test counts are as before")
-    show(loaded == on, "loaded from its file into a copy, the adapter gives the same test counts")
 
 
 def run_seed(
@@ -216,6 +169,8 @@ def run_all_digits(settings: Settings, splits: tuple[Split, Split], folder: Path
 
 def run(settings: Settings) -> None:
     """Run the experiment, print what it shows and write it to a new folder."""
+    if settings.flush_denormal:
+        torch.set_flush_denormal(True)  # threads take it over that torch starts from now on
     device, seconds = choose_device(settings.device), dict[str, float]()
     with timed(seconds, "data"):
         splits = mnist.load(Path(settings.data), device)
@@ -255,15 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    settings = parse(Settings, argv, PROGRAM, __doc__.partition("\n")[0])
-    if settings.flush_denormal:
-        torch.set_flush_denormal(True)  # threads take it over that torch starts from now on
-    try:
-        run(settings)
-    except (BrokenClaimError, ValueError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return call(run, Settings, argv, "experiments.mnist_finetune", __doc__)
 
 
 if __name__ == "__main__":

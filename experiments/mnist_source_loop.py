@@ -42,7 +42,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 import lora_param as lp
 
-from .mnist_finetune import RichBoyNet
+from .mnist_network import RichBoyNet
 from .shared import mnist
 from .shared.batches import shuffled
 from .shared.scoring import score

@@ -4,9 +4,9 @@ Reproduces: the question of the LoRA paper's table 2 (arXiv:2106.09685), on a sm
     real ratings: does LoRA reach full fine-tuning with a fraction of the parameters?
 Command: `python -m experiments.sentiment_methods`; `--quick` for one seed of 200 sentences.
 Needs: `pip install -e ".[sentiment]"` for MiniLM.
-Hardware, time: 2 cores of a shared AMD EPYC; TIME.
-Expected: LoRA within a point of full fine-tuning, or ahead of it; BitFit below both, the head alone
-    far below.
+Hardware, time: 2 cores of a shared AMD EPYC; 35 minutes beside other work, `--quick` 1.
+Expected: LoRA within a seed's spread of full fine-tuning on all four domains, with 1.5 % of the
+    parameters; BitFit level with both on news and behind elsewhere, the head alone far behind.
 
 Each method is tuned alike: three learning rates, half a decade apart, each tried once on a domain's
 validation part; the best is then run with every seed and tested once. All methods train the same

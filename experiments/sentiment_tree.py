@@ -5,9 +5,10 @@ Reproduces: the picture that tutorials end with, one base and many tasks, on rea
     for each domain is trained on top of it, with the one beneath acting and frozen.
 Command: `python -m experiments.sentiment_tree`; `--quick` for two domains of 100 sentences.
 Needs: `pip install -e ".[sentiment]"` for MiniLM.
-Hardware, time: 2 cores of a shared AMD EPYC; TIME.
-Expected: the shared adapter is ahead of one trained on a domain alone, and its domain's on top adds
-    little to it; TIES, made of four adapters without any training, is between.
+Hardware, time: 2 cores of a shared AMD EPYC; 5 minutes, `--quick` 1.
+Expected: a domain's on top of the shared one is ahead of a domain's alone on all four, 0.888
+    against 0.837 in the mean, but little ahead of the shared one; TIES of the four trained apart,
+    made without training, reaches 0.847, and more than each domain's own on its own in three.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def tree(base: Classifier, data: Data, settings: Settings) -> Classifier:
     model, before = copy.deepcopy(base), lp.fingerprint(base)
     together = Split(*map(torch.cat, zip(*(own for _, own in data.values()), strict=True)))
     grow(model, "sentiment", [], together, settings)
-    root = lp.lora_state_dict(model)
+    root = {name: tensor.clone() for name, tensor in lp.lora_state_dict(model).items()}
     for domain, (_, own) in data.items():
         grow(model, domain, ["sentiment"], own, settings)
     now = lp.lora_state_dict(model)
@@ -148,6 +149,7 @@ def to_peft_and_back(model: Classifier, base: Classifier, x: Tensor, folder: Pat
     print("\n4. To PEFT and back.")
     lp.save_lora(model, folder, adapter="sentiment", format="peft")
     fresh = copy.deepcopy(base)
+    fresh.autocasts = False
     lp.load_lora(fresh, folder, base="ignore")
     with torch.no_grad(), lp.lora_selected(model, "sentiment"):
         far = float((model(x) - fresh(x)).abs().max())

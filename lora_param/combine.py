@@ -163,7 +163,8 @@ def combined(
     """Combine the deltas on one weight of a shape and matrix view, at strength 1 each."""
     first = terms[0][0]
     if len(terms) == 1 and first.of_buffers:
-        return first.made_of(_tensors(first), first.numbers), Fit(name, None, 0.0)
+        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
+        return first.made_of(tensors, first.numbers), Fit(name, None, 0.0)
     if odd := [delta for delta, _ in terms if not delta.adds]:
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
         raise AdapterError(f"{name}: adapter {odd[0].adapter!r}: {reason}")
@@ -308,13 +309,15 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:
-    """Give a delta another's tensors and numbers; its flags, switches and place stay."""
-    own, starts, old = delta._parameters, delta._buffers, delta.numbers
-    trains = any(each.requires_grad for each in delta.parameters())
+    """Give a pair another's factors and numbers; its flags, switches and place stay."""
+    own, old, starts = delta._parameters, delta.numbers, delta._buffers
+    for name, factor in own.items():
+        new._parameters[f"lora{name[-2:]}"].requires_grad_(factor.requires_grad)  # type: ignore[union-attr]
     undo.callback(setattr, delta, "numbers", old)
-    keep_entries(undo, (own, {*own, *new._parameters}), (starts, {*starts, *new._buffers}))
-    own.clear()
-    own.update(new.requires_grad_(trains)._parameters)
+    keep_entries(undo, (own, {*own, *new._parameters}), (starts, {*starts}))
+    keep_entries(undo, (delta.__dict__, ["_resting"]))
+    delta.__dict__["_resting"] = tuple(f"lora{name[-2:]}" for name in delta._resting)
     starts.clear()
-    starts.update(new._buffers)
+    own.clear()
+    own.update(new._parameters)
     delta.numbers = new.numbers

@@ -63,6 +63,9 @@ def _candidates(module: nn.Module, x: Tensor) -> int:
     """Return how many of an input's first dimensions could have the rows."""
     if isinstance(module, _ConvNd):
         return max(0, x.dim() - len(module.kernel_size) - 1)
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.EmbeddingBag)):
+        # Of one sequence, or of bags that lie one after the other, none has them.
+        return x.dim() - 1 if x.dim() == 3 - isinstance(module, nn.EmbeddingBag) else 0
     return x.dim() - x.is_floating_point()
 
 

@@ -124,7 +124,9 @@ class LinearRun(_Run):
             places.append(place)
             scales.append(pairs[place].scale * strength * (column in columns))
         device = self.x.device
-        return torch.tensor(places, device=device), torch.tensor(scales, device=device)
+        return torch.tensor(places, device=device), torch.tensor(
+            scales, device=device, dtype=self.x.dtype
+        )
 
     def gathered(
         self,

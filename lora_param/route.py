@@ -19,6 +19,9 @@ from .targets import matches
 from .walk import Walk, walk
 from .weight import Weight
 
+LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Modules whose attention says for them which dimension has the rows."""
+
 Setting = str | Mapping[str, float] | None
 """What acts on a row: an adapter by name, adapters with strengths, or `None` for the base."""
 
@@ -35,9 +38,10 @@ def lora_routed(
     """Let each row of the batch have adapters of its own in a block, in inference and training.
 
     A row gives what `select_lora` of its setting gives it alone, within rounding, whatever is
-    selected; the gradient of a row reaches its adapters only, and adapters that occur on no row get
-    none. Which are trained stays as it is. The block is of one thread or task; blocks nest, the
-    innermost one that knows a layer decides.
+    selected outside of the block; the gradient of a row reaches its adapters only, and adapters
+    that occur on no row get none. Which are trained stays as it is, and adapters that are new act
+    on no row. The block is of one thread or task; blocks nest, those of `lora_selected` and
+    `lora_disabled` among them: the innermost one that knows a layer decides.
 
     In activation space the factors of the adapters that occur are one product, weighed by row, or
     are gathered row by row where that is quicker. Elsewhere, in attention, recurrent layers,
@@ -172,7 +176,8 @@ def _dims(
             if path
             else (dim or 0, dim is not None)
         )
-        first = module.__dict__.get("batch_first")
+        said = module.self_attn if isinstance(module, LAYERS) else module
+        first = said.__dict__.get("batch_first")
         flags[path] = above if first is None else (0 if first else 1, True)
         known[module] = flags[path]
         for pattern, own in (dims or {}).items():

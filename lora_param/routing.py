@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -43,7 +43,7 @@ class Routing:
     def __init__(
         self,
         weights: Tensor,
-        columns: Mapping[nn.Module, int],
+        columns: dict[nn.Module, int],
         dims: Mapping[nn.Module, tuple[int, bool]],
         paths: Mapping[nn.Module, str],
     ) -> None:
@@ -109,7 +109,8 @@ class Routing:
         key = (spans, low.dtype, low.device)
         if kept and key in self._tables:
             return self._tables[key]
-        weights = self.weights.to(low.device)
+        wide = torch.promote_types(self.weights.dtype, torch.float32)
+        weights = self.weights.to(low.device, wide)
         parts = [weights[:, c : c + 1].expand(-1, n) * scale for c, scale, n in spans]
         table = torch.cat(parts, 1).to(low.dtype)
         if kept:
@@ -155,12 +156,39 @@ def routing_of(module: nn.Module) -> Routing | None:
     """Return the routing in this context that knows a delta, a chain or a module."""
     routings = _routings.get()
     if not routings and not torch.compiler.is_compiling() and torch._C._is_key_in_tls(KEY):
-        # In a thread of autograd's, which recomputes what checkpointing has dropped.
-        routings = torch._C._get_obj_in_tls(KEY)
+        # In a thread of autograd's, which recomputes what checkpointing has dropped. What a thread
+        # has noted itself may be of another of its tasks.
+        thread, noted = torch._C._get_obj_in_tls(KEY)
+        routings = () if thread == threading.get_ident() else noted
     for routing in reversed(routings):
         if module in routing.columns:
-            return routing
+            return routing if routing.rows else None
     return None
+
+
+def left_out(module: nn.Module, chain: nn.Module, delta: nn.Module) -> None:
+    """Let a delta that is new act on no row of the batches that are being routed."""
+    for routing in _open if Routing.used else ():
+        if module in routing.paths:
+            for known in (module, chain, delta):
+                routing.columns.setdefault(known, -1)
+
+
+@contextmanager
+def unrouted(deltas: Sequence[Any], adapter: str | None = None) -> Iterator[None]:
+    """Let no routing that holds here hold for deltas' models in a block, or for one adapter."""
+    with ExitStack() as block:
+        for routing in {routing_of(delta): None for delta in deltas}:
+            if routing is not None:
+                weights = routing.weights[:0]
+                if adapter is not None:
+                    own = [routing.columns[d] for d in deltas if routing.columns.get(d, -1) >= 0]
+                    index = torch.tensor([*{*own}], dtype=torch.long, device=routing.weights.device)
+                    weights = routing.weights.index_fill(1, index, 0)
+                block.enter_context(
+                    routed_here(Routing(weights, routing.columns, routing.dims, routing.paths))
+                )
+        yield
 
 
 @contextmanager
@@ -181,4 +209,4 @@ def routed_here(routing: Routing) -> Iterator[None]:
 
 def _enter(routings: tuple[Routing, ...]) -> None:
     _routings.set(routings)
-    torch._C._stash_obj_in_tls(KEY, routings)
+    torch._C._stash_obj_in_tls(KEY, (threading.get_ident(), routings))

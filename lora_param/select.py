@@ -10,7 +10,7 @@ from torch import nn
 from .checks import deltas_called
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
-from .routing import Switch
+from .routing import Switch, unrouted
 from .undo import all_or_nothing
 from .walk import Walk, walk
 
@@ -64,7 +64,8 @@ def lora_selected(
     """Select adapters for a block, as `select_lora` does, then give back what was before.
 
     Blocks may overlap, in threads or generators: the one that was entered last decides, for all
-    threads. Flags come back with the block's end, and gradients of what wasn't trained in it.
+    threads, among which those that route batches have chosen for themselves. Flags come back with
+    the block's end, and gradients of what wasn't trained in it.
 
     Raises:
         AdapterError: There is no such adapter, or two have statistics for one buffer.
@@ -82,6 +83,7 @@ def lora_selected(
     with ExitStack() as block:
         for delta, switch in switches:
             block.enter_context(delta.switched_for_now(switch))
+        block.enter_context(unrouted([delta for delta, _ in switches]))
         yield
 
 
@@ -129,6 +131,7 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
     """Switch adapters off for a block, then give each the state back that it had before.
 
     Blocks may overlap, in threads or generators. A switch inside a block holds until its end.
+    Inside of `lora_routed`, they are off on all rows.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -141,9 +144,11 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         >>> with lora_disabled(model):
         ...     base_output = model(torch.ones(1, 3))
     """
+    deltas = [delta for _, delta in deltas_called(walk(model, "lora_disabled"), adapter)]
     with ExitStack() as block:
-        for _, delta in deltas_called(walk(model, "lora_disabled"), adapter):
+        for delta in deltas:
             block.enter_context(delta.switched_for_now(delta.switch._replace(on=False)))
+        block.enter_context(unrouted(deltas, adapter))
         yield
 
 

@@ -18,6 +18,7 @@ from .deltas.protocol import Delta, Shape
 from .errors import TargetError
 from .install import parametrized_class, properties_of
 from .layers import Layer, layer_of
+from .routing import left_out
 from .rows import Rows, Said
 from .sharding import is_sharded, lay_out
 from .undo import in_order, keep_entries
@@ -145,6 +146,7 @@ class Weight:
         if is_sharded(original := chains[name]._parameters.get("original")):
             lay_out(delta, original, delta.along)
         chains[name]._modules[str(len(chains[name]._modules))] = delta
+        left_out(module, chains[name], delta)
         if delta.training != module.training:
             delta.train(module.training)
         module._parameters.pop(name, None)

@@ -14,7 +14,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cumulative average": (lambda: nn.BatchNorm1d(4, momentum=None), (6, 4)),
     "without affine": (lambda: nn.BatchNorm1d(4, affine=False), (6, 4)),
     "synchronised": (lambda: nn.SyncBatchNorm(4).eval(), (6, 4)),
-    "instance norm": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), (3, 4, 5, 5)),
+    "instance norm": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), (3, 4, 4, 4)),
 }
 BUFFERS = ["running_mean", "running_var", "num_batches_tracked"]
 

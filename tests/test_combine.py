@@ -1,8 +1,7 @@
-"""Combining and resizing adapters, held against the updates themselves."""
+"""Combining adapters, held against the updates themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +14,10 @@ from lora_param import (
     AdapterError,
     LoRAError,
     combine_lora,
-    lora_parameters,
     lora_selected,
     lora_summary,
     named_lora_parameters,
     register_lora,
-    resize_lora,
     select_lora,
 )
 from lora_param.lowrank import dare, factorised, recompressed, ties
@@ -275,55 +272,12 @@ def test_blocks_are_combined_with_their_like_and_refused_with_others() -> None:
         combine_lora(model, {"a": 0.5, "c": -1}, adapter="ac")
 
 
-@pytest.mark.parametrize("rank", [1, 2, 5])
-def test_resizing_keeps_the_best_of_the_update_and_its_scale(rank: int) -> None:
-    model = layer({"a": 3, "b": 2})
-    before, scale = update(model, "a"), model.parametrizations.weight[0].scale  # type: ignore[union-attr]
-    [fit] = resize_lora(model, rank, "a")
-    values = torch.linalg.svdvals(before)
-    assert fit.error == pytest.approx((values[rank:].norm() / values.norm()).item(), abs=1e-12)
-    assert ((update(model, "a") - before).norm() / before.norm()).item() == pytest.approx(fit.error, abs=1e-12)  # fmt: skip
-    delta: Any = model.parametrizations.weight[0]  # type: ignore[union-attr]
-    assert (delta.rank, delta.scale) == (rank, pytest.approx(scale))
-    assert delta.lora_B.shape == (6, rank)
-
-
-def test_new_room_is_trained() -> None:
-    model = layer({"a": 2})
-    resize_lora(model, 4)
-    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(9, 7).double()).square().sum().backward()
-        optimizer.step()
-    assert torch.linalg.matrix_rank(update(model, "a")) == 4
-
-
-def test_resizing_keeps_switches_and_flags() -> None:
-    model = layer({"a": 3, "b": 2})
-    delta: Any = model.parametrizations.weight[0]  # type: ignore[union-attr]
-    select_lora(model, {"b": 0.5})
-    resize_lora(model, 2)
-    assert model.parametrizations.weight[0] is delta  # type: ignore[index]
-    assert [p.requires_grad for p in lora_parameters(model)] == [False, False, True, True]
-    select_lora(model, ["a", "b"])
-    assert all(p.requires_grad for p in lora_parameters(model))
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda m: resize_lora(m, 0), LoRAError, "rank must be a positive integer"),
-        (lambda m: resize_lora(m, 2, "c"), AdapterError, "an adapter 'c'"),
-    ],
-)
-def test_resizing_refuses_what_it_cannot_do(
-    call: Callable[[nn.Module], Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        call(layer({"a": 2, "b": 3}))
-
-
-def test_only_pairs_are_resized() -> None:
-    with pytest.raises(AdapterError, match="no pair of factors to resize"):
-        resize_lora(layer({"a": 2}, "dense"), 2)
+def test_a_copy_of_statistics_is_moved_alone() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    register_lora(model, rank=2, adapter="a")
+    combine_lora(model, {"a": 1}, adapter="b")
+    with lora_selected(model, "b"):
+        model(torch.randn(8, 4))
+        assert model[1].num_batches_tracked == 1
+    with lora_selected(model, "a"):
+        assert model[1].num_batches_tracked == 0

@@ -16,6 +16,10 @@ from .cases import shake
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's look
 
+LIMIT = (
+    "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+)
+
 
 class Attended(nn.Module):
     """A model that computes in weight space."""
@@ -48,7 +52,7 @@ def graphs(model: nn.Module, changes: Sequence[Callable[[], object]]) -> int:
     torch._dynamo.reset()
     counter, x = CompileCounter(), torch.randn(3, 2, 6)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch._dynamo.config.patch(recompile_limit=16):
+    with torch._dynamo.config.patch({LIMIT: 16}):
         for change in changes:
             change()
             torch.testing.assert_close(compiled(x), model(x))

@@ -15,7 +15,7 @@ import torch
 
 import lora_param as lp
 from experiments import mnist_finetune, mnist_source_loop
-from experiments.mnist_finetune import RichBoyNet
+from experiments.mnist_network import RichBoyNet
 from experiments.mnist_report import STATES
 from experiments.shared import mnist
 from experiments.shared.claims import same_bits
@@ -68,8 +68,10 @@ def test_every_thread_flushes() -> None:
     code = (
         "import torch; from experiments import mnist_finetune as experiment\n"
         "torch.set_num_threads(4)\n"
-        "products = lambda _: print(torch.full((10**7,), 2.0**-120).mul(2.0**-10).count_nonzero())\n"
-        "experiment.run = products\n"
+        "def products(_):\n"
+        "    print(torch.full((10**7,), 2.0**-120).mul(2.0**-10).count_nonzero())\n"
+        "    raise SystemExit\n"
+        "experiment.choose_device = products\n"
         "experiment.main(['{}'])"
     )
     printed = {name: python("-c", code.format(flag)).stdout for name, flag in FLAGS.items()}

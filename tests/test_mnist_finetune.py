@@ -14,7 +14,7 @@ import torch
 
 import lora_param
 from experiments import mnist_finetune
-from experiments.mnist_finetune import RichBoyNet
+from experiments.mnist_network import RichBoyNet, check_counts, check_network
 from experiments.mnist_report import STATES, Run
 from experiments.shared.claims import BrokenClaimError
 from experiments.shared.scoring import Score
@@ -172,12 +172,12 @@ def adapted() -> tuple[RichBoyNet, RichBoyNet]:
 
 
 def test_promises_hold_of_an_adapted_network(adapted: tuple[RichBoyNet, RichBoyNet]) -> None:
-    mnist_finetune.check_network(*adapted, scale=1.0)
+    check_network(*adapted, scale=1.0)
 
 
 def test_wrong_scale_breaks_the_formulas_claim(adapted: tuple[RichBoyNet, RichBoyNet]) -> None:
     with pytest.raises(BrokenClaimError, match=r"on, linear1\.weight is W \+ \(B @ A\) \* scale"):
-        mnist_finetune.check_network(*adapted, scale=2.0)
+        check_network(*adapted, scale=2.0)
 
 
 def test_weight_that_stays_adapted_breaks_the_claim_of_off(
@@ -188,14 +188,14 @@ def test_weight_that_stays_adapted_breaks_the_claim_of_off(
 
     monkeypatch.setattr(lora_param.LoRAParametrization, "forward", forward)
     with pytest.raises(BrokenClaimError, match=r"off, linear1\.weight is its original"):
-        mnist_finetune.check_network(*adapted, scale=1.0)
+        check_network(*adapted, scale=1.0)
 
 
 COUNTS = {"LoRA off": "off, the test counts are as before", "loaded": "loaded from its file"}
 
 
 def test_same_counts_break_no_claim() -> None:
-    mnist_finetune.check_counts(Run(0, dict.fromkeys((*STATES, "loaded"), Score((1, 2), 100))))
+    check_counts(Run(0, dict.fromkeys((*STATES, "loaded"), Score((1, 2), 100))))
 
 
 @pytest.mark.parametrize("state", COUNTS)
@@ -203,7 +203,7 @@ def test_other_counts_break_a_claim(state: str) -> None:
     run = Run(0, dict.fromkeys((*STATES, "loaded"), Score((1, 2), 100)))
     run.scores[state] = Score((2, 1), 100)
     with pytest.raises(BrokenClaimError, match=COUNTS[state]):
-        mnist_finetune.check_counts(run)
+        check_counts(run)
 
 
 BAD_OPTIONS = [
@@ -224,6 +224,9 @@ BAD_OPTIONS = [
     (["--device", "meta"], "device 'meta' can't be used; this machine has cpu"),
     (["--data", "nowhere"], "train-images-idx3-ubyte.gz is missing; copy it again from"),
     (["--output", __file__], "File exists"),
+    (["--digits", "9"], "digits must be two or more different ones such as 9,4,7, got '9'"),
+    (["--digits", "9,9"], "digits must be two or more different ones"),
+    (["--digits", "9,12"], "digits must be two or more different ones"),
     (["--nonsense"], "unrecognized arguments: --nonsense"),
 ]
 
@@ -269,6 +272,19 @@ def test_progress_shows_where_the_output_is_a_terminal(
     for phase in ("pretraining", "fine-tuning", "testing, LoRA on"):
         assert phase in shown
     assert "loss=" in shown
+
+
+def test_an_adapter_for_each_of_several_digits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--digits", "9,4", "--output", str(tmp_path)]
+    assert mnist_finetune.main([*SHORT, *arguments]) == 0
+    wrong = results(tmp_path)["wrong"]
+    for digit in (9, 4):
+        assert wrong[f"adapter {digit}"][digit] < wrong["pretrained"][digit]
+        assert abs(wrong["routed"][digit] - wrong[f"adapter {digit}"][digit]) <= 1
+    assert "originals equal, bit for bit" in capsys.readouterr().out
+    assert (tmp_path / "001" / "digits.png").is_file()
 
 
 def test_the_network_multiplies_by_torchs_own_layers() -> None:

@@ -37,8 +37,12 @@ def test_table_has_the_sources_figures_beneath_ours() -> None:
     lines = table(runs((20,) * 10), True).split("\n")
     for ours, source, state in zip(lines[1::2], lines[2::2], STATES, strict=True):
         assert ours.startswith(state)
-        assert source.split()[2:] == [str(count) for count in SOURCE[state].wrong]
-    assert [line.split()[1] for line in lines[2::2]] == ["0.953", "0.843", "0.953"]
+        assert source.split()[-10:] == [str(count) for count in SOURCE[state].wrong]
+    assert [line.split()[-11] for line in lines[2::2]] == ["0.953", "0.843", "0.953"]
+
+
+def test_table_of_other_settings_has_no_figures_of_the_source() -> None:
+    assert "notebook" not in table(runs((20,) * 10), False)
 
 
 def test_table_of_several_runs_has_mean_and_spread() -> None:

@@ -73,11 +73,18 @@ def test_the_core_imports_nothing_but_torch_and_safetensors() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def readme_examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def examples() -> dict[str, str]:
+    """Return the Python in the README and the documentation, by file and place."""
+    found = {}
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+        found |= {f"{path.stem} {place}": code for place, code in enumerate(blocks, 1)}
+    return found
 
 
-@pytest.mark.parametrize("code", readme_examples(), ids=lambda code: code.splitlines()[0])
-def test_the_readmes_examples_run_as_they_stand(code: str, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("place", examples())
+def test_the_examples_of_readme_and_docs_run_as_they_stand(
+    place: str, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(examples()[place], place, "exec"), {"__name__": "__main__"})

@@ -55,7 +55,7 @@ def test_training_moves_the_copy_as_it_would_move_the_base_to_the_bit(name: str)
 @each_norm
 def test_off_the_base_has_its_own_statistics(name: str) -> None:
     model = net(name)
-    plain, x = copy.deepcopy(model).eval(), batches(name)[0]
+    plain, x = copy.deepcopy(model).eval().requires_grad_(False), batches(name)[0]
     register_lora(model, rank=1)
     for batch in batches(name):
         model(batch)
@@ -270,7 +270,7 @@ assert torch.equal(model(x), expected)
 def test_a_residual_network_trains_and_its_base_stays_and_its_file_says_all(path: Path) -> None:
     torch.manual_seed(0)
     model, x = resnet18(), torch.randn(4, 3, 32, 32)
-    base = copy.deepcopy(model).eval()
+    base = copy.deepcopy(model).eval().requires_grad_(False)
     register_lora(model, rank=2, target="layer4.*", train="fc")
     optimizer = torch.optim.SGD(lora_parameters(model), lr=0.01)
     with base_frozen(model):
