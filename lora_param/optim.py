@@ -62,7 +62,9 @@ def lora_parameter_groups(
         Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models",
         arXiv:2402.12354, section 4.
     """
-    factors = factors or {}
+    factors = {} if factors is None else factors
+    if not isinstance(factors, Mapping) or not all(isinstance(each, str) for each in factors):
+        raise LoRAError(f"factors must map patterns to numbers, got {factors!r:.60}")
     numbers = {"lr": lr, "ratio": ratio, "weight_decay": weight_decay}
     for name, number in (
         numbers | {f"factors of {key!r}": n for key, n in factors.items()}

@@ -84,3 +84,18 @@ def test_a_block_that_can_be_no_pair_is_refused(format: str, tmp_path: Path) -> 
     shake(model)
     with pytest.raises(FileError, match=f"the format {format} has no place for a block of rows"):
         save_lora(model, tmp_path / "out", format=format)
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya"])
+def test_blocks_whose_dropouts_differ_are_written_with_a_warning(
+    tmp_path: Path, format: str
+) -> None:
+    model = chain(nn.Linear(6, 9))()
+    register_lora(model, target="0[:3]", rank=2, dropout=0.25)
+    register_lora(model, target="0[6:]", rank=1)
+    shake(model)
+    added = pytest.warns(UserWarning, match="has no blocks of rows")
+    with added, pytest.warns(UserWarning, match=r"0\.weight: its blocks differ in dropout"):
+        save_lora(
+            model, tmp_path / ("folder" if format == "peft" else "x.safetensors"), format=format
+        )

@@ -176,6 +176,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("unknown", "svd", r"init must be one of \['kaiming', 'gaussian', 'orthogonal'\]"),
     ("one tensor", lambda W, r, *_: W, "weight: init=.* fails on this weight: too many values"),
     ("no pair", lambda W, r, *_: (W, W), r"init must return B0 and A0 of \(\(8, 2\), \(2, 9\)\)"),
+    ("any error", lambda *_: 1 / 0, "weight: init=.* fails on this weight: division by zero"),
     ("no tensors", lambda W, r, *_: (1, 2), "init must return B0 and A0 of"),
     ("NaN", lambda W, r, *_: (W[:, :r] * torch.nan, W[:r]), "gives factors that aren't finite"),
 ]

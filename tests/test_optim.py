@@ -83,10 +83,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "weight_decay must be a finite number and at least 0, got nan",
     ),
     ({"factors": {"*": "2"}}, r"factors of '\*' must be a finite number"),
+    ({"factors": 2}, "factors must map patterns to numbers, got 2"),
+    ({"factors": {0: 2.0}}, "factors must map patterns to numbers, got {0: 2.0}"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD, ids=[message[:12] for _, message in BAD])
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
 def test_a_bad_number_is_refused(options: dict[str, Any], message: str) -> None:
     layer = adapted(nn.Linear(4, 4))
     with pytest.raises(LoRAError, match=message):

@@ -124,7 +124,7 @@ def factors_at_start(
                 A, B = (each.mT for each in named(W.mT, rank, scale, generator))
             else:
                 B, A = (named or init)(W, rank, scale, generator)  # type: ignore[operator]
-        except (RuntimeError, TypeError, ValueError) as error:  # LinAlgError among them
+        except Exception as error:  # of a caller's function, any
             raise LoRAError(f"init={init!r:.60} fails on this weight: {error!s:.200}") from error
     wanted = (*view[:-1], rank), (*view[:-2], rank, view[-1])
     got = tuple(tuple(each.shape) if isinstance(each, Tensor) else None for each in (B, A))

@@ -43,6 +43,10 @@ def joined(format: str, deltas: Mapping[str, Delta], weights: Outline) -> dict[s
             "where these are trained on, the zeros among them won't stay zero",
             stacklevel=5,
         )
+    for name, own in blocks.items():
+        if len({delta.dropout for _, delta in own}) > 1:
+            reason = f"its blocks differ in dropout, and are written with {pairs[name].dropout:g}"
+            warnings.warn(f"{name}: {reason}", stacklevel=5)
     result: dict[str, Delta] = {}
     for name, delta in deltas.items():
         whole = wholes.get(name, name)
