@@ -20,6 +20,9 @@ from .switching import Switched
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
+SPACES = ("activation", "weight", "auto")
+"""Where a delta can be asked to act, the first of those on one weight first; `"auto"` by cost."""
+
 Shape = tuple[int, ...]
 
 
@@ -42,6 +45,9 @@ class Delta(Switched):
     changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
     `run`, of `ops`, is all that is known of the layer."""
 
+    sum: ClassVar[Any] = None
+    """`(weight)` to its value within rounding, quicker, where a `width` is all that this costs."""
+
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
@@ -55,6 +61,8 @@ class Delta(Switched):
     routes: ClassVar[bool] = False
     """Whether its own `act` heeds `run.routing`, of rows that differ in what acts on them."""
 
+    width = 0  # of the product that it is
+    space = "auto"  # of `SPACES`
     by_rows = True  # whether a row of its value depends on that row of the weight alone
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
@@ -95,9 +103,9 @@ class Delta(Switched):
         return cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
 
     def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
-        """Build another of its kind, with its adapter's name, its rows and its strength."""
+        """Build another of its kind, with its adapter's name, its rows, strength and space."""
         delta = self.restore(tensors, numbers)
-        delta.adapter, delta.strength = self.adapter, self.strength
+        delta.adapter, delta.strength, delta.space = self.adapter, self.strength, self.space
         delta.rows, delta.dim = self.rows, self.dim
         return delta
 
