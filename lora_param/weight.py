@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
@@ -62,7 +63,7 @@ class Weight:
     def dim(self) -> int:
         """Which dimension of the tensor counts output features, in which `rows` are numbered."""
         is_transposed = getattr(self.module, "is_transposed", False)
-        return self.layer.features_of(tuple(self.whole.like.shape), is_transposed)
+        return self.layer.features_of(self.whole.shape or (), is_transposed)
 
     @property
     def layer(self) -> Layer:
@@ -123,9 +124,15 @@ class Weight:
         return self.original if alone else self.value  # type: ignore[return-value]
 
     @property
+    def shape(self) -> Shape | None:
+        """Its shape; `None` if it isn't there or has none yet."""
+        like = None if not self.chain and is_lazy(self.original) else self.like  # type: ignore[arg-type]
+        return None if like is None else tuple(like.shape)
+
+    @property
     def view(self) -> Shape:
         """The shape of its matrix view, `(*batch, fan_out, fan_in)`; of a vector its own."""
-        shape = tuple(self.like.shape)
+        shape = self.shape or ()
         return self.layer.view(shape) if len(shape) > 1 else shape
 
     def attach(self, delta: Delta, undo: ExitStack) -> None:

@@ -20,6 +20,7 @@ from ..lowrank import Rank, check_rank_or_share
 from ..register import install
 from ..targets import Target
 from ..walk import walk
+from ..weight import tensor_names
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
@@ -206,8 +207,10 @@ def extract_checkpoint(
             if old[name].dtype not in FLOATS or not old[name].ndim:
                 left += [] if old[name].equal(new[name]) else [name]
                 continue
-            layer = weight.module.layer
-            low = layer.default and weight.tensor in listed_tensors(layer, [*weight.module.tensors])
+            layer = weight.layer
+            low = layer.default and weight.tensor in listed_tensors(
+                layer, tensor_names(weight.module)
+            )
             view = weight.view if low and old[name].ndim > 1 else None
             if (found := difference(name, old[name], new[name], view, rank)) is not None:
                 deltas[name], fit = found

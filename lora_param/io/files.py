@@ -32,7 +32,7 @@ from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
-from .outline import Outline, WeightOutline, outline_of_model
+from .outline import Outline, outline_of_model
 from .progress import progress
 from .tensors import About, AnyPath, check_strings, shortened
 
@@ -197,8 +197,7 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
     """Pair weights with deltas that have tensors of their own, on the weights' devices."""
     pairs = []
     for name, delta in progress(list(deltas.items()), "loading"):
-        outline = cast("WeightOutline", weights.weight(name))
-        weight = cast("Weight", outline.source)
+        weight = cast("Weight", weights.weight(name))
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{name} is on the meta device; load when the model has values")
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}

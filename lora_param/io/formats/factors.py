@@ -14,7 +14,9 @@ from torch import Tensor
 from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
 from ...deltas.pair import Pair as LowRank
 from ...errors import FileError, LoRAError
-from ..outline import NOTHING, Outline, Shape, WeightOutline
+from ...layers import Shape
+from ...weight import Weight
+from ..outline import Outline, Unknown, class_name, is_plain
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
@@ -22,7 +24,7 @@ Factors = dict[str, dict[str, Tensor]]
 LoRADeltas = Mapping[str, LowRank]
 Pair = tuple[str, LowRank]
 AnyPair = tuple[str, Delta]
-Reader = Callable[[WeightOutline, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
+Reader = Callable[[Weight, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -166,37 +168,35 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
 
 
 def read_layers(
-    factors: Factors, found: Mapping[str, WeightOutline | None], weights: Outline, read: Reader
+    factors: Factors, found: Mapping[str, Weight | None], weights: Outline, read: Reader
 ) -> list[Pair]:
     """Build the updates of layers, each of whose factors and alpha `read` makes sense of."""
     refuse([*incomplete_factors(factors), *without_module(found, weights)])
 
-    def delta(item: tuple[str, WeightOutline | None]) -> Pair:
+    def delta(item: tuple[str, Weight | None]) -> Pair:
         name, weight = item
         assert weight is not None  # which was refused
         try:
             A, B, alpha = read(weight, factors[name])
         except ValueError as error:
             raise FileError(f"{name} {error}") from None
-        transposed = weight.module.layer.transposed
+        transposed = weight.layer.transposed
         check_shape(name, weight.shape, A, B, transposed)
         m = factors[name].get("dora_scale")
-        pair = low_rank(weight.full_name, *stored_factors(A, B, transposed), alpha, magnitude=m)
+        pair = low_rank(weight.name, *stored_factors(A, B, transposed), alpha, magnitude=m)
         pair[1].rows = weight.rows
         return pair
 
     return collect(delta, found.items())
 
 
-def check_plain(weight: WeightOutline) -> None:
+def check_plain(weight: Weight) -> None:
     """Raise a `ValueError` unless a weight may be a linear or convolution layer's."""
-    if not weight.module.is_plain and weight.module.layer is not NOTHING:
-        raise ValueError(f"is a {weight.module.class_name}, not a linear or convolution")
+    if not is_plain(weight) and not isinstance(weight.module, Unknown):
+        raise ValueError(f"is a {class_name(weight.module)}, not a linear or convolution")
 
 
-def plain_factors(
-    weight: WeightOutline, tensors: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, float]:
+def plain_factors(weight: Weight, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
     """Take a linear or convolution layer's factors as they are; no alpha, or 0, means the rank."""
     A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
     check_plain(weight)

@@ -13,8 +13,9 @@ from torch import Tensor
 from ...deltas import Delta, DenseDelta, DoRA
 from ...deltas.pair import Pair
 from ...errors import FileError
-from ...weight import join
-from ..outline import Outline, Shape
+from ...layers import Shape
+from ...weight import join, tensor_names
+from ..outline import Outline, class_name, is_plain
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
 from . import fused, lycoris
@@ -76,7 +77,7 @@ def parse(
     )
     shared.refuse(shared.without_module(found, weights))
     whole: list[tuple[str, Delta]] = [
-        shared.dense(join(weight.module.path, WHOLE[role]), tensor)
+        shared.dense(join(weight.path, WHOLE[role]), tensor)
         for name, weight in found.items()
         for role, tensor in factors[name].items()
         if weight and role in WHOLE
@@ -106,8 +107,8 @@ def render(
         own = weights.weight(join(path, "weight"))
         norm = dense and own is not None and len(own.shape or ()) == 1
         able = tensor == "weight" or (dense and tensor == "bias")
-        if not (path and able and (norm or module.is_plain)):
-            raise FileError(f"no place for {weight_name} of a {module.class_name}")
+        if not (path and able and (norm or is_plain(weights.weights[weight_name]))):
+            raise FileError(f"no place for {weight_name} of a {class_name(module)}")
         if flat.get(name) != [path]:
             others = " or ".join(flat.get(name, ["another part"]))
             raise FileError(f"{name} could be {others}")
@@ -152,7 +153,9 @@ def flat_names(
     children, known = _children(weights), any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     if paths is None:
-        paths = [path for path, module in weights.modules.items() if "weight" in module.tensors]
+        paths = [
+            path for path, module in weights.modules.items() if "weight" in tensor_names(module)
+        ]
     for path in paths:
         for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")

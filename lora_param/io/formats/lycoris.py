@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ...deltas import Delta, DenseDelta
 from ...errors import FileError
-from ..outline import Outline, Shape, WeightOutline
+from ...layers import Shape
+from ...weight import Weight
+from ..outline import Outline
 from . import factors as shared
 
 KEYS = (
@@ -158,7 +160,7 @@ def _lokr(tensors: Mapping[str, Tensor]) -> Update:
 
 
 def read_layers(
-    factors: shared.Factors, found: Mapping[str, WeightOutline | None], weights: Outline
+    factors: shared.Factors, found: Mapping[str, Weight | None], weights: Outline
 ) -> list[tuple[str, Delta]]:
     """Build the updates of layers, of LyCORIS's kinds and plain ones."""
     shared.refuse(shared.without_module(found, weights))
@@ -187,6 +189,6 @@ def read_layers(
     for name, (kind, own) in read.items():
         weight = found[name]
         if isinstance(own, Tensor) and weight:
-            pairs[name] = weight.full_name, DenseDelta.restore({"D": own}, {})
+            pairs[name] = weight.name, DenseDelta.restore({"D": own}, {})
         pairs[name][1].origin = kind or ""
     return list(pairs.values())

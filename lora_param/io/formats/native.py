@@ -15,7 +15,7 @@ from ...errors import FileError
 from ...frozen import digest_of
 from ...rows import Rows
 from ...state import NUMBERS
-from ..outline import Outline
+from ..outline import Outline, facts_of
 from ..progress import progress
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
 
@@ -151,7 +151,8 @@ def render(
         if delta.rows is not None:
             specs[name]["rows"] = str(delta.rows)
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
-    modules = [weight.module for name in deltas if (weight := weights.weight(name))]
+    adapted = [weight for name in deltas if (weight := weights.weight(name))]
+    layers = {weight.path: facts_of(weight.module) for weight in adapted}
     record = {
         "version": VERSION,
         "library": __version__,
@@ -159,7 +160,7 @@ def render(
         "model": about.model,
         "class": about.cls,
         "weights": specs,
-        "layers": {module.path: module.facts for module in modules if module.facts},
+        "layers": {path: facts for path, facts in layers.items() if facts},
         "shapes": {n: each.shape for n, each in weights.weights.items() if each.shape is not None},
         "base": check_strings("base", base),
     }

@@ -14,7 +14,7 @@ from ...deltas import Delta
 from ...errors import FileError
 from ...sharding import is_sharded
 from ...weight import join
-from ..outline import Outline
+from ..outline import Outline, class_name
 from ..tensors import About, Config
 from ..values import NewValues
 from . import factors as shared
@@ -146,7 +146,7 @@ def _homeless(names: Collection[str], wrapped: Mapping[str, bool]) -> Iterator[s
 def _value(name: str, delta: Delta, weights: Outline) -> Tensor:
     """Return what a tensor becomes."""
     weight = weights.weight(name)
-    if weight is None or (tensor := weight.value) is None or is_sharded(tensor):
+    if weight is None or (tensor := weight.like).is_meta or is_sharded(tensor):
         raise FileError(
             f"{name}: PEFT keeps its new values; convert a native file with the base, by --base"
         )
@@ -162,7 +162,7 @@ def _whole_modules(names: Collection[str], weights: Outline) -> Iterator[str]:
         left.update(dict.fromkeys(_parents(name.rpartition(".")[0]), name not in names))
     found: tuple[str, ...] = ()
     for path, module in weights.modules.items():
-        able = path and module.class_name not in CONTAINERS and not path.startswith(found or " ")
+        able = path and class_name(module) not in CONTAINERS and not path.startswith(found or " ")
         if able and path in left and not left[path]:
             found += (f"{path}.",)
             yield path
