@@ -63,7 +63,7 @@ class Weight:
     def dim(self) -> int:
         """Which dimension of the tensor counts output features, in which `rows` are numbered."""
         is_transposed = getattr(self.module, "is_transposed", False)
-        return self.layer.features_of(self.whole.shape or (), is_transposed)
+        return self.layer.features_of(tuple(self.whole.like.shape), is_transposed)
 
     @property
     def layer(self) -> Layer:
@@ -132,7 +132,7 @@ class Weight:
     @property
     def view(self) -> Shape:
         """The shape of its matrix view, `(*batch, fan_out, fan_in)`; of a vector its own."""
-        shape = self.shape or ()
+        shape = tuple(self.like.shape)
         return self.layer.view(shape) if len(shape) > 1 else shape
 
     def attach(self, delta: Delta, undo: ExitStack) -> None:

@@ -119,8 +119,10 @@ class Outline:
         if weight is None and self.unknown:
             path, _, tensor = name.rpartition(".")
             return Weight(path, Unknown(), tensor)
+        if weight is None or said is None:
+            return weight
         try:
-            return weight if weight is None or said is None else weight.block(said)
+            return weight.block(said) if weight.shape else None
         except TargetError:
             return None
 
