@@ -51,12 +51,13 @@ class Format(NamedTuple):
     module: Any
     kinds: Collection[str] = ("lora",)  # of the deltas that are written in it
     any_kind: bool = False  # whether it has a place for all kinds, blocks of rows and strengths
+    blocks: Collection[str] = ()  # of the deltas that are written on blocks of rows, if not of any
     silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
 FORMATS = (
     Format("native", native, KINDS, any_kind=True),
-    Format("peft", peft, ("lora", "dora", "dense", "statistics")),
+    Format("peft", peft, ("lora", "dora", "dense", "statistics"), blocks=("dense",)),
     Format("kohya", kohya, ("lora", "dora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
@@ -198,7 +199,8 @@ def write_adapter(
     if not row.any_kind:
         deltas = joined(format, deltas, weights)
     for name, delta in deltas.items():
-        if delta.kind not in row.kinds or (delta.rows is not None and not row.any_kind):
+        able = delta.rows is None or row.any_kind or delta.kind in row.blocks
+        if delta.kind not in row.kinds or not able:
             what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
     strong = [name for name, delta in deltas.items() if delta.strength != 1]
