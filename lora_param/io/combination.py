@@ -105,6 +105,8 @@ def combine_files(
 ) -> list[Fit]:
     """Combine adapters' files as `combine_lora` does adapters, and write one of our own.
 
+    Each has the strength that is given times that at which it was saved.
+
     Raises:
         FileError: A file doesn't say what its weights are, or they are of different bases.
         AdapterError: A kind doesn't add.
@@ -119,7 +121,7 @@ def combine_files(
         for file, strength in zip(opened, files.values(), strict=True):
             for name, delta in file.parse(file.outline).items():
                 delta.check_strength(1 if delta.of_buffers else strength)
-                terms.setdefault(name, []).append((delta, strength))
+                terms.setdefault(name, []).append((delta, strength * delta.strength))
         deltas, fits = dict[str, Delta](), list[Fit]()
         for name, own in progress(list(terms.items()), "combining"):
             weight = weights.weight(name)
