@@ -74,13 +74,12 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lora(model, f"{folder}/adapter.safetensors", metadata={"license": "MIT"})
-        ...     load_lora(torch.nn.Linear(3, 2), f"{folder}/adapter.safetensors", base="ignore")
+        >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})
+        >>> load_lora(torch.nn.Linear(3, 2), "adapter.safetensors", base="ignore")
         ['weight']
     """
     found = walk(model, "save_lora")

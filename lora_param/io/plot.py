@@ -21,12 +21,9 @@ def plot_summary(summary: FileSummary, out: AnyPath) -> None:
         FileError: The picture can't be written, or not in the format that its name says.
 
     Example:
-        >>> import tempfile
         >>> from lora_param.io import FileSummary, UpdateSummary
         >>> update = UpdateSummary("0.weight", "lora", (2, 3), 1, 1.0, "lora", 0.5, 1.0, 5)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     summary = FileSummary("native", "a base", "default", {}, (update,))
-        ...     plot_summary(summary, f"{folder}/adapter.png")
+        >>> plot_summary(FileSummary("native", "", "default", {}, (update,)), "adapter.png")
     """
     try:
         from matplotlib.figure import Figure

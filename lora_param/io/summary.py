@@ -68,13 +68,12 @@ def file_summary(
             doesn't fit the base.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from lora_param import register_lora, save_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lora(model, f"{folder}/adapter.safetensors")
-        ...     summary = file_summary(f"{folder}/adapter.safetensors")
+        >>> save_lora(model, "adapter.safetensors")
+        >>> summary = file_summary("adapter.safetensors")
         >>> summary.format, summary.weights[0].shape, summary.parameters
         ('native', (2, 3), 5)
 
