@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -94,18 +94,21 @@ def _blocks(weights: Outline, path: str, parts: int) -> Iterator[Weight]:
 
 def placed(
     factors: shared.Factors,
-    found: Mapping[str, Weight | None],
-    elsewhere: Callable[[str], list[Weight] | None],
-) -> tuple[shared.Factors, dict[str, Weight | None]]:
-    """Place what finds no layer by its own name in the other layout, part by part.
+    weights: Outline,
+    elsewhere: Elsewhere,
+    paths: Callable[[str], Iterable[str]],
+) -> tuple[shared.Factors, dict[str, Weight]]:
+    """Find the weight of each name, by the paths that it can mean.
 
-    A part's name is that of the whole with `#` and its number.
+    What finds no layer here is placed part by part where the other layout has one. A part's name is
+    that of the whole with `#` and its number.
     """
-    own, places = dict(factors), dict(found)
-    for name in [name for name, weight in found.items() if weight is None]:
-        if not (parts := elsewhere(name)):
+    own, places = dict(factors), dict[str, Weight | None]()
+    for name, tensors in factors.items():
+        places[name] = weights.layer_weight(*paths(name))
+        parts = next((elsewhere[path] for path in paths(name) if path in elsewhere), None)
+        if places[name] or not parts:
             continue
-        tensors = factors[name]
         sizes = [(part.shape or (0,))[0] for part in parts]
         if tensors.keys() - {"A", "B", "alpha"} or "B" not in tensors:
             what = "in this model's layout only a plain LoRA can be put"
@@ -113,9 +116,7 @@ def placed(
         if len(tensors["B"]) != sum(sizes):
             raise FileError(f"{name} has {len(tensors['B'])} outputs, and its parts here {sizes}")
         del own[name], places[name]
-        for index, (part, B) in enumerate(
-            zip(parts, torch.split(tensors["B"], sizes), strict=True)
-        ):
-            key = f"{name}#{index}"
-            own[key], places[key] = {**tensors, "B": B}, part
-    return own, places
+        blocks = torch.split(tensors["B"], sizes)
+        for index, (part, B) in enumerate(zip(parts, blocks, strict=True)):
+            own[f"{name}#{index}"], places[f"{name}#{index}"] = {**tensors, "B": B}, part
+    return own, shared.all_found(places, weights)

@@ -69,22 +69,21 @@ def parse(
         if len(several := flat.get(name, [])) > 1:
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
-    found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
     others = fused.elsewhere(weights)
     theirs = flat_names(weights, prefix, others)
     factors, found = fused.placed(
-        factors, found, lambda name: others[theirs[name][0]] if name in theirs else None
+        *(factors, weights, others),
+        lambda name: [*flat.get(name, []), *theirs.get(name, [])[:1]],
     )
-    shared.refuse(shared.without_module(found, weights))
     whole: list[tuple[str, Delta]] = [
         shared.dense(join(weight.path, WHOLE[role]), tensor)
         for name, weight in found.items()
         for role, tensor in factors[name].items()
-        if weight and role in WHOLE
+        if role in WHOLE
     ]
-    pairs = {name: own for name, own in factors.items() if own.keys() - WHOLE.keys()}
-    found = {name: found[name] for name in pairs}
-    return [*lycoris.read_layers(pairs, found, weights), *whole]
+    pairs = [name for name, own in factors.items() if own.keys() - WHOLE.keys()]
+    read = shared.collect(lambda name: lycoris.read_layer(name, found[name], factors[name]), pairs)
+    return [*read, *whole]
 
 
 def render(

@@ -45,14 +45,14 @@ def parse(
     if alpha is None:
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
     # A ConvLoRA has its layer inside.
-    found = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
-    base = {_name_in_base(key, found): tensor for key, tensor in rest.items()}
+    places = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
+    base = {_name_in_base(key, places): tensor for key, tensor in rest.items()}
     shared.refuse(shared.tensors_of_another_base(base, weights))
-    shared.refuse([*shared.incomplete_factors(factors), *shared.without_module(found, weights)])
+    shared.refuse(shared.incomplete_factors(factors))
+    found = shared.all_found(places, weights)
 
     def blocks(name: str) -> list[tuple[str, Weight, dict[str, Tensor]]]:
         weight, (A, B) = found[name], (factors[name][role] for role in "AB")
-        assert weight is not None  # which was refused
         if weight.shape is None or weight.layer.kind not in (*LINEARS, CONV1D):
             return [(name, weight, factors[name])]
         try:
@@ -68,7 +68,7 @@ def parse(
         return A, B, alpha * len(A) / rank
 
     factors = {name: tensors for name, _, tensors in own}
-    return shared.read_layers(factors, {name: weight for name, weight, _ in own}, weights, read)
+    return shared.read_layers(factors, {name: weight for name, weight, _ in own}, read)
 
 
 def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:

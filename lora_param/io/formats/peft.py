@@ -77,9 +77,8 @@ def parse(
     shared.refuse([*complaints, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError("which rank a target parameter has can't be said without a model")
-    found = places_of_names(factors, weights, config)
-    shared.refuse(shared.without_module(found, weights))
-    places = [place for place in found.values() if place]
+    found = shared.all_found(places_of_names(factors, weights, config), weights)
+    places = [*found.values()]
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
     conv1d = any(layer_of(type(each)).kind == CONV1D for each in weights.modules.values())
     vague = bool(config.get("fan_in_fan_out")) or conv1d
