@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
@@ -121,6 +122,12 @@ class Weight:
         plain = self.tensor in self.module._parameters
         alone = plain or all(isinstance(entry, Delta) for entry in self.chain)
         return self.original if alone else self.value  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> Shape | None:
+        """Its shape; `None` if it isn't there or has none yet."""
+        like = None if not self.chain and is_lazy(self.original) else self.like  # type: ignore[arg-type]
+        return None if like is None else tuple(like.shape)
 
     @property
     def view(self) -> Shape:
