@@ -54,6 +54,7 @@ class DoRA(Pair):
 
     kind = "dora"
     of_values = True
+    parts = (*Pair.parts[0], "magnitude"), ()
     magnitude: Tensor
 
     @classmethod
@@ -133,8 +134,8 @@ class DoRA(Pair):
         weight = dense(run.weight)
         for delta in before:
             weight = delta(weight)
-        dropping = bool(self._dropout) and self.training
-        x = F.dropout(x, self._dropout) if dropping else x
+        dropping = bool(self.dropout) and self.training
+        x = F.dropout(x, self.dropout) if dropping else x
         of_inputs = self.rows is not None and self.dim != run.transposed  # an embedding's tokens
         if of_inputs or not self._is_of_outputs(run.transposed):
             return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
