@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LoRAError, StateDictError
 from ..quantised import dense
-from ..sharding import spread, whole
+from ..sharding import is_sharded, spread, whole
 from .inits import DRAWS, STARTS, Init, factors_at_start
 from .numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_rank, check_scaling
 from .protocol import Delta, Parts, Shape
@@ -62,8 +62,9 @@ class Pair(Delta):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(adapter, dtype)
-        self.rank = check_rank(rank, fan_out, fan_in)
-        self.alpha, self.scaling, self.dropout = cast(float, alpha), scaling, dropout
+        rank = check_rank(rank, fan_out, fan_in)
+        self.__dict__.update(rank=rank, alpha=check_alpha(alpha, rank))
+        self.__dict__.update(scaling=check_scaling(scaling), dropout=check_dropout(dropout))
         if not isinstance(generator, (torch.Generator, type(None))):
             got = type(generator).__name__
             raise LoRAError(f"generator must be a torch.Generator or None, got {got}")
@@ -73,8 +74,8 @@ class Pair(Delta):
                 f"init must be one of {[*DRAWS]}, or in register_lora {others}, got {init!r:.60}"
             )
         self.__dict__.update(_init=init, _generator=generator)
-        A = torch.empty(*batch, self.rank, fan_in, device=device, dtype=dtype)
-        self._keep(A, torch.empty(*batch, fan_out, self.rank, device=device, dtype=dtype))
+        A = torch.empty(*batch, rank, fan_in, device=device, dtype=dtype)
+        self._keep(A, torch.empty(*batch, fan_out, rank, device=device, dtype=dtype))
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -88,17 +89,19 @@ class Pair(Delta):
 
         What they started from, if that was the weight, can't be had again.
         """
-        if (kept := self._kept)[0].is_meta:
+        kept: list[Any] = [*self._parameters.values()][:2]
+        if kept[0].is_meta:
             return
         for start in self._buffers.values():
             start.fill_(math.nan)  # type: ignore[union-attr]
         generator = self.__dict__.pop("_generator", None)
-        source = kept[0].device if generator is None else generator.device
-        A, B = (torch.zeros(each.shape, device=source, dtype=each.dtype) for each in kept)
+        like = {"device": (generator or kept[0]).device, "dtype": kept[0].dtype}
+        A, B = torch.zeros(kept[0].shape, **like), torch.zeros(kept[1].shape, **like)
         if not self._buffers:
             DRAWS[self._init](A, B, generator)
+        sharded = is_sharded(kept[0])
         for own, value in zip(kept, (A, B), strict=True):
-            own.detach().copy_(spread(value, own))
+            own.detach().copy_(spread(value, own) if sharded else value)
 
     def _keep(self, A: Tensor, B: Tensor, anchored: bool = False) -> None:
         """Have these factors for its tensors, or begin at them."""
