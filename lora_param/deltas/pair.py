@@ -158,19 +158,11 @@ class Pair(Delta):
     def restore(
         cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], parts: Parts | None = None
     ) -> Delta:
-        """Build the pair of these factors, of any rank.
-
-        Raises:
-            StateDictError: The factors are no pair, or the numbers aren't theirs.
-        """
+        """Build the pair of these factors, of any rank, or raise `StateDictError`."""
         names = ("shift", "start") if "start_A" in tensors else ("lora",)
         pairs = {name: (tensors[f"{name}_A"], tensors[f"{name}_B"]) for name in names}
         for name, (A, B) in pairs.items():
-            if (
-                min(A.ndim, B.ndim) < 2
-                or A.shape[:-2] != B.shape[:-2]
-                or A.shape[-2] != B.shape[-1]
-            ):
+            if min(A.ndim, B.ndim) < 2 or A.shape[:-1] != (*B.shape[:-2], B.shape[-1]):
                 got = f"{name}_A {tuple(A.shape)} and {name}_B {tuple(B.shape)}"
                 raise StateDictError(f"{got} are no pair")
             if [A.shape, B.shape] != [each.shape for each in pairs[names[0]]]:
