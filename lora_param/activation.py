@@ -134,9 +134,9 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     for each in entries[first:]:
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
-        can_act = isinstance(each, Delta) and each.acts
+        can_act = isinstance(each, Delta) and each.has_own("act")
         if routing is not None and routing.rows > 1:
-            can_act = can_act and each.routes
+            can_act = can_act and each.has_own("routes")
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):

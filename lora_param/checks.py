@@ -145,7 +145,7 @@ def check_droppable(weights: Sequence[Weight]) -> None:
 def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
     """Raise for the first delta that would take another's dropout away, having no `act`."""
     for weight, delta in pairs:
-        for other in weight.whole.deltas if weight.chain and not delta.acts else ():
+        for other in weight.whole.deltas if weight.chain and not delta.has_own("act") else ():
             if other.numbers.get("dropout"):
                 raise TargetError(
                     f"{weight.name}: adapter {other.adapter!r} drops entries of the input, which a "
