@@ -64,7 +64,7 @@ class DoRA(Pair):
         shape = [1 if transposed else size for size in weight.shape[: len(view) - 1]]
         rest = weight.shape[len(shape) :]
         shape += rest if transposed else [1] * len(rest)
-        lengths = _length(dense(weight.detach()), shape).to(delta._kept[0].dtype)
+        lengths = _length(weight.detach(), shape).to(delta._kept[0].dtype)
         delta._parameters["magnitude"] = nn.Parameter(lengths)
         return delta
 

@@ -25,7 +25,8 @@ Shape = tuple[int, ...]
 Facts = Mapping[str, Any]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+LINEARS: Any = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+LINEARS += tuple(layer.kind for layer in TABLE if layer.dense is nn.Linear)
 GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """What a module's `weight` of so many dimensions is taken for."""
 
@@ -214,6 +215,7 @@ def outline_of_model(walk: Walk) -> Outline:
         if layer is UNLISTED:
             facts["is_transposed"] = bool(getattr(module, "is_transposed", False))
         own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
+        own_forward = own_forward and not layer.dense
         modules[path] = ModuleOutline(
             *(path, layer, tuple(tensor_names(module)), cls.__name__, facts),
             *(own_forward, slots[id(module)] > 1),
