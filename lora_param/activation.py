@@ -16,6 +16,7 @@ from .deltas.protocol import Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
+from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
 PLAIN = (Tensor, nn.Parameter)
@@ -42,7 +43,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
     in a module whose methods somebody has replaced is left to the stock forward, in weight space.
     """
     stock, methods, run, suits = base.forward, methods_of(base), layer.run, layer.suits
-    in_weight_space = by_rows(base)
+    in_weight_space = by_rows(base, packed_or_dense(base) if layer.dense else None)
     argument = list(inspect.signature(stock).parameters)[1]
 
     @functools.wraps(stock)
@@ -154,6 +155,7 @@ def _is_on(delta: Delta, routing: Routing | None) -> bool:
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:
     """Say whether a delta, one registered by hand, has another matrix view than its layer."""
+    weight = logical(weight)
     if delta.rows is not None:
         weight = delta.rows.take(weight, delta.dim)
     shape = tuple(weight.shape)
