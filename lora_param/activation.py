@@ -17,6 +17,8 @@ from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
 from .ops import is_exact
+from .places import is_traced
+from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
 PLAIN = (Tensor, nn.Parameter)
@@ -50,7 +52,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
     in a module whose methods somebody has replaced is left to the stock forward, in weight space.
     """
     stock, methods, run, suits = base.forward, methods_of(base), layer.run, layer.suits
-    in_weight_space = by_rows(base)
+    in_weight_space = by_rows(base, packed_or_dense(base) if layer.dense else None)
     argument = list(inspect.signature(stock).parameters)[1]
 
     @functools.wraps(stock)
@@ -61,11 +63,13 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
         if not usual or not dense or patched:
             return in_weight_space(self, *args, **kwargs)
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        traced = is_traced()
         routing = routing_of(self) if Routing.used else None
         if not (found := _acting(self, layer, traced, routing)):
             return in_weight_space(self, *args, **kwargs)
         weight, plan = found
+        if routing is not None and routing.rows > 1:
+            x = routing.places.spread(self, x)
         # A transform, or a mode that keeps results, must see no result change.
         seen = traced or torch._C._are_functorch_transforms_active()
         in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
@@ -78,7 +82,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         if plan.space == "weight":
             return in_weight_space(self, *args, **kwargs)
         if routing is not None and routing.rows > 1:
-            at_work.rows_in = routing.dim_of(self, x, len(at_work.batch))
+            at_work.rows_in = routing.places.dim_of(self, x, len(at_work.batch))
         y = at_work.base(weight)
         for first, *others in plan.acting:
             y = first.act(y, at_work.x, at_work, others)
@@ -178,9 +182,9 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     for each in entries[first:]:
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
-        can_act = isinstance(each, Delta) and each.acts
+        can_act = isinstance(each, Delta) and each.has_own("act")
         if routing is not None and routing.rows > 1:
-            can_act = can_act and each.routes
+            can_act = can_act and each.has_own("routes")
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             return Plan(switched, entries, entries[:first], (), "weight")
         if runs and type(runs[-1][0]) is type(each):
@@ -193,7 +197,7 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     space = "auto" if dropping and space == "weight" else space  # in which nothing can be dropped
     counted = None
     if space != "activation" and layer.run.forming and all(delta.width for delta in acting):
-        rows, columns = layer.view(tuple(originals_of(chain)[0].shape))
+        rows, columns = layer.view(tuple(logical(originals_of(chain)[0]).shape))
         counted = sum(delta.width for delta in acting), rows * columns, rows + columns
     return Plan(switched, entries, entries[:first], tuple(runs), space, counted, dropping)
 
@@ -206,6 +210,7 @@ def _is_on(delta: Delta, routing: Routing | None) -> bool:
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:
     """Say whether a delta, one registered by hand, has another matrix view than its layer."""
+    weight = logical(weight)
     if delta.rows is not None:
         weight = delta.rows.take(weight, delta.dim)
     shape = tuple(weight.shape)
