@@ -86,7 +86,7 @@ class LoRAParametrization(Pair):
         if run.routing is not None:
             return self._act_by_row(y, x, run, (self, *others))
         if not others:
-            x = F.dropout(x, self._dropout) if self._dropout and self.training else x
+            x = F.dropout(x, self.dropout) if self.dropout and self.training else x
             A, B = self.lora_A, self.lora_B
             inner, outer = run.factors(
                 *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
@@ -95,7 +95,7 @@ class LoRAParametrization(Pair):
             return run.up(y, run.down(x, inner), outer, factor)
         meeting: dict[tuple[str, float], list[LoRAParametrization]] = {}
         for pair in (self, *others):
-            dropout = pair._dropout if pair.training else 0.0
+            dropout = pair.dropout if pair.training else 0.0
             meeting.setdefault((pair.adapter if dropout else "", dropout), []).append(pair)
         for (_, dropout), (first, *rest) in meeting.items():
             if dropout and not rest:
@@ -123,7 +123,7 @@ class LoRAParametrization(Pair):
         """
         meeting: dict[float, list[LoRAParametrization]] = {}
         for pair in pairs:
-            meeting.setdefault(pair._dropout if pair.training else 0.0, []).append(pair)
+            meeting.setdefault(pair.dropout if pair.training else 0.0, []).append(pair)
         for dropout, same in meeting.items():
             As, Bs = zip(*(run.whole(p.lora_A, p.lora_B, p.rows, p.dim) for p in same), strict=True)
             kept = F.dropout(x, dropout) if dropout else x
