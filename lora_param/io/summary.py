@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +10,7 @@ import torch
 from ..deltas import Delta
 from ..errors import FileError
 from ..layers import Shape
-from .bases import open_base
-from .formats import open_adapter
+from .bases import open_both
 from .formats.native import tensors_of
 from .progress import progress
 from .tensors import AnyPath
@@ -80,12 +77,8 @@ def file_summary(
     Source:
         Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
     """
-    with open_adapter(Path(path)) as file, ExitStack() as stack:
-        weights, read, about = file.outline, file.parse, file.about
-        if base is not None:
-            opened = open_base(Path(base), file, base_prefix, options)
-            weights, read = stack.enter_context(opened).outline(file), file.fit
-        deltas, updates = read(weights, **options), []
+    with open_both(path, base, base_prefix, options) as (file, _, weights, deltas):
+        about, updates = file.about, []
         for name, delta in progress(list(deltas.items()), "measuring"):
             weight = weights.weight(name)
             update = _measured(name, delta, weight.shape if weight else None)
