@@ -191,10 +191,8 @@ def convert_file(
     check_apart(Path(out), *(Path(each) for each in (path, base) if each))
     with open_both(path, base, base_prefix, options or {}) as (file, _, weights, deltas):
         if weights.unknown:
-            raise FileError(
-                f"{path}: the format {file.format.name} doesn't say what its weights are; give the "
-                "checkpoint that it was trained on with --base"
-            )
+            fix = "give the checkpoint that it was trained on with --base"
+            raise FileError(f"{file.unsaid}; {fix}")
         write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
     return list(deltas)
 

@@ -87,6 +87,11 @@ class AdapterFile:
         about = self.about
         return outline_of_tensors(about.shapes, about.layers) if about.shapes else UNKNOWN
 
+    @property
+    def unsaid(self) -> str:
+        """What to say where that is nothing."""
+        return f"{self.path}: the format {self.format.name} doesn't say what its weights are"
+
     def parse(self, weights: Outline, /, **options: Any) -> Deltas:
         """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
         _check_options(self.format.name, self.format.module.parse, options)
