@@ -158,11 +158,13 @@ def render_whole(
     deltas: Mapping[str, Delta], weights: Outline, wrapped: Mapping[str, bool], about: About
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas and statistics; `wrapped` are paths, with whether each is a layer."""
-    new = {name: _value(name, delta, weights) for name, delta in deltas.items()}
+    new = {n: _value(n, delta, weights) for n, delta in deltas.items() if not delta.of_buffers}
     modules = list(_whole_modules(new, weights))
     inside = tuple(f"{path}." for path in modules)
-    tensors = {n: new.get(n, t) for n, t in weights.tensors.items() if n.startswith(inside or " ")}
-    left = sorted(new.keys() - tensors.keys())
+    saved = [name for name in weights.tensors if name.startswith(inside or " ")]
+    new |= {n: _value(n, deltas[n], weights) for n in saved if n in deltas and n not in new}
+    tensors = {name: new.get(name, weights.tensors[name]) for name in saved}
+    left = sorted(deltas.keys() - tensors.keys())
     if moving := [name for name in left if deltas[name].of_buffers]:
         shared.warn_of_statistics("PEFT", moving)
     biases = [name for name in left if name not in moving]
