@@ -22,7 +22,8 @@ from ..weight import Weight, join
 
 Facts = Mapping[str, Any]
 
-LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+LINEARS: Any = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+LINEARS += tuple(layer.kind for layer in TABLE if layer.dense is nn.Linear)
 GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """What a module's `weight` of so many dimensions is taken for."""
 
@@ -86,6 +87,7 @@ def computes_otherwise(module: nn.Module) -> bool:
     facts, cls = facts_of(module), type_before(module)
     dilated = any(each != 1 for each in facts.get("dilation", ()))
     own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
+    own_forward = own_forward and not layer_of(cls).dense
     return own_forward or dilated or facts.get("padding_mode", "zeros") != "zeros"
 
 
