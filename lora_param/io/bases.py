@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -65,13 +65,8 @@ def open_checkpoint(path: Path) -> Iterator[Base]:
         yield Base(files, _each_once(path, {key: plain_name(key) for key in files}))
 
 
-class Both(NamedTuple):
-    """An open adapter's file and its base, the base's outline, and the deltas as they fit it."""
-
-    file: AdapterFile
-    base: Base
-    weights: Outline
-    deltas: Deltas
+Both = tuple[AdapterFile, Base, Outline, Deltas]
+"""An open adapter's file and its base, the base's outline, and the deltas as they fit it."""
 
 
 @contextmanager
@@ -92,7 +87,7 @@ def open_both(
             found = Base(plain.files, _each_once(Path(base), names))
             weights = outline_of_tensors(found.tensors, file.about.layers)
         read = file.parse if weights.unknown else file.fit
-        yield Both(file, found, weights, read(weights, **options))
+        yield file, found, weights, read(weights, **options)
 
 
 def _each_once(path: Path, names: dict[str, str]) -> dict[str, str]:

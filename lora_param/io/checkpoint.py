@@ -18,15 +18,7 @@ from ..rows import Rows
 from .bases import open_both
 from .formats import write_adapter
 from .progress import progress
-from .tensors import (
-    About,
-    AnyPath,
-    OpenFile,
-    check_apart,
-    check_name,
-    shortened,
-    write_blobs,
-)
+from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""

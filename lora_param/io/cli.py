@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from json import dumps, loads
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,26 +31,24 @@ def info(*, file: Path, plot: Path | None, json: bool, option: dict[str, Any], *
     summary = file_summary(file, base["base"], base_prefix=base["prefix"], **option)
     if plot:
         plot_summary(summary, plot)
-    print(_as_json(summary) if json else "\n".join(_table(summary)))
-
-
-def _as_json(summary: FileSummary) -> str:
     totals = {"weights": len(summary.weights), "parameters": summary.parameters}
-    return json.dumps(asdict(summary) | {"totals": totals}, indent=2)
+    said = dumps(asdict(summary) | {"totals": totals}, indent=2) if json else _table(summary)
+    print(said)
 
 
-def _table(summary: FileSummary) -> list[str]:
+def _table(summary: FileSummary) -> str:
     header = ("weight", "kind", "shape", "rank", "alpha", "|dW|", "eff. rank")
     rows = [header, *map(_cells, summary.weights)]
     width = max(len(row[0]) for row in rows)
     line = f"{{:{width}}}  {{:>6}}  {{:>14}}  {{:>5}}  {{:>8}}  {{:>11}}  {{:>9}}"
-    return [
+    lines = [
         _printable(f"format {summary.format}, base {summary.base or 'not said'}"),
         *(_printable(f"{name}: {text}") for name, text in summary.metadata.items()),
         "",
         *(line.format(*row) for row in rows),
         f"\n{len(summary.weights):,} weights, {summary.parameters:,} parameters",
     ]
+    return "\n".join(lines)
 
 
 def _cells(update: UpdateSummary) -> tuple[str, ...]:
@@ -152,7 +150,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise LoRAError(f"an option is written NAME=VALUE, got {text}")
         try:
-            options[name] = json.loads(value)
+            options[name] = loads(value)
         except ValueError:
             options[name] = value
     return options
@@ -165,31 +163,27 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _path(shown: str, help: str, **more: Any) -> dict[str, Any]:
-    return {"type": Path, "metavar": shown, "help": help, **more}
-
-
 def _said(shown: str | None, help: str, **more: Any) -> dict[str, Any]:
     return {"metavar": shown, "help": help, **more}
 
 
 CHECKPOINT, RANK, OPTION = "CHECKPOINT", "RANK", "NAME=VALUE"
+PATH: dict[str, Any] = {"type": Path}
+NEEDED: dict[str, Any] = {"type": Path, "required": True}
 REPEATED: dict[str, Any] = {"action": "append", "default": []}
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "file": _path("FILE", "the adapter, in any format"),
+    "file": _said("FILE", "the adapter, in any format", **PATH),
     "files": _said("FILE:STRENGTH", "such as a.safetensors:0.7", nargs="+"),
-    "out": _path("OUT", "the file to write, for PEFT the folder"),
-    "--out": _path("OUT.safetensors", "the file to write", required=True),
+    "out": _said("OUT", "the file to write, for PEFT the folder", **PATH),
+    "--out": _said("OUT.safetensors", "the file to write", **NEEDED),
     "--to": {"choices": WRITTEN, "required": True, "help": "the format to write"},
-    "--base": _path(
-        CHECKPOINT, "the base: a file, an index of shards, or a folder with one", required=True
-    ),
-    "[--base]": _path(CHECKPOINT, "the base, where FILE doesn't say"),
-    "--tuned": _path(CHECKPOINT, "what became of it", required=True),
+    "--base": _said(CHECKPOINT, "a file, an index of shards, or a folder with one", **NEEDED),
+    "[--base]": _said(CHECKPOINT, "the base, where FILE doesn't say", **PATH),
+    "--tuned": _said(CHECKPOINT, "what became of it", **NEEDED),
     "--prefix": _said(None, "what the model's names have and CHECKPOINT's lack, such as bert."),
     "--any-base": {"action": "store_true", "help": "whether trained on this base or not"},
     "--json": {"action": "store_true", "help": "print JSON"},
-    "--plot": _path("OUT.png", "draw norms and effective ranks, by matplotlib"),
+    "--plot": _said("OUT.png", "draw norms and effective ranks, by matplotlib", **PATH),
     "--rank": _said(RANK, "16, or a share such as 0.95", required=True),
     "[--rank]": _said(RANK, "16, or a share such as 0.95; else all of it"),
     "--method": {"choices": ("sum", "ties", "dare"), "default": "sum"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,15 +81,16 @@ def file_summary(
         about, updates = file.about, []
         for name, delta in progress(list(deltas.items()), "measuring"):
             weight = weights.weight(name)
-            update = _measured(name, delta, weight.shape if weight else None)
-            norm = None if base is None or weight is None else weight.like.double().norm().item()
-            updates.append(replace(update, base_norm=norm))
+            norm = weight.like.double().norm().item() if base is not None and weight else None
+            updates.append(_measured(name, delta, weight.shape if weight else None, norm))
     return FileSummary(
         file.format.name, about.base_name, about.adapter, dict(about.metadata), tuple(updates)
     )
 
 
-def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
+def _measured(
+    name: str, delta: Delta, shape: Shape | None, base_norm: float | None
+) -> UpdateSummary:
     tensors = tensors_of(delta)
     if shape is None:  # of a file that doesn't say it
         shape = tuple(next(iter(tensors.values())).shape)
@@ -105,5 +106,5 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     norm, effective_rank = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
     sizes = (norm, effective_rank) if known else (None, None)
-    said = rank, alpha, scaling, *sizes, count, delta.strength
+    said = rank, alpha, scaling, *sizes, count, delta.strength, base_norm
     return UpdateSummary(name, delta.origin or delta.kind, shape, *said)
