@@ -102,9 +102,8 @@ def _measured(
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
     rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
-    known = values.numel() > 0
-    norm, effective_rank = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
-    sizes = (norm, effective_rank) if known else (None, None)
+    known = values.numel() > 0
+    sizes = (values.norm().item(), effective.mean().item()) if known else (None, None)
     said = rank, alpha, scaling, *sizes, count, delta.strength, base_norm
     return UpdateSummary(name, delta.origin or delta.kind, shape, *said)

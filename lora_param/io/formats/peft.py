@@ -12,7 +12,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ...deltas import Delta, DoRA
-from ...deltas.numbers import Scaling
 from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
@@ -253,10 +252,8 @@ def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
 
 def _plain(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
     """Return the deltas as factors alone, of one scaling."""
-    scaling: Scaling | None = (
-        "lora" if len({delta.scaling for delta in deltas.values()}) > 1 else None
-    )
-    return {name: delta.plain(scaling) for name, delta in deltas.items()}
+    mixed = len({delta.scaling for delta in deltas.values()}) > 1
+    return {name: delta.plain("lora" if mixed else None) for name, delta in deltas.items()}
 
 
 def _with_whole_attentions(deltas: shared.LoRADeltas, weights: Outline) -> dict[str, Pair]:
