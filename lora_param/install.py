@@ -28,7 +28,7 @@ from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
 from .quantised import as_beneath
 from .routing import Routing, routing_of
-from .sharding import is_sharded, news
+from .sharding import in_its_forward, is_sharded, news
 
 Method = Callable[..., Any]
 
@@ -120,7 +120,7 @@ def _weight_property(name: str, layer: Layer) -> property:
 
 
 def _call(module: nn.Module, chain: Any) -> Any:
-    return chain()
+    return chain() if "forward" not in module.__dict__ else in_its_forward(module, chain())
 
 
 def _spare(module: nn.Module, chain: Any) -> Any:
@@ -173,8 +173,6 @@ def _resetting_copies(base: Any) -> Method:
 
 def _registering(base: Any) -> Method:
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if is_sharded(param) and name.startswith("parametrizations."):  # by parallelize_module
-            raise LoRAError(f"{name}: an adapted layer can't be sharded; register_lora after that")
         _check_assignable(self, name)
         base.register_parameter(self, name, param)
 
