@@ -69,7 +69,7 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         body |= {name: make(base) for name, make in METHODS.items() if hasattr(base, name)}
         body |= {name: make(base) for name, make in layer.overrides.items()}
         if layer.moving or (layer.rereads and _is_torchs(base.forward)):
-            body["forward"] = by_rows(base, _reading_once(base))
+            body["forward"] = by_rows(base, _reading_once(base, layer))
         elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
         elif base.forward is not nn.Module.forward:
@@ -81,9 +81,15 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str, layer: Layer) -> property:
     moving = name in layer.moving
-    compute = _spare if moving else _call
     packs = layer.dense is not None
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
+
+    def compute(self: Any, chain: Any) -> Any:
+        value = chain()
+        if "forward" in self.__dict__:
+            value = in_its_forward(self, value)
+        # Of a buffer of the base's own a copy, because whoever reads it may move it.
+        return value.clone() if moving and value is chain._buffers.get("original") else value
 
     def read(self: Any) -> Any:
         chains = self._modules.get("parametrizations")
@@ -98,7 +104,7 @@ def _weight_property(name: str, layer: Layer) -> property:
         routing = routing_of(chain) if Routing.used else None
         if routing is not None and routing.separates(chain):
             return weight_by_row(routing, self, name, originals_of(chain)[0])
-        if once and reading.module is self and not torch.compiler.is_compiling():
+        if once and not torch.compiler.is_compiling() and reading.module is self:
             store, key = reading.values, chain
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
@@ -119,14 +125,10 @@ def _weight_property(name: str, layer: Layer) -> property:
     return property(read, write)
 
 
-def _call(module: nn.Module, chain: Any) -> Any:
-    return chain() if "forward" not in module.__dict__ else in_its_forward(module, chain())
-
-
-def _spare(module: nn.Module, chain: Any) -> Any:
-    """Compute a buffer; of the base's own a copy, where training is going to move what it reads."""
-    value = chain()
-    return value.clone() if module.training and value is chain._buffers.get("original") else value
+def _is_spared(module: nn.Module) -> bool:
+    """Say whether a norm has buffers under a delta, and what it reads of them is the base's."""
+    chains = [chain for name, chain in chains_of(module).items() if "original" in chain._buffers]
+    return any(chain() is chain.original for chain in chains)
 
 
 def _is_torchs(method: Any) -> bool:
@@ -134,19 +136,26 @@ def _is_torchs(method: Any) -> bool:
     return bool(getattr(method, "__globals__", {}).get("__name__", "")[:17] == "torch.nn.modules.")
 
 
-def _reading_once(base: Any) -> Method:
-    stock = base.forward
+def _reading_once(base: Any, layer: Layer) -> Method:
+    stock, own = base.forward, not _is_torchs(base.forward)
 
-    @functools.wraps(stock)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or base.forward is not stock:
-            return base.forward(self, *args, **kwargs)
+    def once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         outer = reading.module, reading.values
         reading.module, reading.values = self, {}
         try:
             return base.forward(self, *args, **kwargs)
         finally:
             reading.module, reading.values = outer
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return (once if base.forward is stock else base.forward)(self, *args, **kwargs)
+        # Whether it reads again what it has moved, which a trace could not remember.
+        rereads = layer.moving and self.training and (own or self.momentum is None)
+        if rereads and _is_spared(self):
+            return torch.compiler.disable(once)(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return base.forward(self, *args, **kwargs)
 
     return forward
 
@@ -161,11 +170,9 @@ def _refusing_reset(base: Any) -> Method:
 
 def _resetting_copies(base: Any) -> Method:
     def reset_running_stats(self: nn.Module) -> None:
-        for name in layer_of(base).moving:
-            chain = chains_of(self).get(name, ())
-            if any(isinstance(each, Delta) for each in chain) and not any(d.enabled for d in chain):
-                reason = "with its adapters off the base's own would be lost; call enable_lora"
-                raise LoRAError(f"the statistics of a {base.__name__} can't be reset: {reason}")
+        if _is_spared(self):
+            reason = "with its adapters off the base's own would be lost; call enable_lora"
+            raise LoRAError(f"the statistics of a {base.__name__} can't be reset: {reason}")
         base.reset_running_stats(self)
 
     return reset_running_stats

@@ -158,7 +158,7 @@ def register_lora(
     pairs: list[tuple[Weight, Delta]] = [(weight, deltas[weight.name]) for weight in weights]
     if freeze:
         checks.warn_of_thawed(found, {weight.whole.name for weight in weights})
-        moving = checks.moving_without(found, adapter)
+        moving = checks.moving_without(found, adapter, statistics)
         if statistics:
             pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
         else:
@@ -171,6 +171,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     weights = [weight for weight, _ in pairs]
     names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
+    checks.check_copyable(pairs)
     checks.check_dropping(pairs)
     with all_or_nothing() as undo:
         if freeze:

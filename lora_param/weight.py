@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
@@ -126,6 +127,12 @@ class Weight:
         alone = plain or all(isinstance(entry, Delta) for entry in self.chain)
         tensor: Any = self.original if alone else self.value
         return tensor if tensor is None or tensor.is_floating_point() else logical(tensor)
+
+    @property
+    def shape(self) -> Shape | None:
+        """Its shape; `None` if it isn't there or has none yet."""
+        like = None if not self.chain and is_lazy(self.original) else self.like  # type: ignore[arg-type]
+        return None if like is None else tuple(like.shape)
 
     @property
     def view(self) -> Shape:
