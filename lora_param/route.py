@@ -142,11 +142,14 @@ def _setting(entry: object) -> dict[str, float]:
 
 def _check_kinds(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
     """Raise for strengths that a kind can't have, and for batch norms that would mix rows."""
-    strengths = {0.0, 1.0, *weights.detach().flatten().tolist()}
+    strengths = {
+        name: {own or 1.0 for own in column}
+        for name, column in zip(chosen, weights.detach().t().tolist(), strict=True)
+    }
     for weight, delta in walk.deltas:
-        for strength in strengths if delta.adapter in chosen and not delta.of_buffers else ():
+        for strength in () if delta.of_buffers else strengths.get(delta.adapter, ()):
             try:
-                delta.check_strength(strength or 1)
+                delta.check_strength(strength)
             except LoRAError as error:
                 raise LoRAError(f"{weight.name}: {error}") from None
     for path, module in walk.modules:

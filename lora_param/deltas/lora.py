@@ -98,11 +98,15 @@ class LoRAParametrization(Pair):
         meeting: dict[tuple[str, float], list[LoRAParametrization]] = {}
         for pair in (self, *others):
             dropout = pair._dropout if pair.training else 0.0
-            meeting.setdefault((pair.adapter if dropout and mixing else "", dropout), []).append(pair)
+            meeting.setdefault((pair.adapter if dropout and mixing else "", dropout), []).append(
+                pair
+            )
         for (_, dropout), pairs in meeting.items():
             As, Bs = zip(
                 *(
-                    run.whole(p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim)
+                    run.whole(
+                        p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim
+                    )
                     for p in pairs
                 ),
                 strict=True,
