@@ -17,6 +17,7 @@ from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
 from .places import is_traced
+from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
 PLAIN = (Tensor, nn.Parameter)
@@ -43,7 +44,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
     in a module whose methods somebody has replaced is left to the stock forward, in weight space.
     """
     stock, methods, run, suits = base.forward, methods_of(base), layer.run, layer.suits
-    in_weight_space = by_rows(base)
+    in_weight_space = by_rows(base, packed_or_dense(base) if layer.dense else None)
     argument = list(inspect.signature(stock).parameters)[1]
 
     @functools.wraps(stock)
@@ -137,9 +138,9 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     for each in entries[first:]:
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
-        can_act = isinstance(each, Delta) and each.acts
+        can_act = isinstance(each, Delta) and each.has_own("act")
         if routing is not None and routing.rows > 1:
-            can_act = can_act and each.routes
+            can_act = can_act and each.has_own("routes")
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):
@@ -157,6 +158,7 @@ def _is_on(delta: Delta, routing: Routing | None) -> bool:
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:
     """Say whether a delta, one registered by hand, has another matrix view than its layer."""
+    weight = logical(weight)
     if delta.rows is not None:
         weight = delta.rows.take(weight, delta.dim)
     shape = tuple(weight.shape)

@@ -155,7 +155,7 @@ def _joined(routing: Routing, module: nn.Module, parts: Sequence[Any], dim: int)
         shapes = [tuple(part.shape) for part in parts]
         reason = f"gives {shapes[:3]} for {[len(rows) for rows in groups][:3]} rows, which can't be"
         raise routing.places.error(module, f"it {reason} told apart; take the adapters off it")
-    order = torch.tensor(sum(groups, [])).argsort().tolist()
+    order = torch.tensor([row for rows in groups for row in rows]).argsort().tolist()
     return _picked(torch.cat(list(parts), dim), dim, order, routing.rows)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
+from .chains import type_before
+from .quantised import as_beneath, is_packed, logical
 from .rows import Rows
 
 COPY = 100
@@ -143,6 +145,23 @@ class LinearRun(_Run):
             rest[0].baddbmm_(*rest[1:])
             return y
         return shaped(torch.baddbmm(*rest), y.shape)
+
+
+class OwnRun(LinearRun):
+    """A linear layer whose own kernel alone can compute with its weight while that is packed."""
+
+    def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
+        super().__init__(module, x, transposed, in_place)
+        self.module, self.given = module, x
+
+    def base(self, weight: Tensor) -> Tensor:
+        """Return `[tokens, out]`."""
+        if not is_packed(weight):
+            return super().base(weight)
+        self.shape = logical(weight).shape
+        with as_beneath(self.module, self.given):
+            y: Tensor = type_before(self.module).forward(self.module, self.given)
+        return y if self.lead is None else y.flatten(0, -2)
 
 
 class ConvolutionRun(_Run):

@@ -61,7 +61,8 @@ class Places:
         if dim >= candidates or shape[dim] % n:
             doubt = f"dimension {dim} can't hold {n} rows or a multiple of that"
         elif said < 2 and self._may_have_none(module, x, dim, traced):
-            doubt = f"its {shape[dim]} need not be those of {n} rows: they may be positions, queries, or tokens in an expert's order"  # fmt: skip
+            others = "they may be positions, queries, or tokens in an expert's order"
+            doubt = f"its {shape[dim]} need not be those of {n} rows: {others}"
         elif not said and any(shape[d] == n for d in range(candidates) if d != dim):
             doubt = f"more than one dimension could be that of the {n} rows"
         elif said or shape[dim] == n:

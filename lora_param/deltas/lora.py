@@ -86,7 +86,7 @@ class LoRAParametrization(Pair):
         """
         routing = run.routing
         if routing is None and not others:
-            x = F.dropout(x, self._dropout) if self._dropout and self.training else x
+            x = F.dropout(x, self.dropout) if self.dropout and self.training else x
             A, B = self.lora_A, self.lora_B
             inner, outer = run.factors(
                 *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
@@ -97,7 +97,7 @@ class LoRAParametrization(Pair):
         mixing = not routed or routing.choices is None  # else those that drop alike never meet
         meeting: dict[tuple[str, float], list[LoRAParametrization]] = {}
         for pair in (self, *others):
-            dropout = pair._dropout if pair.training else 0.0
+            dropout = pair.dropout if pair.training else 0.0
             meeting.setdefault((pair.adapter if dropout and mixing else "", dropout), []).append(
                 pair
             )
