@@ -97,7 +97,10 @@ def test_a_layer_without_a_batch_is_refused_until_that_is_said_and_then_right(
 def test_a_dimension_for_all_is_not_taken_to_mean_what_has_no_rows(case: str) -> None:
     path, extra = BATCHLESS[case]
     model = adapted(Tokens(extra), **TARGET)
-    with lora_routed(model, ROWS, dim=0), pytest.raises(LoRAError, match=rf"^{path}: .*need not be"):
+    with (
+        lora_routed(model, ROWS, dim=0),
+        pytest.raises(LoRAError, match=rf"^{path}: .*need not be"),
+    ):
         model(torch.randint(11, (3, 6)))
 
 
