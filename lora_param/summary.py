@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .activation import acts
+from .activation import space_of
 from .checks import deltas_called
 from .deltas import Delta
 from .walk import walk
@@ -41,7 +41,8 @@ class AdapterSummary:
 class WeightSummary:
     """One adapted weight, by its name in the plain model, with its adapters in their order.
 
-    Its space is `"activation"` where its layer never forms the adapted weight, or `"weight"`.
+    Its space is `"activation"` where its layer never forms the adapted weight, `"weight"` where it
+    always does, or `"activation or weight, by cost"` of each input.
     """
 
     name: str
@@ -116,17 +117,16 @@ def lora_summary(model: nn.Module) -> LoRASummary:
     Example:
         >>> import torch
         >>> from lora_param import register_lora
-        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Linear(10, 4))
+        >>> model = torch.nn.Linear(20, 10)
         >>> _ = register_lora(model, rank=2)
         >>> print(lora_summary(model))
-        weight    shape  space       adapter  kind  rank  alpha  state  parameters
-        --------------------------------------------------------------------------
-        0.weight  10x20  activation  default  lora     2      2  on             60
-        1.weight  4x10   activation  default  lora     2      2  on             28
-        --------------------------------------------------------------------------
-        base 254 + LoRA 88 = 342 parameters; LoRA is 34.646 % of the base; 88 trainable
+        weight  shape  space                          adapter  kind  rank  alpha  state  parameters
+        -------------------------------------------------------------------------------------------
+        weight  10x20  activation or weight, by cost  default  lora     2      2  on             60
+        -------------------------------------------------------------------------------------------
+        base 210 + LoRA 60 = 270 parameters; LoRA is 28.571 % of the base; 60 trainable
         >>> lora_summary(model).lora_parameters
-        88
+        60
     """
     found = walk(model, "lora_summary")
     pairs = deltas_called(found, None)
@@ -155,5 +155,5 @@ def _summarised(weight: Weight, deltas: list[Delta]) -> WeightSummary:
         rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
         state = size, delta.enabled, delta.kind, delta.strength
         adapters.append(AdapterSummary(delta.adapter, rank, alpha, scaling, *state))
-    space = "activation" if acts(weight.module, weight.tensor) else "weight"
+    space = space_of(weight.module, weight.tensor)
     return WeightSummary(weight.name, tuple(weight.like.shape), space, tuple(adapters))

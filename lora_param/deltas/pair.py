@@ -149,6 +149,11 @@ class Pair(Delta):
         return torch.cat([shift, start], -1)  # [*batch, fan_out, 2 rank]
 
     @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        own: Any = self._parameters
+        return (own["lora_A"], own["lora_B"]) if "lora_A" in own else (self.lora_A, self.lora_B)
+
+    @property
     def anchored(self) -> bool:
         """Whether it starts from factors whose product isn't zero."""
         return "shift_A" in self._parameters

@@ -20,6 +20,9 @@ from .switching import Switched
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
+SPACES = ("activation", "weight", "auto")
+"""Where a delta can be asked to act, the first of those on one weight first; `"auto"` by cost."""
+
 Shape = tuple[int, ...]
 Parts = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -47,12 +50,17 @@ class Delta(Switched):
     `run`, of `ops`, is all that is known of the layer; `routes = True` says that `act` heeds its
     `routing`, of rows that differ in what acts on them."""
 
+    sum: ClassVar[Any] = None
+    """`(weight)` to its value within rounding, quicker, where a `width` is all that this costs."""
+
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
     of_values: ClassVar[bool] = False
     """Whether a fresh one depends on what others beneath it have made of the weight."""
 
+    width = 0  # of the product that it is
+    space = "auto"  # of `SPACES`
     by_rows = True  # whether a row of its value depends on that row of the weight alone
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
@@ -92,9 +100,9 @@ class Delta(Switched):
         return delta
 
     def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
-        """Build another of its kind, with its adapter's name, its rows and its strength."""
+        """Build another of its kind, with its adapter's name, its rows, strength and space."""
         delta = self.restore(tensors, numbers)
-        delta.adapter, delta.strength = self.adapter, self.strength
+        delta.adapter, delta.strength, delta.space = self.adapter, self.strength, self.space
         delta.rows, delta.dim = self.rows, self.dim
         return delta
 
