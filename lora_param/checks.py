@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
-from .quantised import is_quantised, keeps_gradients
+from .quantised import is_packed, is_quantised, is_unfit, keeps_gradients, logical
 from .sharding import is_sharded
 from .walk import Walk
 from .weight import Weight, merged_for_now
@@ -123,7 +124,7 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
 def check_trainable(walk: Walk) -> None:
     """Raise for the first weight in front of which nothing could be trained."""
     for weight, tensor in walk.parameters:
-        if type(tensor) is nn.Parameter or not is_quantised(tensor) or keeps_gradients(tensor):
+        if not is_quantised(tensor) or is_packed(tensor) or keeps_gradients(tensor):
             continue
         reason = "no gradient reaches a layer's input through it, because its activations are "
         fix = "quantise weights alone, or load an adapter with trainable=False"
@@ -193,16 +194,26 @@ def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
         warnings.warn(f"freeze=True freezes {what}, which {reason}; {fix}", stacklevel=4)
 
 
-def moving_without(walk: Walk, adapter: str) -> list[Weight]:
-    """List the buffers that training moves and of which an adapter has no copy, or raise."""
-    for weight in walk.moving:
+def moving_without(walk: Walk, adapter: str, copied: bool = True) -> list[Weight]:
+    """List the buffers that training moves and of which an adapter has no copy."""
+    moving = [w for w in walk.moving if adapter not in (delta.adapter for delta in w.deltas)]
+    for weight in moving if copied else ():
         if is_lazy(weight.original):  # type: ignore[arg-type]
             fix = "run one forward first, or pass statistics=False"
             raise TargetError(f"{weight.name}: it is lazy and has no shape yet; {fix}")
-        if getattr(weight.module, weight.tensor) is not weight.value and not weight.chain:
+    return moving
+
+
+def check_copyable(pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Raise for the first buffer in whose place a copy would not be read."""
+    for weight, delta in pairs:
+        if not delta.of_buffers or weight.chain:
+            continue
+        rule = _taken(weight, "_buffers")
+        if getattr(weight.module, weight.tensor) is not weight.original:
             rule = "reading it gives something else than the buffer itself"
-            raise TargetError(f"{weight.name}: {rule}; pass statistics=False")
-    return [w for w in walk.moving if adapter not in (delta.adapter for delta in w.deltas)]
+        if rule:
+            raise TargetError(f"{weight.name}: {rule}, or register with statistics=False")
 
 
 def warn_of_moving(weights: Sequence[Weight]) -> None:
@@ -227,6 +238,8 @@ def _reasons(weight: Weight) -> Iterator[str]:
     yield from _norms(module, weight.tensor)
     if weight.tensor in own and getattr(module, weight.tensor, None) is not own[weight.tensor]:
         yield "reading it gives something else than the Parameter itself; adapt what computes it"
+    if rule := _taken(weight, "_parameters"):
+        yield rule
     if not chain and tensor is None and weight.tensor in module._parameters:
         yield "it is None; give the module a Parameter"
     elif not chain and tensor is None:
@@ -241,6 +254,25 @@ def _reasons(weight: Weight) -> Iterator[str]:
     except Exception as error:
         names = ", ".join(type(entry).__name__ for entry in chain)
         yield f"reading it through {names} fails with {error!r}; mend or remove these"
+
+
+def _taken(weight: Weight, table: str) -> str | None:
+    """Say which code of its module's class takes a tensor out of a table, where it won't be."""
+    for cls in type_before(weight.module).__mro__:
+        for name, value in vars(cls).items() if not cls.__module__.startswith("torch.") else ():
+            code = getattr(value, "__code__", None)
+            if code and name != "__init__" and {table, weight.tensor} <= {*_words(code)}:
+                return f"{cls.__name__}.{name} takes it out of {table}; read it as an attribute"
+    return None
+
+
+def _words(code: CodeType) -> Iterator[object]:
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _words(const)
+        else:
+            yield from const if isinstance(const, tuple) else [const]
 
 
 def _norms(module: nn.Module, tensor: str) -> Iterator[str]:
@@ -271,7 +303,12 @@ TENSOR_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "it was made in torch.inference_mode and can never be trained; build the model outside",
     ),
     (
-        lambda tensor: tensor.dtype not in FLOATS,
+        is_unfit,
+        "bitsandbytes hasn't quantised it, or has packed it for inference alone; build its layer "
+        "with has_fp16_weights=False, move it to its device, and adapt it before it computes",
+    ),
+    (
+        lambda tensor: logical(tensor).dtype not in FLOATS,
         f"its dtype must be one of {show_dtypes(*FLOATS)}, got {{2}}; convert it",
     ),
     (

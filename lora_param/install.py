@@ -10,7 +10,6 @@ from __future__ import annotations
 import copyreg
 import functools
 import pickle
-import threading
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .activation import in_activation_space
-from .chains import chains_of, originals_of
+from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
 from .deltas.switching import Switched
 from .errors import LoRAError
 from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
+from .quantised import as_beneath
 from .routing import Routing, routing_of
 from .sharding import is_sharded, news
 
@@ -64,12 +64,12 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         if not issubclass(meta, type(base)):
             meta = type(meta.__name__, (meta, type(base)), {})
         layer = layer_of(base)
-        makers = METHODS | layer.overrides
         # The module's name too, by which torch.fx decides what is a leaf.
         body: dict[str, Any] = {"__module__": base.__module__}
-        body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
+        body |= {name: make(base) for name, make in METHODS.items() if hasattr(base, name)}
+        body |= {name: make(base) for name, make in layer.overrides.items()}
         if layer.moving or (layer.rereads and _is_torchs(base.forward)):
-            body["forward"] = by_rows(base, _reading_once(base))
+            body["forward"] = by_rows(base, _reading_once(base, layer))
         elif layer.run and computes_as_its_row(base):
             body["forward"] = in_activation_space(base, layer)
         elif base.forward is not nn.Module.forward:
@@ -81,8 +81,13 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str, layer: Layer) -> property:
     moving = name in layer.moving
-    compute = _spare if moving else _call
+    packs = layer.dense is not None
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
+
+    def compute(chain: Any) -> Any:
+        value = chain()
+        # Of a buffer of the base's own a copy, because whoever reads it may move it.
+        return value.clone() if moving and value is chain._buffers.get("original") else value
 
     def read(self: Any) -> Any:
         chains = self._modules.get("parametrizations")
@@ -92,19 +97,21 @@ def _weight_property(name: str, layer: Layer) -> property:
                 if name in table:
                     return table[name]
             raise AttributeError(name)
+        if packs and chain in reading.beneath:
+            return reading.beneath[chain]
         routing = routing_of(chain) if Routing.used else None
         if routing is not None and routing.separates(chain):
             return weight_by_row(routing, self, name, originals_of(chain)[0])
-        if once and _reading.module is self and not torch.compiler.is_compiling():
-            store, key = _reading.values, chain
+        if once and not torch.compiler.is_compiling() and reading.module is self:
+            store, key = reading.values, chain
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
             state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         else:
-            return compute(self, chain)
+            return compute(chain)
         if key not in store:
-            store[key] = compute(self, chain)
+            store[key] = compute(chain)
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
@@ -116,24 +123,10 @@ def _weight_property(name: str, layer: Layer) -> property:
     return property(read, write)
 
 
-def _call(module: nn.Module, chain: Any) -> Any:
-    return chain()
-
-
-def _spare(module: nn.Module, chain: Any) -> Any:
-    """Compute a buffer; of the base's own a copy, where training is going to move what it reads."""
-    value = chain()
-    return value.clone() if module.training and value is chain._buffers.get("original") else value
-
-
-class _Reading(threading.local):
-    """Which module's stock forward runs in this thread, and what it has read so far."""
-
-    module: nn.Module | None = None
-    values: Any = None
-
-
-_reading = _Reading()
+def _is_spared(module: nn.Module) -> bool:
+    """Say whether a norm has buffers under a delta, and what it reads of them is the base's."""
+    chains = [chain for name, chain in chains_of(module).items() if "original" in chain._buffers]
+    return any(chain() is chain.original for chain in chains)
 
 
 def _is_torchs(method: Any) -> bool:
@@ -141,19 +134,26 @@ def _is_torchs(method: Any) -> bool:
     return bool(getattr(method, "__globals__", {}).get("__name__", "")[:17] == "torch.nn.modules.")
 
 
-def _reading_once(base: Any) -> Method:
-    stock = base.forward
+def _reading_once(base: Any, layer: Layer) -> Method:
+    stock, own = base.forward, not _is_torchs(base.forward)
 
-    @functools.wraps(stock)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or base.forward is not stock:
-            return base.forward(self, *args, **kwargs)
-        outer = _reading.module, _reading.values
-        _reading.module, _reading.values = self, {}
+    def once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outer = reading.module, reading.values
+        reading.module, reading.values = self, {}
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            _reading.module, _reading.values = outer
+            reading.module, reading.values = outer
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return (once if base.forward is stock else base.forward)(self, *args, **kwargs)
+        # Whether it reads again what it has moved, which a trace could not remember.
+        rereads = layer.moving and self.training and (own or self.momentum is None)
+        if rereads and _is_spared(self):
+            return torch.compiler.disable(once)(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return base.forward(self, *args, **kwargs)
 
     return forward
 
@@ -168,11 +168,9 @@ def _refusing_reset(base: Any) -> Method:
 
 def _resetting_copies(base: Any) -> Method:
     def reset_running_stats(self: nn.Module) -> None:
-        for name in layer_of(base).moving:
-            chain = chains_of(self).get(name, ())
-            if any(isinstance(each, Delta) for each in chain) and not any(d.enabled for d in chain):
-                reason = "with its adapters off the base's own would be lost; call enable_lora"
-                raise LoRAError(f"the statistics of a {base.__name__} can't be reset: {reason}")
+        if _is_spared(self):
+            reason = "with its adapters off the base's own would be lost; call enable_lora"
+            raise LoRAError(f"the statistics of a {base.__name__} can't be reset: {reason}")
         base.reset_running_stats(self)
 
     return reset_running_stats
@@ -202,7 +200,8 @@ def _saving(base: Any) -> Method:
     def _save_to_state_dict(
         self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        with as_beneath(self):
+            base._save_to_state_dict(self, destination, prefix, keep_vars)
         for name in chains_of(self):  # of a layer that writes its weight itself
             destination.pop(prefix + name, None)
 
@@ -230,7 +229,8 @@ def _loading(base: Any) -> Method:
         # As the last of the hooks, because others may give keys their names.
         handle = self.register_load_state_dict_pre_hook(accept)
         try:
-            base._load_from_state_dict(self, *args, **kwargs)
+            with as_beneath(self):
+                base._load_from_state_dict(self, *args, **kwargs)
         finally:
             handle.remove()
 
@@ -271,7 +271,8 @@ def _accept_base_keys(
                 if arrives:
                     delta.to_empty(device=base.device)
                     states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
-                for part, value in delta.rebased(chain.original, base).items():
+                rebased = delta.rebased(chain.original, base) if base.is_floating_point() else {}
+                for part, value in rebased.items():
                     states[f"{stem}{index}.{part}"] = value
         elif not others or said:
             continue

@@ -13,12 +13,13 @@ from torch import nn
 from . import checks
 from .checks import check_model, deltas_called
 from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
-from .deltas.inits import Init
+from .deltas.inits import DRAWS, Init
 from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
+from .quantised import dense
 from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .walk import Walk, walk
@@ -138,7 +139,9 @@ def register_lora(
         view, own = weight.view, given | {"rank": own_rank, "alpha": own_alpha}
         own["transposed"] = weight.layer.transposed
         own = {name: own[name] for name in cls.options}
-        beneath = weight.value if cls.of_values else weight.like
+        beneath = weight.like
+        if cls.of_values or given["init"] not in [*DRAWS]:
+            beneath = dense(weight.value if cls.of_values else weight.beneath)
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])
@@ -154,7 +157,7 @@ def register_lora(
     pairs: list[tuple[Weight, Delta]] = [(weight, deltas[weight.name]) for weight in weights]
     if freeze:
         checks.warn_of_thawed(found, {weight.whole.name for weight in weights})
-        moving = checks.moving_without(found, adapter)
+        moving = checks.moving_without(found, adapter, statistics)
         if statistics:
             pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
         else:
@@ -167,6 +170,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     weights = [weight for weight, _ in pairs]
     names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
+    checks.check_copyable(pairs)
     checks.check_dropping(pairs)
     with all_or_nothing() as undo:
         if freeze:

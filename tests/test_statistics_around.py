@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +24,13 @@ from lora_param import (
     disable_lora,
     enable_lora,
     fingerprint,
+    load_lora,
     lora_disabled,
     lora_state_dict,
     merge_lora,
     register_lora,
     remove_lora,
+    save_lora,
 )
 
 from .norm_cases import batches, net, same, statistics
@@ -92,11 +96,35 @@ class Clipped(nn.BatchNorm1d):
         return self._buffers["running_var"].clamp(min=1)
 
 
-def test_a_buffer_that_does_not_read_as_itself_is_refused() -> None:
-    model = net()
-    model[0].__class__ = Clipped
-    with pytest.raises(TargetError, match=r"0\.running_var: reading it gives something else than"):
-        register_lora(model, rank=1)
+class FromTable(nn.BatchNorm1d):
+    """A norm that takes what it moves out of torch's tables."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = (self._buffers[name] for name in ("running_mean", "running_var"))
+        return F.batch_norm(x, mean, var, training=self.training)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Clipped, r"0\.running_var: reading it gives something else than"),
+        (FromTable, r"0\.running_mean: FromTable\.forward takes it out of _buffers"),
+    ],
+)
+def test_a_buffer_that_no_copy_could_stand_for_is_refused_with_the_way_out(
+    kind: type[nn.Module], message: str, path: Path
+) -> None:
+    model = nn.Sequential(net()[0], nn.Linear(4, 2))
+    register_lora(model, target="1")
+    save_lora(model, path)
+    model = nn.Sequential(net()[0], nn.Linear(4, 2))
+    model[0].__class__ = kind
+    for adapt in (register_lora, partial(load_lora, path=path)):
+        with pytest.raises(LoRAError, match=message):
+            adapt(model)
+        assert type(model[1]) is nn.Linear
+    with pytest.warns(UserWarning, match="training moves these buffers"):
+        assert register_lora(model, target="1", statistics=False) == ["1.weight"]
 
 
 def test_resetting_the_statistics_resets_the_copy_and_never_the_base() -> None:
@@ -220,6 +248,29 @@ def test_a_forward_that_learns_between_two_calls_of_the_stock_one_sees_what_it_l
     expected = 2 * norm(x)
     norm.around = inside
     torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, Written])
+def test_compiled_training_of_a_cumulative_average_with_the_adapter_off_behaves_as_ever(
+    kind: Callable[..., nn.Module],
+) -> None:
+    plain, model = (nn.Sequential(kind(4, momentum=None)) for _ in range(2))
+    register_lora(model, target=(), train="0")
+    compiled = torch.compile(model, backend="aot_eager")
+    with base_frozen(model), lora_disabled(model):
+        for batch in batches():
+            torch.testing.assert_close(compiled(batch), copy.deepcopy(plain)(batch))
+
+
+def test_a_parent_that_moves_what_it_reads_of_a_norm_in_eval_mode_moves_no_base() -> None:
+    plain, model, x = net(), net(), batches()[0]
+    register_lora(model, rank=1)
+    for norm in (plain[0].eval(), model[0].eval()):
+        F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+    assert same(statistics(model[0])[:2], statistics(plain[0])[:2])
+    with base_frozen(model), lora_disabled(model):
+        F.batch_norm(x, model[0].running_mean, model[0].running_var, training=True)
+    assert same(statistics(model[0])[:2], statistics(plain[0])[:2])
 
 
 def test_in_a_cached_block_training_with_the_adapter_off_moves_nothing_that_eval_reads() -> None:

@@ -63,7 +63,7 @@ class DoRA(Pair):
         delta = cast("DoRA", super().make(weight, view, **options))
         rows = len(view) - 1  # dimensions that count a stored matrix's rows
         shape = [n if transposed == (i >= rows) else 1 for i, n in enumerate(weight.shape)]
-        lengths = _length(dense(weight.detach()), shape).to(delta._kept[0].dtype)
+        lengths = _length(weight.detach(), shape).to(delta._kept[0].dtype)
         delta._parameters["magnitude"] = nn.Parameter(lengths)
         return delta
 

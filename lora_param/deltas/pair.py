@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAError, StateDictError
-from ..quantised import dense
 from ..sharding import is_sharded, spread, whole
 from .inits import DRAWS, STARTS, Init, factors_at_start
 from .numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_rank, check_scaling
@@ -122,7 +121,7 @@ class Pair(Delta):
         generator = given.pop("generator", None)
         pair = cls(fan_out, fan_in, batch=tuple(batch), **given)
         numbers = pair.rank, pair.scale
-        found = factors_at_start(init, dense(whole(weight)), view, *numbers, generator, transposed)
+        found = factors_at_start(init, whole(weight), view, *numbers, generator, transposed)
         B, A = (each.to(weight.device, dtype, copy=True).contiguous() for each in found)
         pair._keep(A, B, anchored=bool(A.any() and B.any()))
         return pair
