@@ -8,38 +8,37 @@ Hardware, time: 2 cores of a shared AMD EPYC; 35 minutes beside other work, `--q
 Expected: LoRA within a seed's spread of full fine-tuning on all four domains, with 1.5 % of the
     parameters; BitFit level with both on news and behind elsewhere, the head alone far behind.
 
-Each method is tuned alike: three learning rates, half a decade apart, each tried once on a domain's
-validation part; the best is then run with every seed and tested once. All methods train the same
-new head, and are one call of `register_lora` but for full fine-tuning, which is torch's own.
+Each method is tuned alike, on a domain's validation part: three learning rates, each tried once,
+and more of them while the best is at an end. The best is then run with every seed and tested once.
+All methods train the same new head, and are one call of `register_lora` but for full fine-tuning,
+which is torch's own.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import lora_param as lp
 
+from .sentiment_costs import bytes_of_a_step, file_bytes
 from .sentiment_report import draw_methods, methods_table
-from .shared.batches import Split, shuffled
+from .shared.batches import Split
 from .shared.environment import choose_device
-from .shared.memory import memory
-from .shared.minilm import Classifier, encoded, lengths
-from .shared.runs import recorded
+from .shared.minilm import Classifier, encoded_parts, fine_tune
+from .shared.runs import Record, recorded
 from .shared.scoring import score
-from .shared.sentiment import DOMAINS, FOLDER, split
+from .shared.sentiment import DOMAINS, FOLDER
 from .shared.settings import call, check_options, option
-from .shared.training import adam, train
+from .shared.tuning import best_rate
 
 
 @dataclass(frozen=True)
@@ -67,40 +66,22 @@ class Settings:
         check_options(self)
 
 
-Parameters = list[nn.Parameter]
-
-
-def head(model: nn.Module, settings: Settings) -> Parameters:
-    """Train the new head alone."""
-    lp.register_lora(model, target=(), train="head")
-    return list(lp.lora_parameters(model))
-
-
-def bitfit(model: nn.Module, settings: Settings) -> Parameters:
-    """Train the head and every bias (arXiv:2106.10199)."""
-    lp.register_lora(model, target=(), train=["head", "*.bias"])
-    return list(lp.lora_parameters(model))
-
-
-def lora(model: nn.Module, settings: Settings) -> Parameters:
-    """Train the head, and LoRA on all linear layers of the encoder, in one call."""
-    lp.register_lora(model, rank=settings.rank, alpha=settings.alpha, train="head")
-    return list(lp.lora_parameters(model))
-
-
-def full(model: nn.Module, settings: Settings) -> Parameters:
-    """Train everything."""
-    return list(model.parameters())
-
-
-Method = Callable[[nn.Module, Settings], Parameters]
-METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
-    "head only": (head, (3e-3, 1e-2, 3e-2)),
-    "BitFit": (bitfit, (3e-4, 1e-3, 3e-3)),
-    "LoRA": (lora, (3e-4, 6e-4, 1e-3)),
-    "full": (full, (2e-5, 5e-5, 1e-4)),
+METHODS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
+    "head only": ({"target": (), "train": "head"}, (3e-3, 1e-2, 3e-2)),
+    "BitFit": ({"target": (), "train": ["head", "*.bias"]}, (3e-4, 1e-3, 3e-3)),
+    "LoRA": ({"train": "head"}, (3e-4, 6e-4, 1e-3)),
+    "full": (None, (2e-5, 5e-5, 1e-4)),
 }
-"""What is trained, and the learning rates that are tried."""
+"""What `register_lora` is told, `None` for torch's own training, and the first learning rates."""
+
+
+def to_train(method: str, model: nn.Module, settings: Settings) -> list[nn.Parameter]:
+    """Make a method's adapter, if it has one, and return what is trained."""
+    options = METHODS[method][0]
+    if options is None:
+        return list(model.parameters())
+    lp.register_lora(model, rank=settings.rank, alpha=settings.alpha, **options)
+    return list(lp.lora_parameters(model))
 
 
 def trained(
@@ -120,16 +101,13 @@ def trained(
     """
     torch.manual_seed(seed)
     model = Classifier(seed, settings.bfloat16).to(data.labels.device)
-    parameters = METHODS[method][0](model.train(), settings)
-    optimizer = adam(parameters, rate, torch.optim.AdamW)
-    generator = torch.Generator().manual_seed(seed)
-    batches = shuffled(data, settings.batch_size, generator, lengths(data))
-    count = settings.epochs * math.ceil(len(data.labels) / settings.batch_size)
-    start = time.perf_counter()
-    train(model, optimizer, batches, count, method)
-    seconds = time.perf_counter() - start
-    numbers = {"parameters": sum(p.numel() for p in parameters), "seconds_a_step": seconds / count}
-    return model.eval(), numbers
+    parameters, start = to_train(method, model, settings), time.perf_counter()
+    epochs, size = settings.epochs, settings.batch_size
+    steps = fine_tune(
+        model, parameters, data, rate=rate, epochs=epochs, size=size, seed=seed, name=method
+    )
+    seconds = (time.perf_counter() - start) / steps
+    return model, {"parameters": sum(p.numel() for p in parameters), "seconds_a_step": seconds}
 
 
 def accuracy(model: nn.Module, data: Split) -> float:
@@ -137,61 +115,55 @@ def accuracy(model: nn.Module, data: Split) -> float:
     return round(score(model, data, 100, "testing").accuracy, 6)
 
 
-def file_bytes(model: nn.Module, path: Path) -> int:
-    """Save what was trained, the adapter or the whole model, and return the file's size."""
-    if any(".parametrizations." in name for name, _ in model.named_parameters()):
-        lp.save_lora(model, path)
-    else:
-        save_file({name: each.contiguous() for name, each in model.state_dict().items()}, path)
-    size = path.stat().st_size
-    path.unlink()
-    return size
+def compare(method: str, parts: list[Split], settings: Settings, record: Record) -> dict[str, Any]:
+    """Tune a method on a domain's validation part, then test it with every seed.
 
+    Args:
+        method: One of `METHODS`.
+        parts: Sentences to test on, to validate on and to train on.
+        settings: The settings.
+        record: Where times and files go.
 
-def bytes_of_a_step(method: str, data: Split, settings: Settings) -> dict[str, int | None]:
-    """Count what a step of a method holds in memory, on the batch of median length."""
-    model = Classifier(0, settings.bfloat16).to(data.labels.device).train()
-    optimizer = adam(METHODS[method][0](model, settings), 1e-6, torch.optim.AdamW)
-    middle = len(data.labels) // 2
-    batch = data.pick(slice(middle, middle + settings.batch_size))
+    Returns:
+        What was tried, the accuracies, and the costs.
+    """
+    test, validation, data = parts
+    rates, first = METHODS[method][1], {}
 
-    def loss() -> Tensor:
-        return nn.functional.cross_entropy(model(batch.inputs), batch.labels)
+    def validate(rate: float) -> float:
+        first[rate] = trained(method, rate, 0, data, settings)
+        return accuracy(first[rate][0], validation)
 
-    found = memory(model, optimizer, loss)
-    return {**vars(found), "total": found.total}
+    with record.timed("learning rates"):
+        best, tried = best_rate(rates[1:2] if settings.quick else rates, validate)
+    model, cost = first[best]
+    accuracies = [accuracy(model, test)]
+    with record.timed("further seeds"):
+        for seed in range(1, 1 if settings.quick else settings.seeds):
+            accuracies.append(accuracy(trained(method, best, seed, data, settings)[0], test))
+    found = {"tried": tried, "rate": best, "accuracies": accuracies}
+    fresh = Classifier(0, settings.bfloat16).to(data.labels.device)
+    found["memory"] = bytes_of_a_step(
+        fresh, to_train(method, fresh, settings), data, settings.batch_size
+    )
+    return found | cost | {"file": file_bytes(model, record.folder / "trained.safetensors")}
 
 
 def run(settings: Settings) -> None:
     """Tune, run and test every method on every domain; print, write and draw what came out."""
     device = choose_device(settings.device)
     domains = list(DOMAINS)[2:3] if settings.quick else list(DOMAINS)
-    seeds, sentences = (1, 200) if settings.quick else (settings.seeds, settings.sentences)
+    sentences = 200 if settings.quick else settings.sentences
     sizes = settings.test_sentences, settings.test_sentences // 2, sentences
     with recorded(settings, device, "transformers") as record:
         rows = record.results["rows"] = []
-        for domain, (method, (_, rates)) in product(domains, METHODS.items()):
-            parts = split(domain, *sizes, root=Path(settings.data))
-            test, validation, data = (encoded(part, device) for part in parts)
-            row: dict[str, Any] = {"domain": domain, "method": method, "sentences": len(data[1])}
-            tried, first = {}, {}
-            with record.timed("learning rates"):
-                for rate in rates[1:2] if settings.quick else rates:
-                    first[rate] = trained(method, rate, 0, data, settings)
-                    tried[rate] = accuracy(first[rate][0], validation)
-            best = max(tried, key=lambda rate: tried[rate])
-            model, cost = first[best]
-            accuracies = [accuracy(model, test)]
-            with record.timed("further seeds"):
-                for seed in range(1, seeds):
-                    accuracies.append(
-                        accuracy(trained(method, best, seed, data, settings)[0], test)
-                    )
-            row |= cost | {"tried": tried, "rate": best, "accuracies": accuracies}
-            row["file"] = file_bytes(model, record.folder / "trained.safetensors")
-            row["memory"] = bytes_of_a_step(method, data, settings)
-            rows.append(row)
-            print(f"{domain}, {method}: {tried}, then at {best:g} {accuracies}", flush=True)
+        for domain, method in product(domains, METHODS):
+            parts = encoded_parts(domain, sizes, Path(settings.data), device)
+            row = compare(method, parts, settings, record)
+            rows.append(
+                {"domain": domain, "method": method, "sentences": len(parts[2].labels)} | row
+            )
+            print(f"{domain}, {method}: {row['tried']}, then {row['accuracies']}", flush=True)
         print(methods_table(rows))
         draw_methods(rows, record.folder / "sentiment_methods.png")
 

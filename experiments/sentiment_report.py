@@ -32,9 +32,8 @@ def methods_table(rows: Sequence[Row]) -> str:
     for method in methods:
         own = [by[method, domain] for domain in domains]
         tests.append([method, *(spread(row["accuracies"]).text(3) for row in own)])
-        for rate in own[0]["tried"]:
-            marks = ["*" if rate == row["rate"] else " " for row in own]
-            found = [f"{r['tried'][rate]:.3f}{m}" for r, m in zip(own, marks, strict=True)]
+        for rate in sorted({rate for row in own for rate in row["tried"]}):
+            found = [_tried(row, rate) for row in own]
             tuning.append([f"{method}, {rate:g}", *found])
         seconds = min(row["seconds_a_step"] for row in own)
         costs.append(
@@ -47,6 +46,12 @@ def methods_table(rows: Sequence[Row]) -> str:
             ]
         )
     return "\n" + "\n\n".join(map(aligned, (tests, tuning, costs)))
+
+
+def _tried(row: Row, rate: float) -> str:
+    if rate not in row["tried"]:
+        return "- "
+    return f"{row['tried'][rate]:.3f}{'*' if rate == row['rate'] else ' '}"
 
 
 def draw_methods(rows: Sequence[Row], path: Path) -> None:

@@ -14,11 +14,11 @@ Expected: a domain's on top of the shared one is ahead of a domain's alone on al
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,14 @@ from torch import Tensor
 import lora_param as lp
 
 from .sentiment_report import draw_tree, tree_table
-from .shared.batches import Split, shuffled
+from .shared.batches import Split
 from .shared.claims import show
 from .shared.environment import choose_device
-from .shared.minilm import Classifier, encoded, lengths
-from .shared.runs import Record, recorded
+from .shared.minilm import Classifier, encoded_parts, fine_tune
+from .shared.runs import recorded
 from .shared.scoring import score
-from .shared.sentiment import DOMAINS, FOLDER, split
+from .shared.sentiment import DOMAINS, FOLDER
 from .shared.settings import call, check_options, option
-from .shared.training import adam, train
 
 
 @dataclass(frozen=True)
@@ -61,26 +60,18 @@ class Settings:
         check_options(self)
 
 
-Data = dict[str, tuple[Split, Split]]
+Data = dict[str, list[Split]]
 """Test and training sentences by domain."""
 
 
 def grow(model: Classifier, adapter: str, on: list[str], data: Split, settings: Settings) -> None:
     """Train a new adapter, a head of its own in it, on top of others that act and stay."""
     torch.manual_seed(settings.seed)
-    lp.register_lora(
-        model, rank=settings.rank, alpha=2 * settings.rank, train="head", adapter=adapter
-    )
+    rank = settings.rank
+    lp.register_lora(model, rank=rank, alpha=2 * rank, train="head", adapter=adapter)
     lp.select_lora(model, [*on, adapter], trainable=adapter)
-    optimizer = adam(
-        (each for each in model.parameters() if each.requires_grad),
-        settings.rate,
-        torch.optim.AdamW,
-    )
-    batches = shuffled(data, 16, torch.Generator().manual_seed(settings.seed), lengths(data))
-    count = settings.epochs * math.ceil(len(data.labels) / 16)
-    train(model.train(), optimizer, batches, count, adapter)
-    model.eval()
+    how: Any = {"rate": settings.rate, "epochs": settings.epochs, "seed": settings.seed}
+    fine_tune(model, lp.lora_parameters(model, adapter), data, size=16, name=adapter, **how)
 
 
 def accuracies(model: Classifier, adapters: object, data: Data) -> list[float]:
@@ -108,14 +99,13 @@ def tree(base: Classifier, data: Data, settings: Settings) -> Classifier:
 
 def path_is_a_sum(model: Classifier, domain: str) -> None:
     """Check that a leaf's weight is the base's, and the updates of its path."""
-    layer = model.get_submodule("encoder.encoder.layer.0.attention.self.query")
-    entries: list[lp.LoRAParametrization] = list(layer.parametrizations.weight)  # type: ignore
-    expected = layer.parametrizations.weight.original  # type: ignore[union-attr]
-    for entry in entries:
+    layer: Any = model.get_submodule("encoder.encoder.layer.0.attention.self.query")
+    expected = layer.parametrizations.weight.original
+    for entry in layer.parametrizations.weight:
         if entry.adapter in ("sentiment", domain):
-            expected = expected + (entry.lora_B @ entry.lora_A) * entry.scale  # type: ignore
+            expected = expected + (entry.lora_B @ entry.lora_A) * entry.scale
     with lp.lora_selected(model, ["sentiment", domain]):
-        same = torch.equal(layer.weight, expected)  # type: ignore[arg-type]
+        same = torch.equal(layer.weight, expected)
     show(same, f'"sentiment" and "{domain}" read as W + B A * scale of both, to the bit')
 
 
@@ -123,25 +113,24 @@ def routed(model: Classifier, data: Data) -> list[float]:
     """Send all domains through the model in mixed batches, a row on its own path, and compare."""
     print("\n2. One batch, a path for each row.")
     tests = [test for test, _ in data.values()]
-    owner = [domain for domain, test in zip(data, tests, strict=True) for _ in test.labels]
-    order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(0))
+    owners = torch.cat([torch.full_like(test.labels, i) for i, test in enumerate(tests)]).cpu()
+    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(0))
     mixed = Split(*(torch.cat(parts)[order] for parts in zip(*tests, strict=True)))
-    paths = [{"sentiment": 1.0, owner[index]: 1.0} for index in order.tolist()]
-    logits, alone = torch.empty(len(owner), 2), torch.empty(len(owner), 2)
+    owners, names = owners[order], list(data)
+    logits, alone = torch.empty(len(owners), 2), torch.empty(len(owners), 2)
     with torch.no_grad():
-        for start in range(0, len(owner), 100):
-            rows = slice(start, start + 100)
-            with lp.lora_routed(model, paths[rows]):
+        for rows in torch.split(torch.arange(len(owners)), 100):
+            paths = [{"sentiment": 1.0, names[owner]: 1.0} for owner in owners[rows]]
+            with lp.lora_routed(model, paths):
                 logits[rows] = model(mixed.inputs[rows]).cpu()
-        for domain in data:
-            mine = torch.tensor([owner[index] == domain for index in order.tolist()])
+        for owner, domain in enumerate(data):
             with lp.lora_selected(model, ["sentiment", domain]):
-                parts = [model(part) for part in torch.split(mixed.inputs[mine], 100)]
-            alone[mine] = torch.cat(parts).cpu()
+                parts = [model(part) for part in torch.split(mixed.inputs[owners == owner], 100)]
+            alone[owners == owner] = torch.cat(parts).cpu()
     far = float((logits - alone).abs().max())
     show(far < 1e-4, f"each row has what its path alone gives; at most {far:.0e} apart")
     right = (logits.argmax(1) == mixed.labels.cpu()).float()
-    return [float(right[[owner[i] == domain for i in order.tolist()]].mean()) for domain in data]
+    return [float(right[owners == owner].mean()) for owner in range(len(data))]
 
 
 def to_peft_and_back(model: Classifier, base: Classifier, x: Tensor, folder: Path) -> None:
@@ -156,70 +145,44 @@ def to_peft_and_back(model: Classifier, base: Classifier, x: Tensor, folder: Pat
     show(far < 1e-5, f"head and all, the logits are the same; at most {far:.0e} apart")
 
 
+def alone(base: Classifier, data: Data, settings: Settings) -> dict[str, list[float]]:
+    """Train an adapter for each domain apart from all others, and combine them untrained."""
+    print("\n3. A domain's adapter alone, and what all of them make without any training.")
+    model, found = copy.deepcopy(base), {}
+    for domain, (_, own) in data.items():
+        grow(model, domain, [], own, settings)
+    for domain in data:
+        found[f"{domain} alone"] = accuracies(model, domain, data)
+    share, whole = (dict.fromkeys(data, strength) for strength in (1 / len(data), 1.0))
+    lp.combine_lora(model, share, adapter="mean")
+    lp.combine_lora(model, whole, adapter="sum")
+    lp.combine_lora(model, whole, adapter="TIES", method="ties", density=0.3)
+    for made in ("mean", "sum", "TIES"):
+        found[f"{made} of all"] = accuracies(model, made, data)
+    return found
+
+
 def run(settings: Settings) -> None:
     """Grow the tree, serve it, combine adapters; print, write and draw."""
-    device = choose_device(settings.device)
+    device, root = choose_device(settings.device), Path(settings.data)
     domains = list(DOMAINS)[: 2 if settings.quick else None]
     sizes = settings.test_sentences, 100 if settings.quick else settings.sentences
     with recorded(settings, device, "transformers") as record:
-        data: Data = {}
-        for domain in domains:
-            test, own = (
-                encoded(part, device) for part in split(domain, *sizes, root=Path(settings.data))
-            )
-            data[domain] = test, own
-        found = measure(
-            Classifier(settings.seed, settings.bfloat16).to(device), data, settings, record
-        )
-        print("", tree_table(found, domains), sep="\n")
+        data = {name: encoded_parts(name, sizes, root, device) for name in domains}
+        base = Classifier(settings.seed, settings.bfloat16).to(device).eval()
+        with record.timed("the tree"):
+            model = tree(base, data, settings)
+            path_is_a_sum(model, domains[0])
+            found = {"sentiment": accuracies(model, "sentiment", data)}
+        model.autocasts = False  # so that paths can be compared to the last digits
+        with record.timed("routing"):
+            found["sentiment + its domain's, routed"] = routed(model, data)
+        with record.timed("adapters alone"):
+            found |= alone(base, data, settings)
+        to_peft_and_back(model, base, data[domains[0]][0].inputs[:50], record.folder / "for_peft")
         record.results["accuracy"] = found
+        print("", tree_table(found, domains), sep="\n")
         draw_tree(found, domains, record.folder / "sentiment_tree.png")
-
-
-def measure(
-    base: Classifier, data: Data, settings: Settings, record: Record
-) -> dict[str, list[float]]:
-    """Train all adapters and test them, alone and together, on every domain.
-
-    Args:
-        base: The encoder with an untrained head.
-        data: Sentences by domain.
-        settings: The settings.
-        record: Where times and files go.
-
-    Returns:
-        Accuracies on every domain, by what acted.
-    """
-    found: dict[str, list[float]] = {}
-    with record.timed("the tree"):
-        model = tree(base, data, settings)
-        path_is_a_sum(model, next(iter(data)))
-        found["sentiment"] = accuracies(model, "sentiment", data)
-    model.autocasts = False  # so that paths can be compared to the last digits
-    with record.timed("routing"):
-        found["sentiment + its domain's, routed"] = routed(model, data)
-    print("\n3. A domain's adapter alone, and what four of them make without any training.")
-    with record.timed("adapters alone"):
-        alone = copy.deepcopy(base)
-        for domain, (_, own) in data.items():
-            grow(alone, domain, [], own, settings)
-        for domain in data:
-            found[f"{domain} alone"] = accuracies(alone, domain, data)
-    with record.timed("combining"):
-        share = 1 / len(data)
-        combinations = {
-            "mean of all": ({"method": "sum"}, share),
-            "sum of all": ({"method": "sum"}, 1.0),
-            "TIES of all": ({"method": "ties", "density": 0.3}, 1.0),
-        }
-        for name, (options, strength) in combinations.items():
-            made = name.replace(" ", "_")
-            lp.combine_lora(alone, dict.fromkeys(data, strength), adapter=made, **options)  # type: ignore[arg-type]
-            found[name] = accuracies(alone, made, data)
-            lp.remove_lora(alone, made)
-    x = next(iter(data.values()))[0].inputs[:50]
-    to_peft_and_back(model, base.eval(), x, record.folder / "sentiment_peft")
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,8 @@ from .deltas.protocol import Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
+from .places import is_traced
+from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
 PLAIN = (Tensor, nn.Parameter)
@@ -42,7 +44,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
     in a module whose methods somebody has replaced is left to the stock forward, in weight space.
     """
     stock, methods, run, suits = base.forward, methods_of(base), layer.run, layer.suits
-    in_weight_space = by_rows(base)
+    in_weight_space = by_rows(base, packed_or_dense(base) if layer.dense else None)
     argument = list(inspect.signature(stock).parameters)[1]
 
     @functools.wraps(stock)
@@ -53,7 +55,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
         if not usual or not dense or patched:
             return in_weight_space(self, *args, **kwargs)
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        traced = is_traced()
         routing = routing_of(self) if Routing.used else None
         bias = chains_of(self).get("bias") if routing is not None else None
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
@@ -61,13 +63,15 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         if not (found := _acting(self, layer, traced, routing)):
             return in_weight_space(self, *args, **kwargs)
         weight, acting = found
+        if routing is not None and routing.rows > 1:
+            x = routing.places.spread(self, x)
         # A transform, or a mode that keeps results, must see no result change.
         seen = traced or torch._C._are_functorch_transforms_active()
         in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
         at_work.weight, at_work.acting, at_work.routing = weight, acting, routing
         if routing is not None and routing.rows > 1:
-            at_work.rows_in = routing.dim_of(self, x, len(at_work.batch))
+            at_work.rows_in = routing.places.dim_of(self, x, len(at_work.batch))
         y = at_work.base(weight)
         for first, *others in acting:
             y = first.act(y, at_work.x, at_work, others)
@@ -137,9 +141,9 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     for each in entries[first:]:
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
-        can_act = isinstance(each, Delta) and each.acts
+        can_act = isinstance(each, Delta) and each.has_own("act")
         if routing is not None and routing.rows > 1:
-            can_act = can_act and each.routes
+            can_act = can_act and each.has_own("routes")
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             possible = False
         elif runs and type(runs[-1][0]) is type(each):
@@ -157,6 +161,7 @@ def _is_on(delta: Delta, routing: Routing | None) -> bool:
 
 def _misfits(delta: Delta, weight: Tensor, layer: Layer) -> bool:
     """Say whether a delta, one registered by hand, has another matrix view than its layer."""
+    weight = logical(weight)
     if delta.rows is not None:
         weight = delta.rows.take(weight, delta.dim)
     shape = tuple(weight.shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+import threading
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -21,6 +22,18 @@ class Record:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Record, (None, self.order)
+
+
+class Reading(threading.local):
+    """Whose stock forward runs in this thread, and what it has read so far."""
+
+    module: nn.Module | None = None
+    values: Any = None
+    beneath: Mapping[nn.Module, Tensor] = {}
+    """What reading these chains gives for now, whatever is on."""
+
+
+reading = Reading()
 
 
 def record_of(module: nn.Module) -> Record:

@@ -16,7 +16,7 @@ from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
-from .quantised import is_quantised, keeps_gradients
+from .quantised import is_packed, is_quantised, is_unfit, keeps_gradients, logical
 from .sharding import is_sharded
 from .walk import Walk
 from .weight import Weight, merged_for_now
@@ -124,7 +124,7 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
 def check_trainable(walk: Walk) -> None:
     """Raise for the first weight in front of which nothing could be trained."""
     for weight, tensor in walk.parameters:
-        if type(tensor) is nn.Parameter or not is_quantised(tensor) or keeps_gradients(tensor):
+        if not is_quantised(tensor) or is_packed(tensor) or keeps_gradients(tensor):
             continue
         reason = "no gradient reaches a layer's input through it, because its activations are "
         fix = "quantise weights alone, or load an adapter with trainable=False"
@@ -146,7 +146,7 @@ def check_droppable(weights: Sequence[Weight]) -> None:
 def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
     """Raise for the first delta that would take another's dropout away, having no `act`."""
     for weight, delta in pairs:
-        for other in weight.whole.deltas if weight.chain and not delta.acts else ():
+        for other in weight.whole.deltas if weight.chain and not delta.has_own("act") else ():
             if other.numbers.get("dropout"):
                 raise TargetError(
                     f"{weight.name}: adapter {other.adapter!r} drops entries of the input, which a "
@@ -303,7 +303,12 @@ TENSOR_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "it was made in torch.inference_mode and can never be trained; build the model outside",
     ),
     (
-        lambda tensor: tensor.dtype not in FLOATS,
+        is_unfit,
+        "bitsandbytes hasn't quantised it, or has packed it for inference alone; build its layer "
+        "with has_fp16_weights=False, move it to its device, and adapt it before it computes",
+    ),
+    (
+        lambda tensor: logical(tensor).dtype not in FLOATS,
         f"its dtype must be one of {show_dtypes(*FLOATS)}, got {{2}}; convert it",
     ),
     (

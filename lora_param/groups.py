@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from .chains import type_before
-from .errors import LoRAError
+from .chains import chains_of, type_before
 from .layers import layer_of
+from .places import Places
 from .routing import Routing, routed_here, routing_of
 
 Dims = Mapping[Any, int]
@@ -41,22 +41,26 @@ def run_by_groups(
     routing: Routing, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     """Call a module's forward once for each group of rows, and put their results in order."""
-    named = _named(call, (module, *args), kwargs)
-    layer = layer_of(type_before(module))
+    places, layer = routing.places, layer_of(type_before(module))
     if layer.moving and module.training:
-        path = routing.paths[module]
         reason = f"a {type_before(module).__name__} in training mixes the rows of a batch"
-        raise LoRAError(f"{path}: {reason}; put it into eval mode, or train one adapter at a time")
-    own = [value for name, value in list(named.items())[1:] if not isinstance(value, (bool, int))]
-    if any(isinstance(each, PackedSequence) for each in own):
+        fix = "put it into eval mode, or train one adapter at a time"
+        raise places.error(module, f"{reason}; {fix}")
+    named = _named(call, (module, *args), kwargs)
+    if any(isinstance(each, PackedSequence) for each in named.values()):
         reason = "a packed sequence mixes rows, which can't be routed; pad it instead"
-        raise LoRAError(f"{routing.paths[module]}: {reason}")
-    tensors = [leaf for leaf in tree_flatten(own)[0] if isinstance(leaf, Tensor)]
-    if not tensors:
+        raise places.error(module, reason)
+    named = tree_map_only(Tensor, functools.partial(places.spread, module), named)
+    first = _first(named.values())
+    if first is None:
         return call(module, *args, **kwargs)
-    dim = routing.dim_of(module, tensors[0], _candidates(module, tensors[0]))
-    dims: dict[Any, int] = {**dict.fromkeys(named, dim), **layer.rows_of}
-    return _in_groups(routing, module, call, named, dims, dim)
+    places.inside.update(each for each in module.modules() if each is not module)
+    dim = places.dim_of(module, first, _candidates(module, first))
+    return _in_groups(routing, module, call, named, {**dict.fromkeys(named, dim), **layer.rows_of})
+
+
+def _first(values: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_flatten([*values])[0] if isinstance(leaf, Tensor)), None)
 
 
 def _candidates(module: nn.Module, x: Tensor) -> int:
@@ -79,8 +83,9 @@ def _in_groups(
     call: Callable[..., Any],
     named: Mapping[str, Any],
     dims: Dims,
-    dim: int,
 ) -> Any:
+    places, usual = routing.places, next(iter(dims.values()))
+    first = _first(value for name, value in named.items() if name in dims)
     results = []
     for rows, one in routing.groups:
         with routed_here(one):
@@ -90,52 +95,68 @@ def _in_groups(
                 def take(leaf: Any, name: str = name, rows: list[int] = rows) -> Any:
                     if isinstance(leaf, ByRow):
                         return leaf.read()
-                    return _taken(routing, module, name, leaf, rows, dims.get(name))
+                    if leaf is first or _has_rows(places, module, name, leaf, dims, first):
+                        return _picked(leaf, dims[name], rows, places.rows)
+                    return leaf
 
                 own[name] = tree_map(take, value)
-            results.append(_called(call, own))
-    flat = [tree_flatten(result) for result in results]
-    order = torch.tensor([row for rows, _ in routing.groups for row in rows]).argsort()
-    parts = zip(*(leaves for leaves, _ in flat), strict=True)
+            bound = inspect.signature(call).bind_partial()
+            bound.arguments.update(own)
+            results.append(call(*bound.args, **bound.kwargs))
+    flat, structures = zip(*map(tree_flatten, results), strict=True)
     tops = results[0] if isinstance(results[0], tuple) else (results[0],)
-    places = [place for place, top in enumerate(tops) for _ in tree_flatten(top)[0]]
+    where = [dims.get(place, usual) for place, top in enumerate(tops) for _ in tree_flatten(top)[0]]
     joined = [
-        _joined(part, order, dims.get(place, dim))
-        for part, place in zip(parts, places, strict=True)
+        _joined(routing, module, parts, dim) for *parts, dim in zip(*flat, where, strict=True)
     ]
-    return tree_unflatten(joined, flat[0][1])
+    return tree_unflatten(joined, structures[0])
 
 
-def _called(call: Callable[..., Any], named: Mapping[str, Any]) -> Any:
-    bound = inspect.signature(call).bind_partial()
-    bound.arguments.update(named)
-    return call(*bound.args, **bound.kwargs)
+def _has_rows(
+    places: Places, module: nn.Module, name: str, leaf: Any, dims: Dims, first: Any
+) -> bool:
+    """Say whether an argument behind the first has the rows too, or raise where that is a guess.
+
+    What has one entry there, or no such dimension, is shared.
+    """
+    dim = dims.get(name)
+    if not isinstance(leaf, Tensor) or dim is None or leaf.dim() <= (~dim if dim < 0 else dim):
+        return False
+    n, shape = places.rows, tuple(leaf.shape)
+    if dim < 0 and shape[dim] % n == 0:
+        return True
+    if dim >= 0 and shape[dim] == 1:
+        return False
+    if dim < 0 or shape[dim] not in (n, first.shape[dim]):
+        doubt = f"with no {n} rows in dimension {dim}"
+    elif places.known[module].said or shape.count(n) < 2:
+        return True
+    else:
+        doubt = f"where more than one dimension could be that of the {n} rows"
+    fix = "pass it by row, say where rows are by dims=, or take the adapters off this layer"
+    raise places.error(module, f"{name} is {shape}, {doubt}; {fix}")
 
 
-def _taken(
-    routing: Routing, module: nn.Module, name: str, leaf: Any, rows: list[int], dim: int | None
-) -> Any:
-    """Return a group's part of an argument; what has no rows is shared."""
-    if not isinstance(leaf, Tensor) or dim is None or (dim < 0 and leaf.dim() < -dim):
-        return leaf
-    n = routing.rows
-    if dim >= leaf.dim() or leaf.shape[dim] % n:
-        path, shape = routing.paths[module], tuple(leaf.shape)
-        reason = f"{name} is {shape}, with no {n} rows or a multiple in dimension {dim}"
-        raise LoRAError(f"{path}: {reason}; take the adapters off this layer, or pass it by row")
-    copies = torch.arange(leaf.shape[dim] // n)
+def _picked(whole: Tensor, dim: int, rows: Sequence[int], of: int) -> Tensor:
+    """Return what some of the rows have of a tensor, each with all its neighbours."""
+    copies = torch.arange(whole.shape[dim] // of)
     index = (torch.tensor(rows)[:, None] * len(copies) + copies).flatten()
-    return leaf.index_select(dim, index.to(leaf.device))
+    return whole.index_select(dim, index.to(whole.device))
 
 
-def _joined(parts: Sequence[Any], order: Tensor, dim: int) -> Any:
+def _joined(routing: Routing, module: nn.Module, parts: Sequence[Any], dim: int) -> Any:
     """Join the groups' results, and put their rows in the batch's order."""
     if not isinstance(parts[0], Tensor):
         return parts[0]
-    whole = torch.cat(list(parts), dim)
-    copies = torch.arange(whole.shape[dim] // len(order))
-    index = (order[:, None] * len(copies) + copies).flatten()
-    return whole.index_select(dim, index.to(whole.device))
+    groups = [rows for rows, _ in routing.groups]
+    sizes = [part.shape[dim] if part.dim() > dim else 0 for part in parts]
+    share = sum(sizes) // routing.rows
+    if not share or sizes != [len(rows) * share for rows in groups]:
+        shapes = [tuple(part.shape) for part in parts]
+        reason = f"gives {shapes[:3]} for {[len(rows) for rows in groups][:3]} rows, which can't be"
+        raise routing.places.error(module, f"it {reason} told apart; take the adapters off it")
+    order = torch.tensor([row for rows in groups for row in rows]).argsort().tolist()
+    return _picked(torch.cat(list(parts), dim), dim, order, routing.rows)
 
 
 class ByRow(Tensor):
@@ -163,16 +184,16 @@ class ByRow(Tensor):
             leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, cls)]
             routing, module, name = leaves[0].reader
             if func is F.multi_head_attention_forward:
-                return _in_groups(routing, module, func, _named(func, args, kwargs), ATTENTION, 1)
+                return _in_groups(routing, module, func, _named(func, args, kwargs), ATTENTION)
             if func is F.linear:
                 x, *rest = args
+                x = routing.places.spread(module, x)
                 named = {"input": x, "weight": rest[0], "bias": [*rest[1:], None][0]} | kwargs
-                dim = routing.dim_of(module, x, x.dim() - 1)
-                return _in_groups(routing, module, _linear, named, {"input": dim}, dim)
-        path = routing.paths[module]
+                dims = {"input": routing.places.dim_of(module, x, x.dim() - 1)}
+                return _in_groups(routing, module, _linear, named, dims)
         reason = "is another one for each row of a routed batch, and is read outside of its layer"
         fix = "compute by the layer, or run the rows in groups, each under lora_selected"
-        raise LoRAError(f"{path}: its {name} {reason}, for {func.__name__}; {fix}")
+        raise routing.places.error(module, f"its {name} {reason}, for {func.__name__}; {fix}")
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,6 +202,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def weight_by_row(routing: Routing, module: nn.Module, name: str, like: Tensor) -> Tensor:
     """Return what reading a weight gives while rows differ."""
+    routing.places.check_not_inside(module, chains_of(module)[name])
     weight = like.detach().as_subclass(ByRow)
     weight.reader = routing, module, name
     return weight

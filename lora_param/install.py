@@ -10,7 +10,6 @@ from __future__ import annotations
 import copyreg
 import functools
 import pickle
-import threading
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .activation import in_activation_space
-from .chains import chains_of, originals_of
+from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
 from .deltas.switching import Switched
 from .errors import LoRAError
 from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
+from .quantised import as_beneath
 from .routing import Routing, routing_of
 from .sharding import is_sharded, news
 
@@ -64,10 +64,10 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
         if not issubclass(meta, type(base)):
             meta = type(meta.__name__, (meta, type(base)), {})
         layer = layer_of(base)
-        makers = METHODS | layer.overrides
         # The module's name too, by which torch.fx decides what is a leaf.
         body: dict[str, Any] = {"__module__": base.__module__}
-        body |= {name: make(base) for name, make in makers.items() if hasattr(base, name)}
+        body |= {name: make(base) for name, make in METHODS.items() if hasattr(base, name)}
+        body |= {name: make(base) for name, make in layer.overrides.items()}
         if layer.moving or (layer.rereads and _is_torchs(base.forward)):
             body["forward"] = by_rows(base, _reading_once(base, layer))
         elif layer.run and computes_as_its_row(base):
@@ -81,6 +81,7 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str, layer: Layer) -> property:
     moving = name in layer.moving
+    packs = layer.dense is not None
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
     def compute(chain: Any) -> Any:
@@ -96,11 +97,13 @@ def _weight_property(name: str, layer: Layer) -> property:
                 if name in table:
                     return table[name]
             raise AttributeError(name)
+        if packs and chain in reading.beneath:
+            return reading.beneath[chain]
         routing = routing_of(chain) if Routing.used else None
         if routing is not None and routing.separates(chain):
             return weight_by_row(routing, self, name, originals_of(chain)[0])
-        if once and not torch.compiler.is_compiling() and _reading.module is self:
-            store, key = _reading.values, chain
+        if once and not torch.compiler.is_compiling() and reading.module is self:
+            store, key = reading.values, chain
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
             state = (torch.is_grad_enabled(), Switched.switched)
@@ -126,16 +129,6 @@ def _is_spared(module: nn.Module) -> bool:
     return any(chain() is chain.original for chain in chains)
 
 
-class _Reading(threading.local):
-    """Which module's stock forward runs in this thread, and what it has read so far."""
-
-    module: nn.Module | None = None
-    values: Any = None
-
-
-_reading = _Reading()
-
-
 def _is_torchs(method: Any) -> bool:
     """Say whether a method is torch's own, of which it is known that it changes no weight."""
     return bool(getattr(method, "__globals__", {}).get("__name__", "")[:17] == "torch.nn.modules.")
@@ -145,12 +138,12 @@ def _reading_once(base: Any, layer: Layer) -> Method:
     stock, own = base.forward, not _is_torchs(base.forward)
 
     def once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        outer = _reading.module, _reading.values
-        _reading.module, _reading.values = self, {}
+        outer = reading.module, reading.values
+        reading.module, reading.values = self, {}
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            _reading.module, _reading.values = outer
+            reading.module, reading.values = outer
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +202,8 @@ def _saving(base: Any) -> Method:
     def _save_to_state_dict(
         self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        with as_beneath(self):
+            base._save_to_state_dict(self, destination, prefix, keep_vars)
         for name in chains_of(self):  # of a layer that writes its weight itself
             destination.pop(prefix + name, None)
 
@@ -237,7 +231,8 @@ def _loading(base: Any) -> Method:
         # As the last of the hooks, because others may give keys their names.
         handle = self.register_load_state_dict_pre_hook(accept)
         try:
-            base._load_from_state_dict(self, *args, **kwargs)
+            with as_beneath(self):
+                base._load_from_state_dict(self, *args, **kwargs)
         finally:
             handle.remove()
 
@@ -278,7 +273,8 @@ def _accept_base_keys(
                 if arrives:
                     delta.to_empty(device=base.device)
                     states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
-                for part, value in delta.rebased(chain.original, base).items():
+                rebased = delta.rebased(chain.original, base) if base.is_floating_point() else {}
+                for part, value in rebased.items():
                     states[f"{stem}{index}.{part}"] = value
         elif not others or said:
             continue

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .errors import LoRAError
-from .ops import ConvolutionRun, EmbeddingRun, LinearRun
+from .ops import ConvolutionRun, EmbeddingRun, LinearRun, OwnRun
 
 Shape = tuple[int, ...]
 """`(*batch, fan_out, fan_in)` of a weight's matrix view."""
@@ -39,11 +39,6 @@ def _embedding_rule(module: nn.Module) -> str | None:
 
 def _graph_rule(module: nn.Module) -> str | None:
     return "a traced graph can't be parametrized; adapt the model before tracing it"
-
-
-def _packed_rule(module: nn.Module) -> str | None:
-    reason = "bitsandbytes keeps it packed, in another shape and with its state beside it"
-    return f"{reason}, which isn't supported; quantise with torchao"
 
 
 def _is_ungrouped(module: Any) -> bool:
@@ -83,6 +78,10 @@ def _without_copy(base: Any) -> Callable[..., Any]:
     return copy if base.copy is nn.ParameterDict.copy else base.copy
 
 
+def _without(base: Any) -> property:
+    return property(lambda self: False)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One row of the table."""
@@ -105,7 +104,8 @@ class Layer:
     """Where a batch's rows are in arguments, by name, and outputs, by place, if not as in the first
     argument; counted from the end, a tensor without that dimension has none."""
     rereads: bool = False  # whether its forward reads one weight several times
-    overrides: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    dense: type[nn.Module] | None = None  # what a module becomes whose weight is packed no more
+    overrides: dict[str, Any] = field(default_factory=dict)
     """Methods that an adapted module has in place of its own, made from its class."""
 
     def features_of(self, shape: Shape, is_transposed: bool = False) -> int:
@@ -121,6 +121,7 @@ TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTransp
 ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
 MASKS = {"key_padding_mask": -2, "attn_mask": -3, 1: 0}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+KEPT = {"support_avx512bf16_for_cpu": _without}  # by which a forward would round its weight anew
 LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
 STACKS = Layer(nn.Module, ("*",), stack, features=-2, default=False)
 
@@ -135,7 +136,7 @@ TABLE: tuple[Layer, ...] = (
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, features=1, run=LinearRun),
     *(
-        Layer(f"bitsandbytes.nn.modules.{kind}", refusal=_packed_rule)
+        Layer(f"bitsandbytes.nn.modules.{kind}", run=OwnRun, dense=nn.Linear, overrides=KEPT)
         for kind in ("Linear8bitLt", "Linear4bit")
     ),
     Layer("torch_geometric.nn.dense.linear.Linear", run=LinearRun),

@@ -18,7 +18,7 @@ from .quantised import is_quantised, parts_of
 from .register import take_off
 from .sharding import is_sharded, own_piece, whole
 from .undo import all_or_nothing, keep_entries
-from .walk import walk
+from .walk import Walk, walk
 from .weight import Weight, merged_for_now, without_side_effects
 
 
@@ -63,7 +63,7 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
     merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing() as undo:
         for chain, original, value in merged:
-            _replace(chain, original, value, undo)
+            _replace(chain, original, _as_others(value, original, found), undo)
             increment_version(original)  # a graph that has saved the original must not go on
         take_off(found, pairs, undo)
 
@@ -99,7 +99,7 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
     check_structure(found, "lora_merged")
     weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
     _check_dense(weights, dequantize)
-    values = [weight.value for weight in weights]
+    values = [_as_others(weight.value, weight.originals[0], found) for weight in weights]
     with ExitStack() as undo:
         for weight, value in zip(weights, values, strict=True):
             module, chains = weight.module, weight.module._modules["parametrizations"]
@@ -124,6 +124,14 @@ def _check_dense(weights: Iterable[Weight], dequantize: bool) -> None:
             reason = "it is quantised, and quantising the merged weight anew would change it"
             fix = "pass dequantize=True for a dense one, or keep the adapter"
             raise LoRAError(f"{weight.name}: {reason}; {fix}")
+
+
+def _as_others(value: Tensor, original: Tensor, walk: Walk) -> Tensor:
+    """Give a weight the dtype of the model's others, where bitsandbytes forgot its own."""
+    if original.dtype is not torch.int8:
+        return value
+    dtypes = (tensor.dtype for _, tensor in walk.parameters if type(tensor) is nn.Parameter)
+    return value.to(next(dtypes, value.dtype))
 
 
 def _replace(chain: Any, original: Any, value: Any, undo: ExitStack) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
+from .chains import type_before
+from .quantised import as_beneath, is_packed, logical
 from .rows import Rows
 
 COPY = 100
@@ -69,7 +71,8 @@ class _Run:
             shape[self.rows_in] = batch[self.rows_in]
             table = repeated(table, batch[self.rows_in])
         columns = table.shape[1]
-        return (low.reshape(*batch, columns) * table.view(*shape, columns)).view(low.shape)
+        weighed = low.reshape(*batch, columns) * table.view(*shape, columns)
+        return weighed.to(low.dtype).view(low.shape)
 
     def chosen(self, pairs: Sequence[Any], As: Sequence[Tensor]) -> Any:
         """Return each row's only pair and its scale, where gathering these costs less."""
@@ -110,22 +113,16 @@ class LinearRun(_Run):
         costs a row about what `COPY` tokens do.
         """
         alike = len({A.shape for A in As}) == 1 and not self.rows_in and self.x.dim() == 2
-        if not alike or torch.compiler.is_compiling() or self.routing.rows == 1:
-            return None
         tokens = self.x.shape[0] // self.routing.rows
-        if tokens * (len(As) - 1) < COPY or (choices := self.routing.choices) is None:
+        choices = self.routing.choices if alike and tokens * (len(As) - 1) >= COPY else None
+        place = {self.routing.columns[pair]: index for index, pair in enumerate(pairs)}
+        if choices is None or len(place) < len(pairs):
             return None
-        columns = [self.routing.columns.get(pair) for pair in pairs]
-        if None in columns or len(set(columns)) < len(columns):
-            return None
-        places, scales = [], []
-        for column, strength in zip(*choices, strict=True):
-            place = columns.index(column) if column in columns else 0
-            places.append(place)
-            scales.append(pairs[place].scale * strength * (column in columns))
-        device = self.x.device
+        found = [(place.get(c, 0), strength * (c in place)) for c, strength in choices]
+        places, strengths = zip(*found, strict=True)
+        device, dtype = self.x.device, torch.promote_types(self.x.dtype, torch.float32)
         return torch.tensor(places, device=device), torch.tensor(
-            scales, device=device, dtype=self.x.dtype
+            strengths, device=device, dtype=dtype
         )
 
     def gathered(
@@ -135,16 +132,36 @@ class LinearRun(_Run):
         As: Sequence[Tensor],
         Bs: Sequence[Tensor],
         places: Tensor,
-        scales: Tensor,
+        strengths: Tensor,
     ) -> Tensor:
         """Add each row's own pair's part: `[rows, tokens, in]` times `[rows, in, rank]`."""
         pairs = zip(*(self.factors(A, B) for A, B in zip(As, Bs, strict=True)), strict=True)
         inner, outer = (torch.stack(each).index_select(0, places).to(x.dtype) for each in pairs)
         rows = len(places)
         low = torch.bmm(x.view(rows, -1, x.shape[1]), inner.mT)  # [rows, tokens, rank]
-        low = low * scales.to(low.dtype)[:, None, None]
-        y3 = y.view(rows, -1, y.shape[1])
-        return shaped(torch.baddbmm(y3, low.to(y.dtype), outer.to(y.dtype)), y.shape)
+        low = (low * strengths[:, None, None]).to(y.dtype)
+        rest = y.view(rows, -1, y.shape[1]), low, outer.to(y.dtype)
+        if self.in_place and not torch.is_grad_enabled():  # autograd copies what a view changes
+            rest[0].baddbmm_(*rest[1:])
+            return y
+        return shaped(torch.baddbmm(*rest), y.shape)
+
+
+class OwnRun(LinearRun):
+    """A linear layer whose own kernel alone can compute with its weight while that is packed."""
+
+    def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
+        super().__init__(module, x, transposed, in_place)
+        self.module, self.given = module, x
+
+    def base(self, weight: Tensor) -> Tensor:
+        """Return `[tokens, out]`."""
+        if not is_packed(weight):
+            return super().base(weight)
+        self.shape = logical(weight).shape
+        with as_beneath(self.module, self.given):
+            y: Tensor = type_before(self.module).forward(self.module, self.given)
+        return y if self.lead is None else y.flatten(0, -2)
 
 
 class ConvolutionRun(_Run):
@@ -189,7 +206,7 @@ class ConvolutionRun(_Run):
         """Return `low` with its channels multiplied by what a table `[rows, channels]` says."""
         table = repeated(table, len(low)) if len(table) > 1 else table
         table = table.view(*table.shape, *[1] * len(self.module.kernel_size))
-        return low * (table if self.batch else table[0])
+        return (low * (table if self.batch else table[0])).to(low.dtype)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = getattr(F, f"conv{weight.dim() - 2}d")

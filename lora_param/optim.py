@@ -12,7 +12,6 @@ from .checks import deltas_called
 from .errors import LoRAError
 from .targets import matches, number_for_each
 from .walk import walk
-from .weight import Weight
 
 
 def lora_parameter_groups(
@@ -65,14 +64,13 @@ def lora_parameter_groups(
     factors = {} if factors is None else factors
     if not isinstance(factors, Mapping) or not all(isinstance(each, str) for each in factors):
         raise LoRAError(f"factors must map patterns to numbers, got {factors!r:.60}")
-    numbers = {"lr": lr, "ratio": ratio, "weight_decay": weight_decay}
-    for name, number in (
-        numbers | {f"factors of {key!r}": n for key, n in factors.items()}
-    ).items():
-        _check(name, number)
+    numbers = {f"factors of {key!r}": number for key, number in factors.items()}
+    _check(numbers | {"lr": lr, "ratio": ratio, "weight_decay": weight_decay})
     pairs = deltas_called(walk(model, "lora_parameter_groups"), adapter)
     weights = [weight for weight, _ in pairs]
-    rates = number_for_each("factors", _whole(factors, weights), weights)
+    if not all(any(matches(each, weight) for each in factors) for weight in weights):
+        factors = {**factors, "*": 1.0}
+    rates = number_for_each("factors", factors, weights)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for (weight, delta), factor in zip(pairs, rates, strict=True):
         fast = "_A" if weight.layer.transposed else "_B"
@@ -83,14 +81,9 @@ def lora_parameter_groups(
     return [{"params": each, "lr": r, "weight_decay": d} for (r, d), each in groups.items()]
 
 
-def _whole(factors: Mapping[str, float], weights: list[Weight]) -> Mapping[str, float]:
-    """Return the factors with 1 for the weights that no pattern matches."""
-    rest = any(not any(matches(each, weight) for each in factors) for weight in weights)
-    return {**factors, "*": 1.0} if rest else factors
-
-
-def _check(name: str, number: object) -> None:
-    real = isinstance(number, (int, float)) and not isinstance(number, bool)
-    least = "positive" if name == "ratio" else "at least 0"
-    if not real or not math.isfinite(number) or number < 0 or (number == 0 and name == "ratio"):  # type: ignore[arg-type, operator]
-        raise LoRAError(f"{name} must be a finite number and {least}, got {number!r:.40}")
+def _check(numbers: Mapping[str, float]) -> None:
+    for name, number in numbers.items():
+        real = isinstance(number, (int, float)) and not isinstance(number, bool)
+        least = "positive" if name == "ratio" else "at least 0"
+        if not real or not 0 <= number < math.inf or (not number and name == "ratio"):
+            raise LoRAError(f"{name} must be a finite number and {least}, got {number!r:.40}")

@@ -13,12 +13,13 @@ from torch import nn
 from . import checks
 from .checks import check_model, deltas_called
 from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
-from .deltas.inits import Init
+from .deltas.inits import DRAWS, Init
 from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
+from .quantised import dense
 from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .walk import Walk, walk
@@ -138,7 +139,9 @@ def register_lora(
         view, own = weight.view, given | {"rank": own_rank, "alpha": own_alpha}
         own["transposed"] = weight.layer.transposed
         own = {name: own[name] for name in cls.options}
-        beneath = weight.value if cls.of_values else weight.like
+        beneath = weight.like
+        if cls.of_values or given["init"] not in [*DRAWS]:
+            beneath = dense(weight.value if cls.of_values else weight.beneath)
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])

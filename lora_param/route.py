@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from .chains import chains_of
 from .checks import check_structure, deltas_called
 from .errors import AdapterError, LoRAError, TargetError
 from .groups import run_by_groups
+from .places import Place, Places
 from .routing import Routing, routed_here
 from .targets import matches
 from .walk import Walk, walk
@@ -33,7 +36,7 @@ def lora_routed(
     *,
     names: Sequence[str] | None = None,
     dim: int | None = None,
-    dims: Mapping[str, int] | None = None,
+    dims: Mapping[str, int | None] | None = None,
 ) -> Iterator[None]:
     """Let each row of the batch have adapters of its own in a block, in inference and training.
 
@@ -90,11 +93,13 @@ def lora_routed(
         column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
         for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
             columns[module] = max(columns.get(module, -1), column)
-    routing = Routing(
-        weights, columns, _dims(found, dim, dims), {module: path for path, module in found.modules}
-    )
-    compiles = "torch._dynamo" in sys.modules
-    routing.run = torch.compiler.disable(run_by_groups) if compiles else run_by_groups  # type: ignore[no-untyped-call]
+    paths = {module: path for path, module in found.modules}
+    own = {*itertools.chain(*([*m._parameters.values(), *m._buffers.values()] for m in paths))}
+    run: Any = run_by_groups
+    if "torch._dynamo" in sys.modules:
+        run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    places = Places(len(weights), _places(found, dim, dims), paths, own)
+    routing = Routing(weights, columns, places, run)
     with routed_here(routing):
         yield
 
@@ -160,29 +165,23 @@ def _check_statistics(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> Non
             raise AdapterError(f"{weight.name}: adapters {names} {reason}")
 
 
-def _dims(
-    walk: Walk, dim: int | None, dims: Mapping[str, int] | None
-) -> dict[nn.Module, tuple[int, bool]]:
-    """Return for each module which dimension has the rows, and whether that was said."""
-    flags: dict[str | None, tuple[int, bool]] = {}
-    known: dict[nn.Module, tuple[int, bool]] = {}
-    unused = set(dims or ())
+def _places(
+    walk: Walk, dim: int | None, dims: Mapping[str, int | None] | None
+) -> dict[nn.Module, Place]:
+    """Return where each module has the rows in its input."""
     for each in [dim, *(dims or {}).values()]:
         if each is not None and (type(each) is not int or each < 0):
             raise LoRAError(f"a dimension must be an integer from 0 up, got {each!r:.40}")
+    general = Place() if dim is None else Place(dim, 1)
+    flags, known, unused = dict[str, Place](), dict[nn.Module, Place](), {*(dims or ())}
     for path, module in walk.modules:
-        above = (
-            flags.get(path.rpartition(".")[0], (dim or 0, dim is not None))
-            if path
-            else (dim or 0, dim is not None)
-        )
         said = module.self_attn if isinstance(module, LAYERS) else module
         first = said.__dict__.get("batch_first")
-        flags[path] = above if first is None else (0 if first else 1, True)
-        known[module] = flags[path]
+        above = flags.get(path.rpartition(".")[0], general) if path else general
+        known[module] = flags[path] = above if first is None else Place(0 if first else 1, 1)
         for pattern, own in (dims or {}).items():
             if matches(pattern, Weight(path, module, "weight")):
-                known[module] = own, True
+                known[module] = Place(own, 2)
                 unused.discard(pattern)
     if unused:
         raise TargetError(f'dims: "{min(unused)}" matches no module; mend it, or drop it')

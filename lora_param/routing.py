@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRAError
+from .places import Places, is_traced
 
 
 class Switch(NamedTuple):
@@ -31,26 +32,28 @@ class Routing:
     """What acts on each row of a batch: `weights[row, column]` is an adapter's strength there.
 
     `columns` are those of a model's deltas, -1 of one that acts on no row; of a chain or a module
-    with deltas, -1 where none of them acts. `dims` say of each such module which dimension of its
-    input has the rows, and whether that was said by somebody.
+    with deltas, -1 where none of them acts.
     """
 
     used: ClassVar[bool] = False
     """Whether there is any in some context: otherwise nobody looks for one."""
 
-    run: Any = None  # runs a module by groups of rows, past any compiler
-
     def __init__(
         self,
         weights: Tensor,
         columns: dict[nn.Module, int],
-        dims: Mapping[nn.Module, tuple[int, bool]],
-        paths: Mapping[nn.Module, str],
+        places: Places,
+        run: Callable[..., Any],
     ) -> None:
-        self.weights, self.columns, self.dims, self.paths = weights, columns, dims, paths
+        self.weights, self.columns, self.places = weights, columns, places
+        self.run = run  # runs a module by groups of rows, past any compiler
         self.rows = len(weights)
         self.plans: dict[Any, Any] = {}
         self._tables: dict[Any, Tensor] = {}
+
+    def of(self, weights: Tensor) -> Routing:
+        """Return the same for other strengths."""
+        return Routing(weights, self.columns, self.places, self.run)
 
     def switch(self, delta: nn.Module) -> Switch:
         """Return how a delta acts where all rows are alike, or raise if they aren't."""
@@ -82,69 +85,34 @@ class Routing:
         for row in range(self.rows):
             own = row if self.weights.requires_grad else tuple(self._settings[row])
             rows.setdefault(own, []).append(row)
-        return [
-            (each, Routing(self.weights[each[:1]], self.columns, self.dims, self.paths))
-            for each in rows.values()
-        ]
+        return [(each, self.of(self.weights[each[:1]])) for each in rows.values()]
+
+    @property
+    def choices(self) -> list[tuple[int, float]] | None:
+        """Each row's only column and its strength; `None` if a row mixes, or that isn't known."""
+        return None if self.weights.requires_grad or is_traced() else self._choices
 
     @cached_property
-    def choices(self) -> tuple[list[int], list[float]] | None:
-        """Each row's only column and its strength, if no row mixes."""
-        if self.weights.requires_grad:
-            return None
-        found = [[c for c, strength in enumerate(row) if strength] for row in self._settings]
-        if any(len(own) > 1 for own in found):
-            return None
-        columns = [own[0] if own else 0 for own in found]
-        return columns, [row[c] for row, c in zip(self._settings, columns, strict=True)]
+    def _choices(self) -> list[tuple[int, float]] | None:
+        found = [[(c, s) for c, s in enumerate(row) if s] for row in self._settings]
+        return None if any(own[1:] for own in found) else [(*own, (0, 0.0))[0] for own in found]
 
-    def table(self, deltas: Sequence[Any], columns: Sequence[int], low: Tensor) -> Tensor:
-        """Return what the columns of the deltas' joint inner factor are multiplied by: `[rows, n]`.
+    def table(self, deltas: Sequence[Any], widths: Sequence[int], like: Tensor) -> Tensor:
+        """Return a number for each row and column of the deltas' joint inner factor, `[rows, n]`.
 
-        `columns` says how many of them each delta has.
+        `widths` says how many of them each delta has.
         """
-        spans = tuple((self.columns[d], d.scale, n) for d, n in zip(deltas, columns, strict=True))
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        kept = not (self.weights.requires_grad or traced)
-        key = (spans, low.dtype, low.device)
+        spans = tuple((self.columns[d], n) for d, n in zip(deltas, widths, strict=True))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        kept = not (self.weights.requires_grad or is_traced())
+        key = (spans, dtype, like.device)
         if kept and key in self._tables:
             return self._tables[key]
-        wide = torch.promote_types(self.weights.dtype, torch.float32)
-        weights = self.weights.to(low.device, wide)
-        parts = [weights[:, c : c + 1].expand(-1, n) * scale for c, scale, n in spans]
-        table = torch.cat(parts, 1).to(low.dtype)
+        weights = self.weights.to(like.device, dtype)
+        table = torch.cat([weights[:, c : c + 1].expand(-1, n) for c, n in spans], 1)
         if kept:
             self._tables[key] = table
         return table
-
-    def dim_of(self, module: nn.Module, x: Tensor, candidates: int) -> int:
-        """Return which of an input's first dimensions has the rows, or raise."""
-        (dim, said), shape = self.dims[module], x.shape
-        if not torch.compiler.is_compiling() and _is_mapped(x):
-            reason = "vmap hides the rows of a routed batch; route inside of it, or do without it"
-            raise LoRAError(f"{self.paths[module] or 'model'}: {reason}")
-        n = self.rows
-        fits = dim < candidates and shape[dim] % n == 0
-        doubtful = not said and any(shape[d] == n for d in range(candidates) if d != dim)
-        if not fits or doubtful:
-            path = self.paths[module] or "model"
-            where = f"{path}: its input is {tuple(shape)}, and"
-            what = f"dimension {dim} can't hold {n} rows or a multiple of that"
-            if fits:
-                what = f"more than one dimension could be that of the {n} rows"
-            fix = f'say which it is by dims={{"{path}": ...}}, or dim= for all'
-            raise LoRAError(f"{where} {what}; {fix}, or take the adapters off this layer")
-        return dim
-
-
-def _is_mapped(x: Tensor) -> bool:
-    """Say whether a dimension of a tensor is vmap's."""
-    transforms = torch._C._functorch
-    while transforms.is_functorch_wrapped_tensor(x):
-        if transforms.is_batchedtensor(x):
-            return True
-        x = transforms.get_unwrapped(x)
-    return False
 
 
 _open: list[Routing] = []  # in any context
@@ -169,7 +137,7 @@ def routing_of(module: nn.Module) -> Routing | None:
 def left_out(module: nn.Module, chain: nn.Module, delta: nn.Module) -> None:
     """Let a delta that is new act on no row of the batches that are being routed."""
     for routing in _open if Routing.used else ():
-        if module in routing.paths:
+        if module in routing.places.paths:
             for known in (module, chain, delta):
                 routing.columns.setdefault(known, -1)
 
@@ -178,16 +146,12 @@ def left_out(module: nn.Module, chain: nn.Module, delta: nn.Module) -> None:
 def unrouted(deltas: Sequence[Any], adapter: str | None = None) -> Iterator[None]:
     """Let no routing that holds here hold for deltas' models in a block, or for one adapter."""
     with ExitStack() as block:
-        for routing in {routing_of(delta): None for delta in deltas}:
-            if routing is not None:
-                weights = routing.weights[:0]
-                if adapter is not None:
-                    own = [routing.columns[d] for d in deltas if routing.columns.get(d, -1) >= 0]
-                    index = torch.tensor([*{*own}], dtype=torch.long, device=routing.weights.device)
-                    weights = routing.weights.index_fill(1, index, 0)
-                block.enter_context(
-                    routed_here(Routing(weights, routing.columns, routing.dims, routing.paths))
-                )
+        for routing in {found for delta in deltas if (found := routing_of(delta))}:
+            weights = routing.weights[:0]
+            if adapter is not None:
+                weights = routing.weights.clone()
+                weights[:, [routing.columns[d] for d in deltas if routing.columns[d] >= 0]] = 0
+            block.enter_context(routed_here(routing.of(weights)))
         yield
 
 

@@ -77,13 +77,7 @@ class Rows:
         """Return a tensor with a block in the place of these rows."""
         if (own := self._block) is None:
             return tensor.index_copy(dim, self._index(tensor.device), block)
-        start, length = own
-        stop = start + length
-        before, behind = (
-            tensor.narrow(dim, 0, start),
-            tensor.narrow(dim, stop, tensor.shape[dim] - stop),
-        )
-        return torch.cat([before, block, behind], dim)
+        return tensor.slice_scatter(block, dim, own[0], sum(own))
 
     def spread(self, block: Tensor, dim: int, features: int) -> Tensor:
         """Return the block among zeros for all other rows."""

@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
@@ -18,6 +19,7 @@ from .deltas.protocol import Delta, Shape
 from .errors import TargetError
 from .install import parametrized_class, properties_of
 from .layers import Layer, layer_of
+from .quantised import dense, in_reach, is_packed, logical
 from .routing import left_out
 from .rows import Rows, Said
 from .sharding import is_sharded, lay_out
@@ -90,6 +92,8 @@ class Weight:
             tensor: Tensor | None = table[name]
         else:
             tensor = getattr(chains_of(module).get(name), "original", None)
+        if is_packed(tensor):
+            in_reach(tensor, module)
         return tensor if tensor is None or self.rows is None else self._rows_of(tensor)
 
     @property
@@ -113,14 +117,25 @@ class Weight:
         return self._rows_of(value)
 
     def _rows_of(self, tensor: Tensor) -> Tensor:
-        return tensor if self.rows is None else self.rows.take(tensor, self.dim)
+        return tensor if self.rows is None else self.rows.take(dense(tensor), self.dim)
 
     @property
     def like(self) -> Tensor:
         """A tensor of its shape, dtype and device; free where deltas are alone."""
+        return logical(self.beneath)
+
+    @property
+    def beneath(self) -> Tensor:
+        """The tensor beneath its deltas, or what others' parametrizations make of it."""
         plain = self.tensor in self.module._parameters
         alone = plain or all(isinstance(entry, Delta) for entry in self.chain)
         return self.original if alone else self.value  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> Shape | None:
+        """Its shape; `None` if it isn't there or has none yet."""
+        like = None if not self.chain and is_lazy(self.original) else self.like  # type: ignore[arg-type]
+        return None if like is None else tuple(like.shape)
 
     @property
     def view(self) -> Shape:
@@ -168,6 +183,8 @@ class Weight:
         """Put a tensor into its module's tables in the place of the chain."""
         self._keep(undo)
         module, base, order = self.module, type_before(self.module), record_of(self.module).order
+        if self.layer.dense and self.tensor == "weight" and not is_packed(tensor):
+            base = self.layer.dense
         table: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
         del chains_of(module)[self.tensor]
         _settle(module, base)

@@ -236,7 +236,7 @@ def test_nothing_of_the_weights_size_is_kept(frozen: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     assert max(sizes, default=0) <= 5 * 400  # as many as outputs
-    assert kind._lengths[delta_of(layer)][2].numel() == 400
+    assert kind._lengths[delta_of(layer)][1].numel() == 400
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(9, 8), lambda: Conv1D(8, 9)])

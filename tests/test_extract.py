@@ -22,9 +22,12 @@ from lora_param import (
     load_lora,
     lora_selected,
     register_lora,
+    remove_lora,
     resize_lora,
     save_lora,
+    select_lora,
 )
+from lora_param.io import combine_files
 from lora_param.io.cli import main
 
 from .cases import describe, shake
@@ -190,6 +193,22 @@ def test_the_command_line_combines_files(tmp_path: Path, capsys: Any) -> None:
     with lora_selected(model, "ab"):
         want = model(X)
     torch.testing.assert_close(outputs(model, out), want, rtol=0, atol=1e-12)
+
+
+def test_files_are_combined_as_strong_as_they_were_saved(tmp_path: Path) -> None:
+    model, _ = saved(tmp_path)
+    select_lora(model, {"a": 0.5, "b": -2})
+    want = model(X)
+    for name in ("a", "b"):
+        save_lora(model, tmp_path / f"{name}.safetensors", name)
+    files = {tmp_path / "a.safetensors": 1, tmp_path / "b.safetensors": 1}
+    combine_files(files, tmp_path / "ab.safetensors")
+    torch.testing.assert_close(outputs(model, tmp_path / "ab.safetensors"), want)
+    remove_lora(model, "loaded")
+    combine_files({tmp_path / "a.safetensors": -3}, tmp_path / "alone.safetensors")
+    select_lora(model, {"a": -1.5})
+    want = model(X)
+    torch.testing.assert_close(outputs(model, tmp_path / "alone.safetensors"), want)
 
 
 def test_the_command_line_resizes_files(tmp_path: Path, capsys: Any) -> None:

@@ -24,6 +24,7 @@ from lora_param import (
     lora_state_dict,
     lora_summary,
     merge_lora,
+    named_lora_parameters,
     register_lora,
     save_lora,
 )
@@ -222,6 +223,17 @@ def test_files_carry_it(format: str, scaling: str, tmp_path: Path) -> None:
     anchored = format == "native"
     assert (delta.anchored, delta.rank) == (anchored, 3 if anchored else 6)
     assert anchored <= (file_summary(path).weights[0].rank == 3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_loaded_one_counts_its_parameters_as_an_optimizers_state_does(
+    kind: str, path: Path
+) -> None:
+    base, model = trained(kind=kind)
+    save_lora(model, path)
+    load_lora(base, path)
+    names, loaded = ([name for name, _ in named_lora_parameters(each)] for each in (model, base))
+    assert loaded == names
 
 
 @each_init

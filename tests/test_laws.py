@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from lora_param import (
     register_lora,
     remove_lora,
 )
+from lora_param.deltas.inits import DRAWS, STARTS
+from lora_param.deltas.numbers import SCALINGS
 
 from .cases import CASES, DEVICES, DTYPES, Case, describe, outputs, shake
 from .kinds import KINDS
@@ -93,6 +96,13 @@ def test_law_3_output_and_gradients_match_the_oracle(case: Case, kind, dtype, de
     plain = copy.deepcopy(layer)
     case.adapt(layer, kind=kind)
     shake(layer)
+    agree(layer, plain, inputs, dtype)
+
+
+def agree(
+    layer: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype
+) -> None:
+    """Hold output and gradients of an adapted layer against the oracle's."""
     expected = reference(plain, layer, inputs)
     inputs = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
     actual = outputs(layer, inputs)
@@ -106,6 +116,22 @@ def test_law_3_output_and_gradients_match_the_oracle(case: Case, kind, dtype, de
     assert expected.factor_gradients.keys() == factors.keys()
     for name, want in expected.factor_gradients.items():
         close(factors[name].grad, want, dtype)
+
+
+WAYS = [*itertools.product(("lora", "dora"), SCALINGS, (*DRAWS, *STARTS))]
+
+
+@each_case
+@pytest.mark.parametrize(("kind", "scaling", "init"), WAYS, ids=map(" ".join, WAYS))
+def test_laws_1_and_3_hold_for_every_kind_scaling_and_start(
+    case: Case, kind: str, scaling: str, init: str
+) -> None:
+    layer, inputs = case.build(torch.float64)
+    plain, before = copy.deepcopy(layer), outputs(layer, inputs)
+    assert tuple(case.adapt(layer, kind=kind, scaling=scaling, init=init)) == case.names
+    assert equal(outputs(layer, inputs), before)
+    shake(layer)
+    agree(layer, plain, inputs, torch.float64)
 
 
 @each_case

@@ -100,8 +100,22 @@ CASES = [
 ]  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
+DORA = {"weight_decompose": True}
+WITH_LENGTHS = [
+    *(Case(f"tucker {make.__name__}", LoConModule, make, "dora", {"use_tucker": True, **DORA}) for make in (conv1d, conv2d, conv3d)),
+    *(Case(f"loha {make.__name__}", LohaModule, make, "dora", DORA) for make in (linear, conv1d, conv2d, conv3d)),
+    Case("loha, of inputs", LohaModule, linear, "dora", {"wd_on_out": False, **DORA}),
+    Case("loha tucker", LohaModule, conv2d, "dora", {"use_tucker": True, **DORA}),
+    Case("lokr", LokrModule, wide, "dora", {"factor": 4, **DORA}),
+    Case("lokr, of inputs, factored twice", LokrModule, wide, "dora", {"factor": 8, "wd_on_out": False, **BOTH, **DORA}),
+    Case("lokr, full", LokrModule, linear, "dora", {"factor": 4, **FULL, **DORA}),
+    Case("lokr conv2d", LokrModule, conv2d, "dora", {"factor": 2, **DORA}),
+]  # fmt: skip
 
-@each_case
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *WITH_LENGTHS], ids=lambda case: f"{case.id}, {case.read_as}"
+)
 def test_the_update_is_lycoris_own(case: Case, tmp_path: Path) -> None:
     theirs, plain, tensors = case.trained()
     x = torch.randn(INPUTS[case.layer])
@@ -109,15 +123,24 @@ def test_the_update_is_lycoris_own(case: Case, tmp_path: Path) -> None:
     assert load_lora(plain, saved(tmp_path, tensors)) == ["0.weight"]
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
     assert (expected - before).abs().max() > 0.05
+    assert lora_summary(plain).weights[0].adapters[0].kind == case.read_as
+
+
+def test_with_lengths_a_rank_above_the_smaller_side_is_lowered(tmp_path: Path) -> None:
+    case = Case("loha", LohaModule, linear, "dora", DORA, rank=6)  # which comes to 36, of 24
+    theirs, plain, tensors = case.trained()
+    x = torch.randn(INPUTS[linear])
+    with pytest.warns(UserWarning, match="rank lowered to the weight's smaller side"):
+        load_lora(plain, saved(tmp_path, tensors))
+    torch.testing.assert_close(plain(x), theirs(x), rtol=1e-4, atol=1e-4)
+    assert lora_summary(plain).weights[0].adapters[0].rank == 24
 
 
 @each_case
 def test_the_smaller_form_is_kept(case: Case, tmp_path: Path) -> None:
     _, plain, tensors = case.trained()
     load_lora(plain, saved(tmp_path, tensors))
-    [weight] = lora_summary(plain).weights
-    [adapter] = weight.adapters
-    assert adapter.kind == case.read_as
+    [adapter] = lora_summary(plain).weights[0].adapters
     assert adapter.parameters <= plain[0].parametrizations.weight.original.numel()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from lora_param import FileError, load_lora
 from lora_param.deltas import LoRAParametrization
 from lora_param.io.formats import open_adapter, write_adapter
-from lora_param.io.outline import UNKNOWN, Outline, outline_of_model, outline_of_tensors
+from lora_param.io.outline import UNKNOWN, Outline, facts_of, outline_of_model, outline_of_tensors
 from lora_param.io.tensors import About
 from lora_param.walk import walk
 
@@ -45,7 +45,7 @@ OUTLINED = [
 def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path) -> None:
     base, _ = trained_in_peft(case, tmp_path)
     modules = outline_of_model(walk(base, "a test")).modules
-    facts = {path: module.facts for path, module in modules.items()}
+    facts = {path: facts_of(module) for path, module in modules.items()}
     ours = parsed(
         tmp_path, outline_of_tensors(dict(base.named_parameters()), facts), mha_out_proj="once"
     )

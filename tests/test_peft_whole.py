@@ -186,34 +186,6 @@ def test_a_bias_of_a_layer_without_one_is_refused(tmp_path: Path) -> None:
         load_lora(base, tmp_path)
 
 
-TOKENS = [[3], [3, 4, 5], {"other": [3, 5]}, [3, -1], [3, 3], [3, 2.0], "3, 5", {"word_embeddings": 3}]  # fmt: skip
-
-
-@pytest.mark.parametrize("said", TOKENS, ids=str)
-def test_rows_of_tokens_that_are_not_said_are_refused(said: Any, tmp_path: Path) -> None:
-    base, _ = trained_in_peft(WHOLE[8], tmp_path)
-    edit_config(tmp_path, trainable_token_indices=said)
-    with pytest.raises(
-        FileError, match=r"word_embeddings: trainable_token_indices=.* for \(2, 8\)"
-    ):
-        load_lora(base, tmp_path)
-
-
-def test_rows_of_tokens_that_there_are_not_are_refused(tmp_path: Path) -> None:
-    base, _ = trained_in_peft(WHOLE[8], tmp_path)
-    edit_config(tmp_path, trainable_token_indices=[3, 17])
-    with quiet(), pytest.raises(FileError, match="it has 17 rows, and number 17 has new values"):
-        load_lora(base, tmp_path)
-
-
-def test_rows_of_tokens_are_read_with_a_warning_that_all_are_trained(tmp_path: Path) -> None:
-    base, _ = trained_in_peft(WHOLE[8], tmp_path)
-    with pytest.warns(UserWarning, match="PEFT trained 2 of its rows; here training goes on with"):
-        load_lora(base, tmp_path)
-    D = base.bert.embeddings.word_embeddings.parametrizations.weight[0].D
-    assert D.any(dim=1).nonzero().flatten().tolist() == [3, 5]
-
-
 HOMELESS: list[tuple[str, nn.Module, dict[str, Any], str]] = [
     ("a weight without its bias", nn.Sequential(nn.Linear(4, 4)), {"train": "0.weight"}, "0.weight: PEFT trains biases and whole modules; train all of 0"),
     ("the model itself", nn.Linear(4, 4), {"train": "weight"}, "weight: PEFT trains biases and whole modules"),

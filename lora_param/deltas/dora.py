@@ -22,9 +22,8 @@ SMALL = 1 << 16
 CANCELLED = 0.1
 """Beneath which share of `|W|^2` the length of a row's sum is computed from the sum itself."""
 
-_lengths: WeakKeyDictionary[DoRA, tuple[StorageWeakRef, tuple[Any, ...], Tensor]]
-_lengths = WeakKeyDictionary()
-"""`|W|` by the delta on it, with the memory and the state of `W` that it is of."""
+_lengths: WeakKeyDictionary[DoRA, tuple[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+"""The memory and the state of `W`, and its `|W|`, by the delta on it."""
 
 
 class DoRA(Pair):
@@ -54,6 +53,7 @@ class DoRA(Pair):
 
     kind = "dora"
     of_values = True
+    parts = (*Pair.parts[0], "magnitude"), ()
     magnitude: Tensor
 
     @classmethod
@@ -61,10 +61,9 @@ class DoRA(Pair):
         """Build a fresh pair with the lengths of the weight's outputs."""
         transposed = options.get("transposed", False)
         delta = cast("DoRA", super().make(weight, view, **options))
-        shape = [1 if transposed else size for size in weight.shape[: len(view) - 1]]
-        rest = weight.shape[len(shape) :]
-        shape += rest if transposed else [1] * len(rest)
-        lengths = _length(dense(weight.detach()), shape).to(delta._kept[0].dtype)
+        rows = len(view) - 1  # dimensions that count a stored matrix's rows
+        shape = [n if transposed == (i >= rows) else 1 for i, n in enumerate(weight.shape)]
+        lengths = _length(weight.detach(), shape).to(delta._kept[0].dtype)
         delta._parameters["magnitude"] = nn.Parameter(lengths)
         return delta
 
@@ -76,11 +75,9 @@ class DoRA(Pair):
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why the tensors can't be those of a weight of this shape and matrix view."""
         m = tuple(self.magnitude.shape)
-        if len(m) != len(shape) or any(
-            n not in (1, size) for n, size in zip(m, shape, strict=True)
-        ):
-            return f"its magnitude is {m}, for a weight of {shape}"
-        return super().misfit(shape, view)
+        if len(m) == len(shape) and all(n in (1, size) for n, size in zip(m, shape, strict=True)):
+            return super().misfit(shape, view)
+        return f"its magnitude is {m}, for a weight of {shape}"
 
     def reset_parameters(self) -> None:
         """Draw the pair, and wait for the base whose lengths are to be taken."""
@@ -133,10 +130,10 @@ class DoRA(Pair):
         weight = dense(run.weight)
         for delta in before:
             weight = delta(weight)
-        dropping = bool(self._dropout) and self.training
-        x = F.dropout(x, self._dropout) if dropping else x
+        dropping = bool(self.dropout) and self.training
+        x = F.dropout(x, self.dropout) if dropping else x
         of_inputs = self.rows is not None and self.dim != run.transposed  # an embedding's tokens
-        if of_inputs or not self._is_of_outputs(run.transposed):
+        if of_inputs or self.magnitude.numel() > self.magnitude.shape[run.transposed]:
             return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
         change = self._change(self._length_of(weight, run, alone=not before))
         base = run.product(x, weight) if dropping else run.unbiased(y)
@@ -148,11 +145,6 @@ class DoRA(Pair):
         inner, outer = run.factors(A, B)
         y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
         return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))
-
-    def _is_of_outputs(self, transposed: bool) -> bool:
-        """Say whether there is a length for each of a layer's outputs, and not its inputs."""
-        sizes = [size for size in self.magnitude.shape if size > 1]
-        return not sizes or self.magnitude.shape[transposed] == sizes[0]
 
     @torch.no_grad()
     def _length_of(self, weight: Tensor, run: Any, alone: bool) -> Tensor:
@@ -173,15 +165,12 @@ class DoRA(Pair):
 
     def _length_of_base(self, weight: Tensor) -> Tensor:
         """Return `|W|`, computed once for as long as the weight is the same."""
-        memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-        state = weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
-        known = _lengths.get(self)
         # By a reference to the memory, because its address could be another's by now.
-        if known and known[0] == memory and known[1] == state:
-            return known[2]
-        length = _length(weight, self.magnitude.shape)
-        _lengths[self] = memory, state, length
-        return length
+        memory = StorageWeakRef(weight.untyped_storage()), weight.data_ptr()  # type: ignore[no-untyped-call]
+        state = *memory, weight._version, weight.shape, weight.stride(), weight.dtype
+        if (known := _lengths.get(self)) is None or known[0] != state:
+            known = _lengths[self] = state, _length(weight, self.magnitude.shape)
+        return known[1]
 
 
 def length_of_sum(W: Tensor, own: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -81,57 +81,44 @@ class LoRAParametrization(Pair):
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
 
         Those of `others` that meet the same input are one product: all that drop nothing of it, and
-        the blocks of one adapter.
+        the blocks of one adapter; where rows differ, with the low columns weighed by row,
+        `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`.
         """
-        if run.routing is not None:
-            return self._act_by_row(y, x, run, (self, *others))
-        if not others:
-            x = F.dropout(x, self._dropout) if self._dropout and self.training else x
+        routing = run.routing
+        if routing is None and not others:
+            x = F.dropout(x, self.dropout) if self.dropout and self.training else x
             A, B = self.lora_A, self.lora_B
             inner, outer = run.factors(
                 *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
             )
             factor = self.scale * self._places[-1].switch.strength  # without a call more
             return run.up(y, run.down(x, inner), outer, factor)
+        routed = routing is not None and routing.rows > 1
+        mixing = not routed or routing.choices is None  # else those that drop alike never meet
         meeting: dict[tuple[str, float], list[LoRAParametrization]] = {}
         for pair in (self, *others):
-            dropout = pair._dropout if pair.training else 0.0
-            meeting.setdefault((pair.adapter if dropout else "", dropout), []).append(pair)
-        for (_, dropout), (first, *rest) in meeting.items():
-            if dropout and not rest:
-                y = first.act(y, x, run, ())
-                continue
+            dropout = pair.dropout if pair.training else 0.0
+            meeting.setdefault((pair.adapter if dropout and mixing else "", dropout), []).append(
+                pair
+            )
+        for (_, dropout), pairs in meeting.items():
             As, Bs = zip(
                 *(
-                    run.whole(p.lora_A, p.lora_B * p._factor(), p.rows, p.dim)
-                    for p in (first, *rest)
+                    run.whole(
+                        p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim
+                    )
+                    for p in pairs
                 ),
                 strict=True,
             )
-            # [sum of ranks, fan_in] and [fan_out, the same]
-            inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
-            low = run.down(F.dropout(x, dropout) if dropout else x, inner)
-            y = run.up(y, low, outer, 1.0)
-        return y
-
-    def _act_by_row(
-        self, y: Tensor, x: Tensor, run: Any, pairs: Sequence[LoRAParametrization]
-    ) -> Any:
-        """Add `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`, with what `M` says of each row.
-
-        Those that drop alike meet one input, because a row that has one adapter meets no other.
-        """
-        meeting: dict[float, list[LoRAParametrization]] = {}
-        for pair in pairs:
-            meeting.setdefault(pair._dropout if pair.training else 0.0, []).append(pair)
-        for dropout, same in meeting.items():
-            As, Bs = zip(*(run.whole(p.lora_A, p.lora_B, p.rows, p.dim) for p in same), strict=True)
             kept = F.dropout(x, dropout) if dropout else x
-            if (chosen := run.chosen(same, As)) is not None:
+            if routed and (chosen := run.chosen(pairs, As)) is not None:
                 y = run.gathered(y, kept, As, Bs, *chosen)
                 continue
+            # [sum of ranks, fan_in] and [fan_out, the same]
             inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
             low = run.down(kept, inner)
-            table = run.routing.table(same, [len(A) for A in As], low)
-            y = run.up(y, run.by_row(low, table), outer, 1.0)
+            if routed:
+                low = run.by_row(low, routing.table(pairs, [len(A) for A in As], low))
+            y = run.up(y, low, outer, 1.0)
         return y

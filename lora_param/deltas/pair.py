@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoRAError, StateDictError
-from ..quantised import dense
 from ..sharding import is_sharded, spread, whole
 from .inits import DRAWS, STARTS, Init, factors_at_start
 from .numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_rank, check_scaling
-from .protocol import Delta, Shape
+from .protocol import Delta, Parts, Shape
 from .switching import Switched
 
 Self = TypeVar("Self", bound="Pair")
+
+CHECKS: dict[str, Callable[[Any, int], Any]] = {
+    "alpha": check_alpha,
+    "scaling": lambda scaling, rank: check_scaling(scaling),
+    "dropout": lambda dropout, rank: check_dropout(dropout),
+}
+"""Its numbers beside the rank, and what makes of a given one, and the rank, the one that is set."""
 
 
 class Pair(Delta):
@@ -34,7 +40,9 @@ class Pair(Delta):
 
     options = ("rank", "alpha", "scaling", "dropout", "init", "generator", "dtype", "transposed")
     least_dimensions = 2
-    rank, _alpha, _scaling, _dropout = 1, 1.0, "lora", 0.0
+    parts: ClassVar[Parts] = ("lora_A", "lora_B"), ()
+    rank, alpha, scaling, dropout = 1, 1.0, "lora", 0.0
+    _init: str = "kaiming"
 
     def __init__(
         self,
@@ -54,8 +62,8 @@ class Pair(Delta):
     ) -> None:
         super().__init__(adapter, dtype)
         rank = check_rank(rank, fan_out, fan_in)
-        self.__dict__.update(rank=rank, _alpha=check_alpha(alpha, rank))
-        self.__dict__.update(_scaling=check_scaling(scaling), _dropout=check_dropout(dropout))
+        self.__dict__.update(rank=rank, alpha=check_alpha(alpha, rank))
+        self.__dict__.update(scaling=check_scaling(scaling), dropout=check_dropout(dropout))
         if not isinstance(generator, (torch.Generator, type(None))):
             got = type(generator).__name__
             raise LoRAError(f"generator must be a torch.Generator or None, got {got}")
@@ -69,6 +77,12 @@ class Pair(Delta):
         self._keep(A, torch.empty(*batch, fan_out, rank, device=device, dtype=dtype))
         self.reset_parameters()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CHECKS:
+            value = CHECKS[name](value, self.rank)
+            Switched.switched = object()
+        super().__setattr__(name, value)
+
     def reset_parameters(self) -> None:
         """Draw the factors as `init` said, on the meta device when they leave that.
 
@@ -80,27 +94,23 @@ class Pair(Delta):
         for start in self._buffers.values():
             start.fill_(math.nan)  # type: ignore[union-attr]
         generator = self.__dict__.pop("_generator", None)
-        apart = generator is not None or is_sharded(kept[0])
-        A, B = kept[0].detach(), kept[1].detach()
-        if apart:
-            source = A.device if generator is None else generator.device
-            A, B = (torch.empty(t.shape, device=source, dtype=t.dtype) for t in (A, B))
-        A.zero_(), B.zero_()
+        like = {"device": (generator or kept[0]).device, "dtype": kept[0].dtype}
+        A, B = torch.zeros(kept[0].shape, **like), torch.zeros(kept[1].shape, **like)
         if not self._buffers:
-            DRAWS[self.__dict__["_init"]](A, B, generator)
-        for own, value in zip(kept, (A, B), strict=True) if apart else ():
-            own.detach().copy_(spread(value, own))
+            DRAWS[self._init](A, B, generator)
+        sharded = is_sharded(kept[0])
+        for own, value in zip(kept, (A, B), strict=True):
+            own.detach().copy_(spread(value, own) if sharded else value)
 
     def _keep(self, A: Tensor, B: Tensor, anchored: bool = False) -> None:
         """Have these factors for its tensors, or begin at them."""
-        names = ("shift", "start") if anchored else ("lora",)
-        for name in ("lora_A", "lora_B") if anchored else ():
-            del self._parameters[name]
+        name = "shift" if anchored else "lora"
         if anchored:
+            self._parameters.clear()
             self._buffers.update(start_A=A, start_B=B)
             A, B = torch.zeros_like(A), torch.zeros_like(B)
         # Past torch's setter, for which the two names are taken, by properties.
-        self._parameters |= {f"{names[0]}_A": nn.Parameter(A), f"{names[0]}_B": nn.Parameter(B)}
+        self._parameters |= {f"{name}_A": nn.Parameter(A), f"{name}_B": nn.Parameter(B)}
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Pair:
@@ -117,17 +127,9 @@ class Pair(Delta):
         generator = given.pop("generator", None)
         pair = cls(fan_out, fan_in, batch=tuple(batch), **given)
         numbers = pair.rank, pair.scale
-        found = factors_at_start(init, dense(whole(weight)), view, *numbers, generator, transposed)
+        found = factors_at_start(init, whole(weight), view, *numbers, generator, transposed)
         B, A = (each.to(weight.device, dtype, copy=True).contiguous() for each in found)
         pair._keep(A, B, anchored=bool(A.any() and B.any()))
-        return pair
-
-    @classmethod
-    def blank(cls, tensors: Mapping[str, Tensor]) -> Pair:
-        """Build one that has tensors of these names."""
-        pair = cast("Pair", super().blank(tensors))
-        if "start_A" in tensors:
-            pair._keep(pair.lora_A, pair.lora_B, anchored=True)
         return pair
 
     @property
@@ -152,31 +154,27 @@ class Pair(Delta):
         return "shift_A" in self._parameters
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
-        """Build the pair of these factors, of any rank.
-
-        Raises:
-            StateDictError: The factors are no pair, or the numbers aren't theirs.
-        """
+    def restore(
+        cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], parts: Parts | None = None
+    ) -> Delta:
+        """Build the pair of these factors, of any rank, or raise `StateDictError`."""
         names = ("shift", "start") if "start_A" in tensors else ("lora",)
         pairs = {name: (tensors[f"{name}_A"], tensors[f"{name}_B"]) for name in names}
         for name, (A, B) in pairs.items():
-            if (
-                min(A.ndim, B.ndim) < 2
-                or A.shape[:-2] != B.shape[:-2]
-                or A.shape[-2] != B.shape[-1]
-            ):
+            if min(A.ndim, B.ndim) < 2 or A.shape[:-1] != (*B.shape[:-2], B.shape[-1]):
                 got = f"{name}_A {tuple(A.shape)} and {name}_B {tuple(B.shape)}"
                 raise StateDictError(f"{got} are no pair")
             if [A.shape, B.shape] != [each.shape for each in pairs[names[0]]]:
                 raise StateDictError(f"{name}_A and {name}_B aren't of the shapes of what moved")
-        return super().restore(tensors, numbers)
+        if names[1:]:
+            shifts = tuple(name.replace("lora", "shift") for name in cls.parts[0])
+            parts = shifts, ("start_A", "start_B")
+        return super().restore(tensors, numbers, parts)
 
     @property
     def numbers(self) -> dict[str, Any]:
         """Rank, alpha, scaling and dropout."""
-        named = {"rank": self.rank, "alpha": self._alpha, "scaling": self._scaling}
-        return {**named, "dropout": self._dropout}
+        return {name: getattr(self, name) for name in ("rank", *CHECKS)}
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
@@ -186,45 +184,16 @@ class Pair(Delta):
         Delta.numbers.__set__(self, {"scaling": "lora", **numbers})  # type: ignore[attr-defined]
 
     @property
-    def alpha(self) -> float:
-        """The numerator of the scale."""
-        return self._alpha
-
-    @alpha.setter
-    def alpha(self, alpha: float) -> None:
-        self._alpha = check_alpha(alpha, self.rank)
-        Switched.switched = object()
-
-    @property
-    def scaling(self) -> str:
-        """What alpha is divided by."""
-        return self._scaling
-
-    @scaling.setter
-    def scaling(self, scaling: Scaling) -> None:
-        self._scaling = check_scaling(scaling)
-        Switched.switched = object()
-
-    @property
     def scale(self) -> float:
         """What the product is multiplied by."""
-        return self._alpha / SCALINGS[self._scaling](self.rank)
+        return self.alpha / SCALINGS[self.scaling](self.rank)
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self._scaling](self.rank)
+        self.alpha = check_alpha(scale, 1, "scale") * SCALINGS[self.scaling](self.rank)
 
     def _factor(self) -> Any:
         return self.scale * self.now().strength
-
-    @property
-    def dropout(self) -> float:
-        """The probability with which an entry of the input is dropped."""
-        return self._dropout
-
-    @dropout.setter
-    def dropout(self, dropout: float) -> None:
-        self._dropout = check_dropout(dropout)
 
     @property
     def _kept(self) -> tuple[Tensor, Tensor]:
@@ -250,7 +219,7 @@ class Pair(Delta):
 
     def value(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, with a warning where a dropout is left out."""
-        if self._dropout and self.training and torch.is_grad_enabled():
+        if self.dropout and self.training and torch.is_grad_enabled():
             warnings.warn(
                 f"adapter {self.adapter!r} has dropout, which needs its layer's input; what reads "
                 "the weight without calling the layer gets the update without dropout",
@@ -267,10 +236,10 @@ class Pair(Delta):
 
         With `scaling`, of that one; its tensors are views, or where nothing changes it is itself.
         """
-        if not self.anchored and scaling in (None, self._scaling):
+        if not self.anchored and scaling in (None, self.scaling):
             return self
         A, B = self.lora_A, self.lora_B
-        return self._remade(A, B, B.shape[-1], scaling or self._scaling)
+        return self._remade(A, B, B.shape[-1], scaling or self.scaling)
 
     def _remade(self: Self, A: Tensor, B: Tensor, rank: int, scaling: str) -> Self:
         """Return the same with other factors, which have the same scale."""
@@ -286,7 +255,7 @@ class Pair(Delta):
         eye = torch.eye(rank, dtype=product.dtype, device=product.device)
         eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
         A, B = (eye, product) if tall else (product, eye)
-        return self._remade(A, B, rank, self._scaling)
+        return self._remade(A, B, rank, self.scaling)
 
     def block(self, start: int, stop: int) -> Delta:
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""

@@ -21,6 +21,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
 Shape = tuple[int, ...]
+Parts = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class Delta(Switched):
@@ -36,24 +37,21 @@ class Delta(Switched):
     options: ClassVar[tuple[str, ...]]
     """Which options of `register_lora` the kind takes."""
 
+    parts: ClassVar[Parts]
+    """The names of its parameters and of its buffers, as a fresh one has them."""
+
     least_dimensions: ClassVar[int] = 1
     act: ClassVar[Any] = None
     """`(y, x, run, others)` to a layer's output for the input `x`, which was `y` so far and may be
     changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
-    `run`, of `ops`, is all that is known of the layer."""
+    `run`, of `ops`, is all that is known of the layer; `routes = True` says that `act` heeds its
+    `routing`, of rows that differ in what acts on them."""
 
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
     of_values: ClassVar[bool] = False
     """Whether a fresh one depends on what others beneath it have made of the weight."""
-
-    acts: ClassVar[bool] = False
-    """Whether it has an `act` of its own: a subclass, or a class with parametrized tensors, may
-    compute otherwise."""
-
-    routes: ClassVar[bool] = False
-    """Whether its own `act` heeds `run.routing`, of rows that differ in what acts on them."""
 
     by_rows = True  # whether a row of its value depends on that row of the weight alone
     adapter = ""  # not annotated, because torch.jit.script reads that
@@ -62,15 +60,15 @@ class Delta(Switched):
     origin = ""  # which kind it was in another library's file
     _holds = cast("set[Any]", frozenset())  # of `frozen`
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.acts, cls.routes = "act" in vars(cls), "routes" in vars(cls)
-
     def __init__(self, adapter: str, dtype: torch.dtype | None) -> None:
         super().__init__()
         check_adapter(adapter)
         check_dtype(dtype or torch.get_default_dtype())
         self.__dict__.update(adapter=adapter)
+
+    def has_own(self, name: str) -> bool:
+        """Whether its very class defines it; a subclass, as of parametrized tensors, may differ."""
+        return name in vars(type(self))
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
@@ -78,21 +76,20 @@ class Delta(Switched):
         raise NotImplementedError
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
+    def restore(
+        cls, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], parts: Parts | None = None
+    ) -> Delta:
         """Build the delta of these tensors, of which none is copied, or raise `StateDictError`."""
-        delta = cls.blank(tensors)
-        for name in list(delta._parameters):
+        delta = cls.__new__(cls)
+        Delta.__init__(delta, "default", None)
+        parameters, buffers = parts or cls.parts
+        for name in parameters:
             own = tensors[name]
             own = own if isinstance(own, nn.Parameter) else nn.Parameter(own.detach())
             delta._parameters[name] = own
-        delta._buffers.update({name: tensors[name] for name in delta._buffers})
+        delta._buffers.update({name: tensors[name] for name in buffers})
         delta.numbers = dict(numbers)
         return delta
-
-    @classmethod
-    def blank(cls, tensors: Mapping[str, Tensor]) -> Delta:
-        """Build one that has tensors of these names, to be replaced."""
-        return cls.make(torch.empty(8, 8, device="meta"), (8, 8))  # draws nothing
 
     def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
         """Build another of its kind, with its adapter's name, its rows and its strength."""

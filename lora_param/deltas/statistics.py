@@ -30,6 +30,7 @@ class StatisticsDelta(Delta):
 
     kind = "statistics"
     of_buffers = True
+    parts = (), ("S",)
 
     def __init__(self, value: Tensor, *, adapter: str = "default") -> None:
         super().__init__(adapter, None)

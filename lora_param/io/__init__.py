@@ -3,6 +3,7 @@
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .combination import combine_files, extract_checkpoint, extract_lora, resize_file
 from .files import load_lora, save_lora
+from .plot import plot_summary
 from .summary import FileSummary, UpdateSummary, file_summary
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "file_summary",
     "load_lora",
     "merge_checkpoint",
+    "plot_summary",
     "resize_file",
     "save_lora",
 ]

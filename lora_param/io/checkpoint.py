@@ -55,14 +55,13 @@ def check_checkpoint(
         FileError: Not all are equal, or the file doesn't say its base's bits.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from lora_param import base_state_dict, register_lora, save_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lora(model, f"{folder}/adapter.safetensors")
-        ...     torch.save(base_state_dict(model), f"{folder}/base.pt")
-        ...     check_checkpoint(f"{folder}/adapter.safetensors", f"{folder}/base.pt")
+        >>> save_lora(model, "adapter.safetensors")
+        >>> torch.save(base_state_dict(model), "base.pt")
+        >>> check_checkpoint("adapter.safetensors", "base.pt")
         2
     """
     with (
@@ -116,16 +115,13 @@ def merge_checkpoint(
         FileError: The files don't belong together, or a merged weight would not be finite.
 
     Example:
-        >>> import tempfile, torch
-        >>> from safetensors.torch import save_file
+        >>> import torch
         >>> from lora_param import base_state_dict, register_lora, save_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     adapter, base, out = (f"{folder}/{name}.safetensors" for name in "abc")
-        ...     save_lora(model, adapter)
-        ...     save_file(base_state_dict(model), base)
-        ...     merge_checkpoint(adapter, base, out)
+        >>> save_lora(model, "adapter.safetensors")
+        >>> torch.save(base_state_dict(model), "base.pt")
+        >>> merge_checkpoint("adapter.safetensors", "base.pt", "merged.safetensors")
         (1, 2)
     """
     check_apart(Path(out), Path(path), Path(base))
@@ -193,13 +189,12 @@ def convert_file(
         LoRAError: A format doesn't know an option.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from lora_param import register_lora, save_lora
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
         >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lora(model, f"{folder}/adapter.safetensors")
-        ...     convert_file(f"{folder}/adapter.safetensors", f"{folder}/for_peft", "peft")
+        >>> save_lora(model, "adapter.safetensors")
+        >>> convert_file("adapter.safetensors", "for_peft", "peft")
         ['0.weight']
     """
     check_apart(Path(out), *(Path(each) for each in (path, base) if each))

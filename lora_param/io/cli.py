@@ -18,6 +18,7 @@ from ..summary import show_alpha
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .combination import combine_files, extract_checkpoint, resize_file
 from .formats import WRITTEN
+from .plot import plot_summary
 from .summary import FileSummary, file_summary
 from .tensors import AnyPath
 
@@ -27,7 +28,13 @@ RAW = argparse.RawDescriptionHelpFormatter  # an example stays one line
 
 def info(arguments: argparse.Namespace) -> None:
     """Print what a file holds: its format, its base, and each update's size."""
-    summary = file_summary(arguments.file, **_options(arguments.option))
+    summary = file_summary(
+        *(arguments.file, arguments.base),
+        base_prefix=arguments.prefix,
+        **_options(arguments.option),
+    )
+    if arguments.plot:
+        plot_summary(summary, arguments.plot)
     if arguments.json:
         totals = {"weights": len(summary.weights), "parameters": summary.parameters}
         print(json.dumps(asdict(summary) | {"totals": totals}, indent=2))
@@ -192,6 +199,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--out": PATH | {"metavar": "OUT.safetensors", "required": True},
     "--to": {"choices": WRITTEN, "required": True},
     "--json": {"action": "store_true", "help": "print JSON"},
+    "--plot": PATH
+    | {"metavar": "OUT.png", "help": "draw norms and effective ranks, by matplotlib"},
     "--any-base": {"action": "store_true", "help": "whether trained on this base or not"},
     "--option": REPEATED | {"help": "what FILE's format asks for, such as alpha=16"},
     "files": {"metavar": "FILE:STRENGTH", "nargs": "+", "help": "such as a.safetensors:0.7"},
@@ -203,7 +212,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--write-option": REPEATED | {"help": "what OUT's format takes"},
 }
 COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]] = {
-    info: ("adapter.safetensors --json", ("file", "--json", "--option")),
+    info: (
+        "adapter.safetensors --base model.safetensors --plot adapter.png",
+        ("file", "--json", "--plot", "[--base]", "--prefix", "--option"),
+    ),
     convert: (
         "adapter.safetensors for_peft --to peft",
         ("file", "out", "--to", "[--base]", "--prefix", "--option", "--write-option"),

@@ -20,6 +20,7 @@ from ..lowrank import Rank, check_rank_or_share
 from ..register import install
 from ..targets import Target
 from ..walk import walk
+from ..weight import tensor_names
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
@@ -104,6 +105,8 @@ def combine_files(
 ) -> list[Fit]:
     """Combine adapters' files as `combine_lora` does adapters, and write one of our own.
 
+    Each has the strength that is given times that at which it was saved.
+
     Raises:
         FileError: A file doesn't say what its weights are, or they are of different bases.
         AdapterError: A kind doesn't add.
@@ -118,7 +121,7 @@ def combine_files(
         for file, strength in zip(opened, files.values(), strict=True):
             for name, delta in file.parse(file.outline).items():
                 delta.check_strength(1 if delta.of_buffers else strength)
-                terms.setdefault(name, []).append((delta, strength))
+                terms.setdefault(name, []).append((delta, strength * delta.strength))
         deltas, fits = dict[str, Delta](), list[Fit]()
         for name, own in progress(list(terms.items()), "combining"):
             weight = weights.weight(name)
@@ -206,8 +209,10 @@ def extract_checkpoint(
             if old[name].dtype not in FLOATS or not old[name].ndim:
                 left += [] if old[name].equal(new[name]) else [name]
                 continue
-            layer = weight.module.layer
-            low = layer.default and weight.tensor in listed_tensors(layer, [*weight.module.tensors])
+            layer = weight.layer
+            low = layer.default and weight.tensor in listed_tensors(
+                layer, tensor_names(weight.module)
+            )
             view = weight.view if low and old[name].ndim > 1 else None
             if (found := difference(name, old[name], new[name], view, rank)) is not None:
                 deltas[name], fit = found

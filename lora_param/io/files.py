@@ -32,7 +32,7 @@ from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
-from .outline import Outline, WeightOutline, outline_of_model
+from .outline import Outline, outline_of_model
 from .progress import progress
 from .tensors import About, AnyPath, check_strings, shortened
 
@@ -74,13 +74,12 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lora(model, f"{folder}/adapter.safetensors", metadata={"license": "MIT"})
-        ...     load_lora(torch.nn.Linear(3, 2), f"{folder}/adapter.safetensors", base="ignore")
+        >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})
+        >>> load_lora(torch.nn.Linear(3, 2), "adapter.safetensors", base="ignore")
         ['weight']
     """
     found = walk(model, "save_lora")
@@ -197,8 +196,7 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
     """Pair weights with deltas that have tensors of their own, on the weights' devices."""
     pairs = []
     for name, delta in progress(list(deltas.items()), "loading"):
-        outline = cast("WeightOutline", weights.weight(name))
-        weight = cast("Weight", outline.source)
+        weight = cast("Weight", weights.weight(name))
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{name} is on the meta device; load when the model has values")
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}

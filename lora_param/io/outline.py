@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..activation import acts
 from ..chains import type_before
 from ..errors import TargetError
-from ..layers import CONV1D, TABLE, UNLISTED, Layer, layer_of, stack
-from ..rows import Rows, Said, split_rows
+from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, Shape, layer_of
+from ..rows import split_rows
 from ..targets import nearest
 from ..walk import Walk
-from ..weight import Weight, join, tensor_names
+from ..weight import Weight, join
 
-Shape = tuple[int, ...]
 Facts = Mapping[str, Any]
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+LINEARS: Any = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+LINEARS += tuple(layer.kind for layer in TABLE if layer.dense is nn.Linear)
 GUESSES: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """What a module's `weight` of so many dimensions is taken for."""
 
@@ -39,160 +37,105 @@ FACTS: dict[str, Any] = {
 """What another outline needs to know of a module."""
 
 
+class Unknown(nn.Module):
+    """Stands for a module of which nothing is known."""
+
+
 def kind_name(layer: Layer) -> str:
     """Return what a row's kind is called in a file."""
     kind = layer.kind
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
-ROWS = {kind_name(layer): layer for layer in TABLE}
-NOTHING = Layer("nothing", tensors=(), view=stack)
-"""The row of a module of which nothing is known."""
+def _type_called(name: str) -> Any:
+    """Return the type of a row, or a name of it, for what isn't imported."""
+    home, _, called = name.rpartition(".")
+    return type(called, (nn.Module,), {"__module__": home})
 
 
-@dataclass(frozen=True)
-class ModuleOutline:
-    """What is known of one module: by default, nothing."""
-
-    path: str
-    layer: Layer = NOTHING
-    tensors: tuple[str, ...] = ()  # the names of its own, in their order
-    class_name: str = "module"
-    facts: Facts = field(default_factory=dict)  # what `FACTS` names, for JSON; of a guess, none
-    own_forward: bool = False  # whether it is linear and computes otherwise than `nn.Linear`
-    shared: bool = False  # whether the model has it in several places
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a layer that every library adapts."""
-        return self.layer.kind in LINEARS + CONVOLUTIONS
-
-    @property
-    def computes_otherwise(self) -> bool:
-        """Whether it does otherwise than a plain layer of its kind without dilation or padding."""
-        dilated = any(each != 1 for each in self.facts.get("dilation", ()))
-        return self.own_forward or dilated or self.facts.get("padding_mode", "zeros") != "zeros"
+TYPES = {
+    kind_name(row): _type_called(row.kind) if isinstance(row.kind, str) else row.kind
+    for row in TABLE
+}
 
 
-@dataclass(frozen=True)
-class WeightOutline:
-    """What is known of one tensor of a module, or of a block of its `rows`.
+def facts_of(module: nn.Module) -> Facts:
+    """Say what `FACTS` names of a module, for JSON; of one that is guessed, nothing."""
+    if (facts := module.__dict__.get("_facts")) is not None:
+        return facts  # type: ignore[no-any-return]
+    layer = layer_of(type(module))
+    facts = {"type": kind_name(layer)}
+    if isinstance(module, CONVOLUTIONS):
+        facts |= {name: getattr(module, name) for name in ("groups", "dilation", "padding_mode")}
+    if layer is UNLISTED:
+        facts["is_transposed"] = bool(getattr(module, "is_transposed", False))
+    return facts
 
-    Its `source` is the model's weight, a checkpoint's tensor, a shape, or `None` for nothing.
-    """
 
-    module: ModuleOutline
-    tensor: str
-    source: Weight | Tensor | Shape | None = None
-    rows: Rows | None = None
+def class_name(module: nn.Module) -> str:
+    """Return what a module's class is called."""
+    return type_before(module).__name__
 
-    @property
-    def name(self) -> str:
-        """Its full name in the plain model, of a block that of the whole tensor."""
-        return join(self.module.path, self.tensor)
 
-    @property
-    def full_name(self) -> str:
-        """Its name with its rows."""
-        return self.name if self.rows is None else f"{self.name}[{self.rows}]"
+def is_plain(weight: Weight) -> bool:
+    """Say whether a weight is of a layer that every library adapts."""
+    return weight.layer.kind in LINEARS + CONVOLUTIONS
 
-    @cached_property
-    def shape(self) -> Shape | None:
-        """Its shape; `None` if it isn't known or there is no such tensor."""
-        source = self.source
-        if isinstance(source, Weight):
-            absent = not source.chain and (source.original is None or is_lazy(source.original))
-            source = None if absent else source.like
-        return None if source is None else _shape(source)
 
-    @property
-    def value(self) -> Tensor | None:
-        """Its values without any delta, as far as they are known."""
-        source = self.source.like if isinstance(self.source, Weight) else self.source
-        return source if isinstance(source, Tensor) else None
+def computes_otherwise(module: nn.Module) -> bool:
+    """Say whether it does otherwise than a plain layer of its kind without dilation or padding."""
+    facts, cls = facts_of(module), type_before(module)
+    dilated = any(each != 1 for each in facts.get("dilation", ()))
+    own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
+    own_forward = own_forward and not layer_of(cls).dense
+    return own_forward or dilated or facts.get("padding_mode", "zeros") != "zeros"
 
-    @property
-    def is_buffer(self) -> bool:
-        """Whether it is a buffer that training moves."""
-        return self.tensor in self.module.layer.moving
 
-    @property
-    def dim(self) -> int:
-        """Which dimension of the whole tensor counts output features."""
-        is_transposed = self.module.facts.get("is_transposed", False)
-        return self.module.layer.features_of(self.shape or (), is_transposed)
-
-    def block(self, said: Said) -> WeightOutline | None:
-        """Return what is known of a block of rows; `None` if there is no such block."""
-        if not (shape := self.shape):
-            return None
-        try:
-            rows = Rows.of(said, shape[self.dim])
-        except TargetError:
-            return None
-        source: Any = self.source
-        if isinstance(source, Weight):
-            source = replace(source, rows=rows)
-        elif isinstance(source, Tensor):
-            source = rows.take(source, self.dim)
-        else:
-            source = (*shape[: self.dim], len([*rows]), *shape[self.dim + 1 :])
-        return replace(self, rows=rows, source=source)
-
-    @property
-    def view(self) -> Shape:
-        """The shape of its matrix view, of a vector its own."""
-        shape = self.shape or ()
-        return self.module.layer.view(shape) if len(shape) > 1 else shape
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout can act on its layer's input."""
-        able = self.module.layer.drops and self.module.layer.run is not None
-        source = self.source
-        return able and (not isinstance(source, Weight) or acts(source.module, self.tensor))
+def drops(weight: Weight) -> bool:
+    """Say whether dropout can act on a weight's layer's input."""
+    able = weight.layer.drops and weight.layer.run is not None
+    return able and ("_facts" in weight.module.__dict__ or acts(weight.module, weight.tensor))
 
 
 @dataclass(frozen=True)
 class Outline:
     """What is known of a model's modules and weights, by path and name in model order.
 
-    Its `parameters`, and all its `tensors`, buffers too, are there as far as they have values. Of
-    an `unknown` model every name may be one of its own: nothing is known but what a file says.
+    Where there is no model, modules without a forward and children stand in for its own, on the
+    meta device where only shapes are known. Of an `unknown` model every name may be one of its own:
+    nothing is known but what a file says.
     """
 
-    modules: Mapping[str, ModuleOutline] = field(default_factory=dict)
-    weights: Mapping[str, WeightOutline] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    weights: Mapping[str, Weight] = field(default_factory=dict)
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # buffers too, if with values
+    shared: frozenset[str] = frozenset()  # paths of modules that it has in several places
     unknown: bool = False
     live: bool = False  # whether it is a model's, and no file's
 
-    def module(self, path: str) -> ModuleOutline | None:
-        """Return what is known of the module at a path; `None` if there is none."""
-        return ModuleOutline(path) if self.unknown else self.modules.get(path)
-
-    def weight(self, name: str) -> WeightOutline | None:
-        """Return what is known of a weight or a block of its rows; `None` if there is none."""
+    def weight(self, name: str) -> Weight | None:
+        """Return a weight or a block of its rows; `None` if there is none."""
         whole, said = (name, None) if name in self.weights else split_rows(name)
         weight = self.weights.get(whole)
-        if weight is not None and said is not None:
-            return weight.block(said)
         if weight is None and self.unknown:
             path, _, tensor = name.rpartition(".")
-            return WeightOutline(ModuleOutline(path), tensor)
-        return weight
+            return Weight(path, Unknown(), tensor)
+        if weight is None or said is None:
+            return weight
+        try:
+            return weight.block(said) if weight.shape else None
+        except TargetError:
+            return None
 
-    def layer_weight(self, *paths: str) -> WeightOutline | None:
-        """Return what is known of the `weight` of the first module that there may be."""
+    def layer_weight(self, *paths: str) -> Weight | None:
+        """Return the `weight` of the first module that there may be."""
         found = (self.weight(join(path, "weight")) for path in paths)
         return next(filter(None, found), None)
 
     def nearest(self, name: str) -> str:
         """Quote up to three names of weights that are the most like one."""
-        nowhere = nn.Module()
-        matrices = [each for each in self.weights.values() if len(each.shape or (0, 0)) > 1]
-        return nearest(name, {w.name: Weight(w.module.path, nowhere, w.tensor) for w in matrices})
+        return nearest(name, self.weights)
 
 
 UNKNOWN = Outline(unknown=True)
@@ -202,27 +145,12 @@ UNKNOWN = Outline(unknown=True)
 def outline_of_model(walk: Walk) -> Outline:
     """Take the outline of a model."""
     slots = Counter(id(child) for owner in walk.owners for child in owner._modules.values())
-    modules = {}
-    for path, module in walk.modules:
-        cls = type_before(module)
-        layer = layer_of(cls)
-        facts: dict[str, Any] = {"type": kind_name(layer)}
-        if isinstance(module, CONVOLUTIONS):
-            facts |= {
-                name: getattr(module, name) for name in ("groups", "dilation", "padding_mode")
-            }
-        if layer is UNLISTED:
-            facts["is_transposed"] = bool(getattr(module, "is_transposed", False))
-        own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
-        modules[path] = ModuleOutline(
-            *(path, layer, tuple(tensor_names(module)), cls.__name__, facts),
-            *(own_forward, slots[id(module)] > 1),
-        )
     return Outline(
-        modules,
-        {w.name: WeightOutline(modules[w.path], w.tensor, w) for w in walk.weights + walk.moving},
+        dict(walk.modules),
+        {weight.name: weight for weight in walk.weights + walk.moving},
         {weight.name: tensor for weight, tensor in walk.parameters},
         {weight.name: tensor for weight, tensor in walk.tensors},
+        frozenset(path for path, module in walk.modules if slots[id(module)] > 1),
         live=True,
     )
 
@@ -234,47 +162,49 @@ def outline_of_tensors(
 
     Modules are what `facts` says of them, by their paths; the others are guessed.
     """
-    own: dict[str, dict[str, Tensor | Shape]] = {"": {}}
-    for name, source in tensors.items():
+    own: dict[str, dict[str, Tensor]] = {"": {}}
+    for name, said in tensors.items():
         path, _, tensor = name.rpartition(".")
         for parent in accumulate(path.split("."), "{}.{}".format):
             own.setdefault(parent, {})
-        own[path][tensor] = source
-    modules = {path: _module(path, inside, facts) for path, inside in own.items()}
+        value = said if isinstance(said, Tensor) else torch.empty(said, device="meta")
+        own[path][tensor] = value
+    modules = {path: _stand_in(path, inside, facts) for path, inside in own.items()}
     weights = {
-        join(path, tensor): WeightOutline(modules[path], tensor, source)
+        join(path, tensor): Weight(path, modules[path], tensor)
         for path, inside in own.items()
-        for tensor, source in inside.items()
+        for tensor in inside
     }
     values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
     parameters = {name: each for name, each in values.items() if not weights[name].is_buffer}
     return Outline(modules, weights, parameters, values)
 
 
-def _module(
-    path: str, own: Mapping[str, Tensor | Shape], facts: Mapping[str, Facts]
-) -> ModuleOutline:
-    """Return what is said of a module, or what its tensors' shapes look like."""
+def _stand_in(path: str, own: Mapping[str, Tensor], facts: Mapping[str, Facts]) -> nn.Module:
+    """Make a module of what is said of one, or of what its tensors' shapes look like."""
     said = {
         name: fact
         for name, fact in facts.get(path, {}).items()
         if isinstance(fact, FACTS.get(name, ()))
     }
-    weight, bias = (_shape(own.get(name, ())) for name in ("weight", "bias"))
+    weight, bias = (own[name].shape if name in own else () for name in ("weight", "bias"))
     linear = kind_name(TABLE[0])  # attention's
     if "type" in said:
-        layer = ROWS.get(said["type"], UNLISTED)
+        cls = TYPES.get(said["type"], nn.Module)
     elif "in_proj_weight" in own:  # another's attention has a plain layer behind it
         behind = facts.get(join(path, "out_proj"), {}).get("type", linear)
-        layer = layer_of(nn.MultiheadAttention) if behind == linear else UNLISTED
+        cls = nn.MultiheadAttention if behind == linear else nn.Module
     elif "running_mean" in own:
-        layer = layer_of(nn.BatchNorm1d)
+        cls = nn.BatchNorm1d
     elif len(weight) == 2 and bias == weight[1:] != weight[:1]:
-        layer = ROWS[CONV1D]
+        cls = TYPES[CONV1D]
     else:
-        layer = layer_of(GUESSES.get(len(weight), nn.Module))
-    return ModuleOutline(path, layer, tuple(own), kind_name(layer).rpartition(".")[2], said)
-
-
-def _shape(source: Tensor | Shape) -> Shape:
-    return tuple(source.shape) if isinstance(source, Tensor) else source
+        cls = GUESSES.get(len(weight), nn.Module)
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    moving = layer_of(cls).moving
+    for name, tensor in own.items():
+        table: Any = module._buffers if name in moving else module._parameters
+        table[name] = tensor
+    module.__dict__.update({**said, "_facts": said})
+    return module

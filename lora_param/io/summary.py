@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from ..deltas import Delta
 from ..errors import FileError
+from ..layers import Shape
+from .bases import open_base
 from .formats import open_adapter
 from .formats.native import tensors_of
-from .outline import Shape
 from .progress import progress
 from .tensors import AnyPath
 
@@ -31,6 +33,7 @@ class UpdateSummary:
     effective_rank: float | None  # exp of the entropy of the singular values' shares; 0 for zeros
     parameters: int
     strength: float = 1.0
+    base_norm: float | None = None  # Frobenius, of the weight itself, where there is a base
 
 
 @dataclass(frozen=True)
@@ -49,36 +52,45 @@ class FileSummary:
         return sum(each.parameters for each in self.weights)
 
 
-def file_summary(path: AnyPath, /, **options: Any) -> FileSummary:
+def file_summary(
+    path: AnyPath, base: AnyPath | None = None, /, *, base_prefix: str | None = None, **options: Any
+) -> FileSummary:
     """Measure what a file holds, without a model; no update is ever formed.
 
     Args:
         path: The file, in any format, or for PEFT the folder.
+        base: The checkpoint that it was trained on, to measure too, as for `check_checkpoint`.
+        base_prefix: As for `check_checkpoint`.
         **options: What its format takes, such as `alpha` for loralib.
 
     Raises:
-        FileError: The file is damaged or of an unknown format, or an update isn't finite.
+        FileError: The file is damaged or of an unknown format, an update isn't finite, or it
+            doesn't fit the base.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> from lora_param import register_lora, save_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lora(model, f"{folder}/adapter.safetensors")
-        ...     summary = file_summary(f"{folder}/adapter.safetensors")
+        >>> save_lora(model, "adapter.safetensors")
+        >>> summary = file_summary("adapter.safetensors")
         >>> summary.format, summary.weights[0].shape, summary.parameters
         ('native', (2, 3), 5)
 
     Source:
         Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
     """
-    with open_adapter(Path(path)) as file:
-        deltas, about = file.parse(file.outline, **options), file.about
-        updates = []
+    with open_adapter(Path(path)) as file, ExitStack() as stack:
+        weights, read, about = file.outline, file.parse, file.about
+        if base is not None:
+            opened = open_base(Path(base), file, base_prefix, options)
+            weights, read = stack.enter_context(opened).outline(file), file.fit
+        deltas, updates = read(weights, **options), []
         for name, delta in progress(list(deltas.items()), "measuring"):
-            weight = file.outline.weight(name)
-            updates.append(_measured(name, delta, weight.shape if weight else None))
+            weight = weights.weight(name)
+            update = _measured(name, delta, weight.shape if weight else None)
+            norm = None if base is None or weight is None else weight.like.double().norm().item()
+            updates.append(replace(update, base_norm=norm))
     return FileSummary(
         file.format.name, about.base_name, about.adapter, dict(about.metadata), tuple(updates)
     )

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..deltas import Delta, DenseDelta, StatisticsDelta
 from ..deltas.protocol import Shape
+from ..rows import Rows
 
 
 class NewValues(Delta):
-    """What a tensor, or its slices at some places, becomes, `V`: a delta once it is known."""
+    """What a tensor or a block of its rows becomes, `V`: a delta once the tensor is known."""
 
     kind = "values"
     options = ()
     V: Tensor
-    places: Sequence[int] | None
 
-    def __init__(self, values: Tensor, places: Sequence[int] | None = None) -> None:
+    def __init__(self, values: Tensor, rows: Rows | None = None) -> None:
         super().__init__("default", None)
         self.register_buffer("V", values.detach())
-        of_buffers = not values.is_floating_point()  # of any dtype
-        self.__dict__.update(places=places, of_buffers=of_buffers)
+        self.__dict__.update(rows=rows, of_buffers=not values.is_floating_point())  # of any dtype
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say that they are of another shape, if they are."""
-        got, places = tuple(self.V.shape), self.places
-        wanted = shape if places is None else (len(places), *shape[1:])
-        if places and shape and max(places) >= shape[0]:
-            return f"it has {shape[0]} rows, and number {max(places)} has new values"
-        return None if got == wanted else f"its new values are {got}, should be {wanted}"
+        got = tuple(self.V.shape)
+        return None if got == shape else f"its new values are {got}, should be {shape}"
 
     def singular_values(self, shape: Shape) -> Tensor:
         """Return none: what is added isn't known."""
@@ -45,12 +39,9 @@ class NewValues(Delta):
         """Return what is added to the tensor, of a buffer what stands in its place."""
         if is_buffer:
             return StatisticsDelta.restore({"S": self.V.to(tensor.dtype)}, {})
-        if self.places is None:
-            return DenseDelta.restore({"D": difference(self.V, tensor)}, {})
-        places = torch.tensor(self.places, device=tensor.device)
-        added = difference(self.V, tensor[places])
-        whole = added.new_zeros(tensor.shape).index_copy(0, places.to(added.device), added)
-        return DenseDelta.restore({"D": whole}, {})
+        delta = DenseDelta.restore({"D": difference(self.V, tensor)}, {})
+        delta.rows = self.rows
+        return delta
 
 
 def difference(new: Tensor, old: Tensor) -> Tensor:

@@ -13,17 +13,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ...checks import check_weights
 from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
-from ...deltas.protocol import FLOATS, show_dtypes
-from ...errors import FileError, LoRAError, TargetError
+from ...deltas.protocol import FLOATS, Shape, show_dtypes
+from ...errors import FileError, LoRAError
 from ...sharding import whole
 from ...state import NUMBERS
 from ...weight import Weight
-from ..outline import UNKNOWN, Outline, Shape, WeightOutline, outline_of_tensors
+from ..outline import UNKNOWN, Outline, outline_of_tensors
 from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from ..values import NewValues
@@ -53,12 +51,13 @@ class Format(NamedTuple):
     module: Any
     kinds: Collection[str] = ("lora",)  # of the deltas that are written in it
     any_kind: bool = False  # whether it has a place for all kinds, blocks of rows and strengths
+    blocks: Collection[str] = ()  # of the deltas that are written on blocks of rows, if not of any
     silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
 
 
 FORMATS = (
     Format("native", native, KINDS, any_kind=True),
-    Format("peft", peft, ("lora", "dora", "dense", "statistics")),
+    Format("peft", peft, ("lora", "dora", "dense", "statistics"), blocks=("dense",)),
     Format("kohya", kohya, ("lora", "dora", "dense"), silent=("dropout",)),
     Format("diffusers", diffusers, silent=("dropout",)),
     Format("loralib", loralib, silent=("dropout",)),
@@ -129,11 +128,11 @@ class AdapterFile:
                 f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
         deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
-        _check_adaptable([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
+        check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
         fitting, faults = Deltas(), list[str](_overlaps(found))
         rows = {name: weight.rows.parts if weight.rows else () for name, weight in found.items()}
-        for name in sorted(found, key=lambda name: (order[found[name].name], rows[name])):
+        for name in sorted(found, key=lambda name: (order[found[name].whole.name], rows[name])):
             if fault := _misfit(deltas[name], found[name]):
                 faults.append(f"{name}: {fault}")
             else:
@@ -200,7 +199,8 @@ def write_adapter(
     if not row.any_kind:
         deltas = joined(format, deltas, weights)
     for name, delta in deltas.items():
-        if delta.kind not in row.kinds or (delta.rows is not None and not row.any_kind):
+        able = delta.rows is None or row.any_kind or delta.kind in row.blocks
+        if delta.kind not in row.kinds or not able:
             what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
             raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
     strong = [name for name, delta in deltas.items() if delta.strength != 1]
@@ -239,17 +239,7 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
             yield f"{name}: its tensors must be finite"
 
 
-def _check_adaptable(weights: Collection[WeightOutline], adapter: str) -> None:
-    """Raise for the first weight that can't be adapted."""
-    sources = [weight.source for weight in weights]
-    check_weights([source for source in sources if isinstance(source, Weight)], adapter)
-    for weight in weights:
-        if isinstance(weight.source, Tensor) and weight.source.dtype not in FLOATS:
-            allowed, got = show_dtypes(*FLOATS), show_dtypes(weight.source.dtype)
-            raise TargetError(f"{weight.name}: its dtype must be one of {allowed}, got {got}")
-
-
-def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
+def _misfit(delta: Delta, weight: Weight | None) -> str | None:
     if weight is None:
         return "it isn't said"
     if delta.rows != weight.rows:
@@ -257,24 +247,22 @@ def _misfit(delta: Delta, weight: WeightOutline | None) -> str | None:
     return delta.misfit(weight.shape or (), weight.view)
 
 
-def _known(delta: Delta, weight: WeightOutline) -> Delta:
+def _known(delta: Delta, weight: Weight) -> Delta:
     """Turn new values that fit to what is added to the weight."""
     if not isinstance(delta, NewValues) or _misfit(delta, weight):
         return delta
-    value = weight.value
-    return (
-        delta if value is None or value.is_meta else delta.added_to(whole(value), weight.is_buffer)
-    )
+    known = weight.like
+    return delta if known.is_meta else delta.added_to(whole(known), weight.is_buffer)
 
 
-def _overlaps(found: Mapping[str, WeightOutline]) -> Iterator[str]:
+def _overlaps(found: Mapping[str, Weight]) -> Iterator[str]:
     """Complain of what changes the same rows of one weight twice."""
-    blocks: defaultdict[str, list[WeightOutline]] = defaultdict(list)
+    blocks: defaultdict[str, list[Weight]] = defaultdict(list)
     for weight in found.values():
-        blocks[weight.name].append(weight)
+        blocks[weight.whole.name].append(weight)
     for one, other in (pair for own in blocks.values() for pair in combinations(own, 2)):
-        if one.rows is None or other.rows is None or one.rows.overlaps(other.rows):
-            yield f"{one.full_name} and {other.full_name} overlap"
+        if one.overlaps(other.rows):
+            yield f"{one.name} and {other.name} overlap"
 
 
 def _within_rank(delta: Delta, view: Shape) -> Delta:

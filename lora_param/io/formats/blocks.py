@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...deltas import Delta, LoRAParametrization
 from ...deltas.pair import Pair
+from ...layers import Shape
 from ...rows import Rows
-from ..outline import Outline, Shape
+from ..outline import Outline
 from ..tensors import shortened
 from .factors import low_rank
 
@@ -27,10 +28,10 @@ def joined(format: str, deltas: Mapping[str, Delta], weights: Outline) -> dict[s
     for name, delta in deltas.items():
         weight = weights.weight(name)
         if weight and delta.rows and isinstance(delta, LoRAParametrization):
-            shape = weights.weights[weight.name].shape or ()
-            if delta.dim == 0 or weights.weights[weight.name].view == shape:
-                wholes[name] = weight.name
-                blocks[weight.name].append((delta.rows, delta))
+            whole = weight.whole
+            if delta.dim == 0 or whole.view == whole.shape:
+                wholes[name] = whole.name
+                blocks[whole.name].append((delta.rows, delta))
     pairs = {name: _pair(weights.weights[name].shape or (), own) for name, own in blocks.items()}
     if pairs:
         kept = sum(
@@ -49,8 +50,8 @@ def joined(format: str, deltas: Mapping[str, Delta], weights: Outline) -> dict[s
             warnings.warn(f"{name}: {reason}", stacklevel=5)
     result: dict[str, Delta] = {}
     for name, delta in deltas.items():
-        whole = wholes.get(name, name)
-        result.setdefault(whole, pairs.get(whole, delta))
+        place = wholes.get(name, name)
+        result.setdefault(place, pairs.get(place, delta))
     return result
 
 

@@ -70,13 +70,8 @@ def parse(
     factors, rest = shared.group_factors(chosen, *KEYS)
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
-    others = fused.elsewhere(weights)
-    factors, found = fused.placed(
-        factors,
-        {name: weights.layer_weight(*_paths(name)) for name in factors},
-        lambda name: next((others[path] for path in _paths(name) if path in others), None),
-    )
-    deltas = shared.read_layers(factors, found, weights, shared.plain_factors)
+    factors, found = fused.placed(factors, weights, fused.elsewhere(weights), _paths)
+    deltas = shared.read_layers(factors, found, shared.plain_factors)
     complaints = []
     for part_name, (_, delta) in zip(factors, deltas, strict=True):
         name = part_name.partition("#")[0]

@@ -14,7 +14,9 @@ from torch import Tensor
 from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
 from ...deltas.pair import Pair as LowRank
 from ...errors import FileError, LoRAError
-from ..outline import NOTHING, Outline, Shape, WeightOutline
+from ...layers import Shape
+from ...weight import Weight
+from ..outline import Outline, Unknown, class_name, is_plain
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
@@ -22,7 +24,7 @@ Factors = dict[str, dict[str, Tensor]]
 LoRADeltas = Mapping[str, LowRank]
 Pair = tuple[str, LowRank]
 AnyPair = tuple[str, Delta]
-Reader = Callable[[WeightOutline, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
+Reader = Callable[[Weight, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -120,11 +122,12 @@ def incomplete_factors(factors: Factors) -> Iterator[str]:
                 yield f"lora_{role} of {name} is {factor.dtype} of {tuple(factor.shape)}"
 
 
-def without_module(found: Mapping[str, object], weights: Outline) -> Iterator[str]:
-    """Complain of names in a file that find no module, with what is nearest to the first."""
+def all_found(found: Mapping[str, Item | None], weights: Outline) -> dict[str, Item]:
+    """Return what names in a file find, or raise for those that find no module."""
     if names := [name for name, each in found.items() if each is None]:
         near = weights.nearest(names[0])
-        yield f"no module for {', '.join(names)}; the nearest to the first are {near}"
+        refuse([f"no module for {', '.join(names)}; the nearest to the first are {near}"])
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def stored_factors(A: Tensor, B: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -165,38 +168,34 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
             yield f"{key} is neither a factor nor equal to the model's"
 
 
-def read_layers(
-    factors: Factors, found: Mapping[str, WeightOutline | None], weights: Outline, read: Reader
-) -> list[Pair]:
-    """Build the updates of layers, each of whose factors and alpha `read` makes sense of."""
-    refuse([*incomplete_factors(factors), *without_module(found, weights)])
-
-    def delta(item: tuple[str, WeightOutline | None]) -> Pair:
-        name, weight = item
-        assert weight is not None  # which was refused
-        try:
-            A, B, alpha = read(weight, factors[name])
-        except ValueError as error:
-            raise FileError(f"{name} {error}") from None
-        transposed = weight.module.layer.transposed
-        check_shape(name, weight.shape, A, B, transposed)
-        m = factors[name].get("dora_scale")
-        pair = low_rank(weight.full_name, *stored_factors(A, B, transposed), alpha, magnitude=m)
-        pair[1].rows = weight.rows
-        return pair
-
-    return collect(delta, found.items())
+def read_layer(name: str, weight: Weight, tensors: Mapping[str, Tensor], read: Reader) -> Pair:
+    """Build the update of a layer, of whose factors and alpha `read` makes sense."""
+    if complaints := [*incomplete_factors({name: dict(tensors)})]:
+        raise FileError("; ".join(complaints))
+    try:
+        A, B, alpha = read(weight, tensors)
+    except ValueError as error:
+        raise FileError(f"{name} {error}") from None
+    transposed = weight.layer.transposed
+    check_shape(name, weight.shape, A, B, transposed)
+    m = tensors.get("dora_scale")
+    pair = low_rank(weight.name, *stored_factors(A, B, transposed), alpha, magnitude=m)
+    pair[1].rows = weight.rows
+    return pair
 
 
-def check_plain(weight: WeightOutline) -> None:
+def read_layers(factors: Factors, found: Mapping[str, Weight], read: Reader) -> list[Pair]:
+    """Build the updates of layers, or list what is wrong with all of them."""
+    return collect(lambda name: read_layer(name, found[name], factors[name], read), found)
+
+
+def check_plain(weight: Weight) -> None:
     """Raise a `ValueError` unless a weight may be a linear or convolution layer's."""
-    if not weight.module.is_plain and weight.module.layer is not NOTHING:
-        raise ValueError(f"is a {weight.module.class_name}, not a linear or convolution")
+    if not is_plain(weight) and not isinstance(weight.module, Unknown):
+        raise ValueError(f"is a {class_name(weight.module)}, not a linear or convolution")
 
 
-def plain_factors(
-    weight: WeightOutline, tensors: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, float]:
+def plain_factors(weight: Weight, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
     """Take a linear or convolution layer's factors as they are; no alpha, or 0, means the rank."""
     A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
     check_plain(weight)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from ...errors import FileError
-from ...weight import join
-from ..outline import Outline, WeightOutline
+from ...weight import Weight, join
+from ..outline import Outline
 from . import factors as shared
 
-Elsewhere = Mapping[str, list[WeightOutline]]
+Elsewhere = Mapping[str, list[Weight]]
 """By a layer's path in the other layout, what it is here: layers, or a block of one."""
 
 FLUX, FLUX_SINGLE, SD3 = "double_blocks.{}.", "single_blocks.{}.", "joint_blocks.{}."
@@ -51,9 +51,9 @@ Source: diffusers' `loaders/single_file_utils.py`. Modulations whose halves it s
 """
 
 
-def elsewhere(weights: Outline) -> dict[str, list[WeightOutline]]:
+def elsewhere(weights: Outline) -> dict[str, list[Weight]]:
     """Say what the layers of a model are in its other layout, if it has one that is known."""
-    found: dict[str, list[WeightOutline]] = {}
+    found: dict[str, list[Weight]] = {}
     for whole, stem, parts in LAYOUTS:
         names = [stem + part for part in parts]
         for outer, number in _numbered(whole, weights):
@@ -76,7 +76,7 @@ def _numbered(path: str, weights: Outline) -> Iterator[tuple[str, str]]:
         yield match[1], match[2]
 
 
-def _blocks(weights: Outline, path: str, parts: int) -> Iterator[WeightOutline]:
+def _blocks(weights: Outline, path: str, parts: int) -> Iterator[Weight]:
     """Yield the parts of a fused layer: each as large as its input, but for a fourth, the rest."""
     weight = weights.weight(join(path, "weight"))
     if weight is None or not weight.shape or parts == 1:
@@ -85,25 +85,30 @@ def _blocks(weights: Outline, path: str, parts: int) -> Iterator[WeightOutline]:
     size = weight.shape[0] // 3 if parts == 3 else weight.shape[1]
     for index in range(parts):
         last = index == parts - 1
-        block = weight.block(slice(index * size, None if last else (index + 1) * size))
+        block = weights.weight(
+            f"{weight.name}[{index * size}:{'' if last else (index + 1) * size}]"
+        )
         if block is not None:
             yield block
 
 
 def placed(
     factors: shared.Factors,
-    found: Mapping[str, WeightOutline | None],
-    elsewhere: Callable[[str], list[WeightOutline] | None],
-) -> tuple[shared.Factors, dict[str, WeightOutline | None]]:
-    """Place what finds no layer by its own name in the other layout, part by part.
+    weights: Outline,
+    elsewhere: Elsewhere,
+    paths: Callable[[str], Iterable[str]],
+) -> tuple[shared.Factors, dict[str, Weight]]:
+    """Find the weight of each name, by the paths that it can mean.
 
-    A part's name is that of the whole with `#` and its number.
+    What finds no layer here is placed part by part where the other layout has one. A part's name is
+    that of the whole with `#` and its number.
     """
-    own, places = dict(factors), dict(found)
-    for name in [name for name, weight in found.items() if weight is None]:
-        if not (parts := elsewhere(name)):
+    own, places = dict(factors), dict[str, Weight | None]()
+    for name, tensors in factors.items():
+        places[name] = weights.layer_weight(*paths(name))
+        parts = next((elsewhere[path] for path in paths(name) if path in elsewhere), None)
+        if places[name] or not parts:
             continue
-        tensors = factors[name]
         sizes = [(part.shape or (0,))[0] for part in parts]
         if tensors.keys() - {"A", "B", "alpha"} or "B" not in tensors:
             what = "in this model's layout only a plain LoRA can be put"
@@ -111,9 +116,7 @@ def placed(
         if len(tensors["B"]) != sum(sizes):
             raise FileError(f"{name} has {len(tensors['B'])} outputs, and its parts here {sizes}")
         del own[name], places[name]
-        for index, (part, B) in enumerate(
-            zip(parts, torch.split(tensors["B"], sizes), strict=True)
-        ):
-            key = f"{name}#{index}"
-            own[key], places[key] = {**tensors, "B": B}, part
-    return own, places
+        blocks = torch.split(tensors["B"], sizes)
+        for index, (part, B) in enumerate(zip(parts, blocks, strict=True)):
+            own[f"{name}#{index}"], places[f"{name}#{index}"] = {**tensors, "B": B}, part
+    return own, shared.all_found(places, weights)

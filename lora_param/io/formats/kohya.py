@@ -13,8 +13,9 @@ from torch import Tensor
 from ...deltas import Delta, DenseDelta, DoRA
 from ...deltas.pair import Pair
 from ...errors import FileError
-from ...weight import join
-from ..outline import Outline, Shape
+from ...layers import Shape
+from ...weight import join, tensor_names
+from ..outline import Outline, class_name, is_plain
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
 from . import fused, lycoris
@@ -68,22 +69,21 @@ def parse(
         if len(several := flat.get(name, [])) > 1:
             complaints.append(f"{name} could be {' or '.join(several)}")
     shared.refuse(complaints)
-    found = {name: weights.layer_weight(*flat.get(name, [])) for name in factors}
     others = fused.elsewhere(weights)
     theirs = flat_names(weights, prefix, others)
     factors, found = fused.placed(
-        factors, found, lambda name: others[theirs[name][0]] if name in theirs else None
+        *(factors, weights, others),
+        lambda name: [*flat.get(name, []), *theirs.get(name, [])[:1]],
     )
-    shared.refuse(shared.without_module(found, weights))
     whole: list[tuple[str, Delta]] = [
-        shared.dense(join(weight.module.path, WHOLE[role]), tensor)
+        shared.dense(join(weight.path, WHOLE[role]), tensor)
         for name, weight in found.items()
         for role, tensor in factors[name].items()
-        if weight and role in WHOLE
+        if role in WHOLE
     ]
-    pairs = {name: own for name, own in factors.items() if own.keys() - WHOLE.keys()}
-    found = {name: found[name] for name in pairs}
-    return [*lycoris.read_layers(pairs, found, weights), *whole]
+    pairs = [name for name, own in factors.items() if own.keys() - WHOLE.keys()]
+    read = shared.collect(lambda name: lycoris.read_layer(name, found[name], factors[name]), pairs)
+    return [*read, *whole]
 
 
 def render(
@@ -106,8 +106,8 @@ def render(
         own = weights.weight(join(path, "weight"))
         norm = dense and own is not None and len(own.shape or ()) == 1
         able = tensor == "weight" or (dense and tensor == "bias")
-        if not (path and able and (norm or module.is_plain)):
-            raise FileError(f"no place for {weight_name} of a {module.class_name}")
+        if not (path and able and (norm or is_plain(weights.weights[weight_name]))):
+            raise FileError(f"no place for {weight_name} of a {class_name(module)}")
         if flat.get(name) != [path]:
             others = " or ".join(flat.get(name, ["another part"]))
             raise FileError(f"{name} could be {others}")
@@ -152,7 +152,9 @@ def flat_names(
     children, known = _children(weights), any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     if paths is None:
-        paths = [path for path, module in weights.modules.items() if "weight" in module.tensors]
+        paths = [
+            path for path, module in weights.modules.items() if "weight" in tensor_names(module)
+        ]
     for path in paths:
         for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import FileError
-from ...layers import CONV1D
-from ...weight import join
-from ..outline import LINEARS, Outline, Shape, WeightOutline
+from ...layers import CONV1D, Shape
+from ...weight import Weight, join
+from ..outline import LINEARS, Outline, class_name
 from ..tensors import PICKLED, PICKLES, Config, OpenFile, shortened
 from . import factors as shared
 
@@ -45,15 +45,15 @@ def parse(
     if alpha is None:
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
     # A ConvLoRA has its layer inside.
-    found = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
-    base = {_name_in_base(key, found): tensor for key, tensor in rest.items()}
+    places = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
+    base = {_name_in_base(key, places): tensor for key, tensor in rest.items()}
     shared.refuse(shared.tensors_of_another_base(base, weights))
-    shared.refuse([*shared.incomplete_factors(factors), *shared.without_module(found, weights)])
+    shared.refuse(shared.incomplete_factors(factors))
+    found = shared.all_found(places, weights)
 
-    def blocks(name: str) -> list[tuple[str, WeightOutline, dict[str, Tensor]]]:
+    def blocks(name: str) -> list[tuple[str, Weight, dict[str, Tensor]]]:
         weight, (A, B) = found[name], (factors[name][role] for role in "AB")
-        assert weight is not None  # which was refused
-        if weight.shape is None or weight.module.layer.kind not in (*LINEARS, CONV1D):
+        if weight.shape is None or weight.layer.kind not in (*LINEARS, CONV1D):
             return [(name, weight, factors[name])]
         try:
             slices = list(_slices(weight, A, B, enable_lora))
@@ -63,30 +63,30 @@ def parse(
 
     own = [each for several in shared.collect(blocks, factors) for each in several]
 
-    def read(weight: WeightOutline, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    def read(weight: Weight, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
         A, B, rank = _layer_factors(weight, tensors["A"], tensors["B"])
         return A, B, alpha * len(A) / rank
 
     factors = {name: tensors for name, _, tensors in own}
-    return shared.read_layers(factors, {name: weight for name, weight, _ in own}, weights, read)
+    return shared.read_layers(factors, {name: weight for name, weight, _ in own}, read)
 
 
-def _name_in_base(key: str, found: Mapping[str, WeightOutline | None]) -> str:
+def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:
     """Name a tensor as the plain model does, where a convolution takes a ConvLoRA's place."""
     owner, _, tensor = key.rpartition(".")
     outer = f".{owner}".removesuffix(".conv").removeprefix(".")
     weight = found.get(outer)
-    return join(outer, tensor) if weight and weight.module.path == outer else key
+    return join(outer, tensor) if weight and weight.path == outer else key
 
 
-def _layer_factors(weight: WeightOutline, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+def _layer_factors(weight: Weight, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
     """Return a layer's factors, and the rank that alpha is divided by."""
-    kind, shape = weight.module.layer.kind, weight.shape
+    kind, shape = weight.layer.kind, weight.shape
     if shape is None or kind in (nn.Embedding, *LINEARS, CONV1D):
         return A, B, B.shape[1]
     if kind is nn.Conv2d:
         return *_convolution_factors(shape, A, B), B.shape[1] / shape[-1]
-    raise ValueError(f"is a {weight.module.class_name}, for which loralib has no layer that works")
+    raise ValueError(f"is a {class_name(weight.module)}, for which loralib has no layer that works")
 
 
 def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +105,8 @@ def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Te
 
 
 def _slices(
-    weight: WeightOutline, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None
-) -> Iterator[tuple[WeightOutline, dict[str, Tensor]]]:
+    weight: Weight, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None
+) -> Iterator[tuple[Weight, dict[str, Tensor]]]:
     """Yield the enabled slices of a layer as blocks, with their factors; itself, if it is one."""
     out = (weight.shape or ())[weight.dim]
     enabled, surplus = divmod(A.shape[0], B.shape[1])

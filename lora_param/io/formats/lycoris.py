@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta
 from ...errors import FileError
-from ..outline import Outline, Shape, WeightOutline
+from ...layers import Shape
+from ...weight import Weight
 from . import factors as shared
 
 KEYS = (
@@ -157,36 +157,18 @@ def _lokr(tensors: Mapping[str, Tensor]) -> Update:
     return Update("lokr", one, two, dims[0] if dims else 0)
 
 
-def read_layers(
-    factors: shared.Factors, found: Mapping[str, WeightOutline | None], weights: Outline
-) -> list[tuple[str, Delta]]:
-    """Build the updates of layers, of LyCORIS's kinds and plain ones."""
-    shared.refuse(shared.without_module(found, weights))
-
-    def plainly(name: str) -> tuple[str | None, dict[str, Tensor] | Tensor]:
-        weight, own = found[name], factors[name]
-        assert weight is not None  # which was refused
-        try:
-            if (kind := kind_of(own)) is not None:
-                shared.check_plain(weight)
-            shape = weight.shape
-            return kind, dict(own) if kind is None else plain_or_dense(kind, own, shape)
-        except (RuntimeError, ValueError) as error:
-            raise FileError(f"{name} {error}") from None
-
-    read = dict(zip(factors, shared.collect(plainly, factors), strict=True))
-    plain = {name: own for name, (_, own) in read.items() if isinstance(own, dict)}
-    layers = {name: found[name] for name in plain}
-    pairs: dict[str, tuple[str, Delta]] = {
-        **dict(
-            zip(
-                plain, shared.read_layers(plain, layers, weights, shared.plain_factors), strict=True
-            )
-        )
-    }
-    for name, (kind, own) in read.items():
-        weight = found[name]
-        if isinstance(own, Tensor) and weight:
-            pairs[name] = weight.full_name, DenseDelta.restore({"D": own}, {})
-        pairs[name][1].origin = kind or ""
-    return list(pairs.values())
+def read_layer(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> shared.AnyPair:
+    """Build the update of a layer, of one of LyCORIS's kinds or a plain one."""
+    pair: shared.AnyPair
+    try:
+        if (kind := kind_of(tensors)) is not None:
+            shared.check_plain(weight)
+        own = tensors if kind is None else plain_or_dense(kind, tensors, weight.shape)
+    except (RuntimeError, ValueError) as error:
+        raise FileError(f"{name} {error}") from None
+    if isinstance(own, Tensor):
+        pair = shared.dense(weight.name, own)
+    else:
+        pair = shared.read_layer(name, weight, own, shared.plain_factors)
+    pair[1].origin = kind or ""
+    return pair

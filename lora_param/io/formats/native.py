@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,7 +17,7 @@ from ...errors import FileError
 from ...frozen import digest_of
 from ...rows import Rows
 from ...state import NUMBERS
-from ..outline import Outline
+from ..outline import Outline, facts_of
 from ..progress import progress
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
 
@@ -26,7 +28,8 @@ STRINGS = "metadata"
 
 
 def _are_sizes(value: Any) -> bool:
-    return type(value) is list and len(value) <= 64 and not {*map(type, value)} - {int}
+    whole = type(value) is list and len(value) <= 64 and not {*map(type, value)} - {int}
+    return whole and min(value, default=0) >= 0 and math.prod(value) < 2**60
 
 
 def _is_spec(spec: Any) -> bool:
@@ -102,7 +105,9 @@ def parse(
     deltas = []
     for name, spec in {} if faults else specs.items():
         try:
-            deltas.append((name, _restored(own[name], spec)))
+            delta = _restored(own[name], spec)
+            numbered = re.fullmatch(r"(.*)\[\d+\]", name, re.DOTALL) if delta.rows else None
+            deltas.append((f"{numbered[1]}[{delta.rows}]" if numbered else name, delta))
         except KeyError as error:
             faults.append(f"missing: {name}.{error.args[0]}")
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
@@ -145,13 +150,17 @@ def render(
 
     specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
     for name, delta in deltas.items():
-        specs[name] = {"kind": delta.kind, "numbers": delta.numbers}
+        spec: dict[str, Any] = {"kind": delta.kind, "numbers": delta.numbers}
         if delta.strength != 1:
-            specs[name]["strength"] = delta.strength
+            spec["strength"] = delta.strength
         if delta.rows is not None:
-            specs[name]["rows"] = str(delta.rows)
+            spec["rows"] = str(delta.rows)
+            if len(name) > LONGEST_NAME / 2:  # of many rows, whose block gets a number
+                name = f"{name.removesuffix(f'[{delta.rows}]')}[{len(specs)}]"
+        specs[name] = spec
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
-    modules = [weight.module for name in deltas if (weight := weights.weight(name))]
+    adapted = [weight for name in deltas if (weight := weights.weight(name))]
+    layers = {weight.path: facts_of(weight.module) for weight in adapted}
     record = {
         "version": VERSION,
         "library": __version__,
@@ -159,7 +168,7 @@ def render(
         "model": about.model,
         "class": about.cls,
         "weights": specs,
-        "layers": {module.path: module.facts for module in modules if module.facts},
+        "layers": {path: facts for path, facts in layers.items() if facts},
         "shapes": {n: each.shape for n, each in weights.weights.items() if each.shape is not None},
         "base": check_strings("base", base),
     }

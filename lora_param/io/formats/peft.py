@@ -16,13 +16,13 @@ from ...deltas.numbers import Scaling
 from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
-from ...weight import join
-from ..outline import NOTHING, Outline, kind_name
+from ...weight import join, tensor_names
+from ..outline import Outline, Unknown, drops, facts_of, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
 from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
-from .peft_whole import NO_LAYERS, add_biases, new_values, render_whole
+from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_tokens, render_whole
 
 Placed = Sequence[tuple[Place, Pair]]
 
@@ -71,16 +71,16 @@ def parse(
     factors, rest = shared.group_factors(tensors, *KEYS)
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
     new, base = new_values(rest, config, weights)
+    check_heads(new, config, weights)
     complaints = [*shared.tensors_of_another_base(base, weights)]
     complaints += shared.incomplete_factors(factors)
     shared.refuse([*complaints, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError("which rank a target parameter has can't be said without a model")
-    found = places_of_names(factors, weights, config)
-    shared.refuse(shared.without_module(found, weights))
-    places = [place for place in found.values() if place]
+    found = shared.all_found(places_of_names(factors, weights, config), weights)
+    places = [*found.values()]
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
-    conv1d = any(module.layer.kind == CONV1D for module in weights.modules.values())
+    conv1d = any(layer_of(type(each)).kind == CONV1D for each in weights.modules.values())
     vague = bool(config.get("fan_in_fan_out")) or conv1d
 
     def delta(place: Place) -> shared.Pair:
@@ -94,7 +94,9 @@ def parse(
     deltas = shared.collect(delta, places)
     scales = {place.name: pair.scale for place, (_, pair) in zip(places, deltas, strict=True)}
     add_biases(new, scales, factors, config, weights)
-    warn(places, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0)
+    warn(
+        places, weights, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0
+    )
     return [*deltas, *new.items()]
 
 
@@ -111,7 +113,7 @@ def _delta(
         raise FileError(reason)
     rank, alpha = rank_and_alpha(config, place.key)
     experts = place.stack[0] if place.stack else 1
-    if place.module.layer is NOTHING:
+    if isinstance(place.module, Unknown):
         experts = max(len(A) // max(rank, 1), 1)
     if rank < 1 or len(A) != rank * experts:
         raise FileError(f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}")
@@ -127,7 +129,7 @@ def _delta(
     else:
         shared.check_shape(place.name, place.weight.shape, A, B, transposed)
         A, B = shared.stored_factors(A, B, transposed)
-    dropout = float(config.get("lora_dropout") or 0) if place.weight.drops else 0.0
+    dropout = float(config.get("lora_dropout") or 0) if drops(place.weight) else 0.0
     numbers: dict[str, Any] = {"dropout": dropout, "scaling": scaling(config)}
     return shared.low_rank(place.weight.name, A, B, alpha, magnitude=magnitude, **numbers)
 
@@ -153,20 +155,22 @@ def _magnitude(
 def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
     pairs = {name: d for name, d in deltas.items() if isinstance(d, Pair)}
-    whole = {name: delta for name, delta in deltas.items() if name not in pairs}
+    whole = {n: d for n, d in deltas.items() if n not in pairs and d.rows is None}
+    tokens = {name: delta for name, delta in deltas.items() if name not in {**pairs, **whole}}
     shared.refuse(_lengths_without_place(pairs, weights), "written")
     pairs = _with_whole_attentions(_plain(pairs), weights)
     places = list(_places(pairs, weights).values())
     placed = list(zip(places, pairs.values(), strict=True))
     complaints = [fault for place in places for fault in refusals(place, written=True)]
     shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
-    warn(places, "the file holds half of it")
-    wrapped = {place.module.path: place.kind == "layer" for place in places}
+    warn(places, weights, "the file holds half of it")
+    wrapped = {place.weight.path: place.kind == "layer" for place in places}
     wrapped |= {place.key: False for place in places if place.kind in ("in_proj", "out_proj")}
     plain, said = render_whole(whole, weights, wrapped, about)
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in plain.items()}
+    rows, also_said = render_tokens(tokens, weights, wrapped)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in (plain | rows).items()}
     for place, delta in placed:
-        infix = "embedding_" if place.module.layer.kind is nn.Embedding else ""
+        infix = "embedding_" if place.layer.kind is nn.Embedding else ""
         for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
@@ -175,7 +179,12 @@ def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Conte
             ones = [1] * (delta.magnitude.ndim - 2)
             key = f"{PREFIX}{place.name}.lora_magnitude_vector"
             tensors[key] = m.view(1, -1, *ones) if ones else m
-    config = {"base_model_name_or_path": about.model or None, **_config(placed, weights), **said}
+    config = {
+        "base_model_name_or_path": about.model or None,
+        **_config(placed, weights),
+        **said,
+        **also_said,
+    }
     return Content(tensors, {"format": "pt", **about.metadata}, config, _card(about.model))
 
 
@@ -189,7 +198,7 @@ def _card(base: str) -> str:
 
 def _places(names: Collection[str], weights: Outline) -> dict[str, Place]:
     found = {name: weights.weights[name] for name in names}
-    parameters = [name for name in names if found[name].module.layer is UNLISTED]
+    parameters = [name for name in names if found[name].layer is UNLISTED]
     return {name: place_of_weight(each, weights, parameters) for name, each in found.items()}
 
 
@@ -197,10 +206,10 @@ def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
     """Yield what PEFT's config can't say."""
     targets = {place.weight.name for place, _ in placed if place.kind == "parameter"}
     for path, module in weights.modules.items() if targets else ():
-        for name in (join(path, tensor) for tensor in module.tensors):
+        for name in (join(path, tensor) for tensor in tensor_names(module)):
             if not _tails(name).isdisjoint(targets):
                 yield f"{name}: PEFT would adapt it too, because a target's name is its end"
-    if targets and any(place.module.layer.kind == CONV1D for place, _ in placed):
+    if targets and any(place.layer.kind == CONV1D for place, _ in placed):
         yield f"{min(targets)}: PEFT can't adapt it in one file with a Conv1D"
     said: dict[str, tuple[int, float]] = {}
     for place, delta in placed:
@@ -218,35 +227,35 @@ def _lengths_without_place(deltas: shared.LoRADeltas, weights: Outline) -> Itera
         shape = doras[name].magnitude.shape
         if place.kind != "layer":
             yield f"{name}: PEFT has no DoRA but of layers"
-        elif shape[place.module.layer.transposed] != shape.numel():
+        elif shape[place.layer.transposed] != shape.numel():
             yield f"{name}: PEFT has lengths of outputs, not of inputs"
 
 
 def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool | None:
     """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
-    module, shape = place.module, place.weight.shape or ()
+    facts, shape = facts_of(place.module), place.weight.shape or ()
     if place.stack:
         if shape[1] != shape[2]:
             return A.shape[1] == shape[1]
         match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version")))
-        if match is None or module.facts.get("is_transposed") is None:
+        if match is None or facts.get("is_transposed") is None:
             return None
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
-        return version < (0, 19, 0) or module.facts.get("is_transposed") == (version > (0, 19, 0))
-    guessed = module.layer is not NOTHING and not module.facts
+        return version < (0, 19, 0) or facts.get("is_transposed") == (version > (0, 19, 0))
+    guessed = not isinstance(place.module, Unknown) and not facts
     if place.kind == "layer" and guessed and len(shape) == 2:
         square = shape[0] == shape[1]
         return (None if vague else False) if square else A.shape[1] == shape[0]
-    return place.kind == "layer" and module.layer.kind == CONV1D
+    return place.kind == "layer" and place.layer.kind == CONV1D
 
 
 def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
     A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
-        A, B = (B.mT, A.mT) if place.module.facts.get("is_transposed") else (A, B)
+        A, B = (B.mT, A.mT) if facts_of(place.module).get("is_transposed") else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
-    transposed = place.kind == "layer" and place.module.layer.transposed
+    transposed = place.kind == "layer" and place.layer.transposed
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
@@ -293,7 +302,7 @@ def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
         "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else listed,
         "target_parameters": [p.weight.name for p, _ in placed if p.kind == "parameter"] or None,
-        "fan_in_fan_out": any(place.module.layer.kind == CONV1D for place, _ in placed),
+        "fan_in_fan_out": any(place.layer.kind == CONV1D for place, _ in placed),
         "lora_dropout": _common_dropout(placed),
     }
 

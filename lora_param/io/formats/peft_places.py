@@ -9,9 +9,18 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from ...layers import CONV1D, UNLISTED
-from ...weight import join
-from ..outline import LINEARS, NOTHING, ModuleOutline, Outline, Shape, WeightOutline
+from ...layers import CONV1D, UNLISTED, Layer, Shape, layer_of
+from ...weight import Weight, join, tensor_names
+from ..outline import (
+    LINEARS,
+    Outline,
+    Unknown,
+    class_name,
+    computes_otherwise,
+    drops,
+    facts_of,
+    is_plain,
+)
 from ..tensors import Config
 
 WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
@@ -26,13 +35,18 @@ class Place(NamedTuple):
 
     name: str  # the middle of its keys
     key: str  # what the config's patterns are held against
-    weight: WeightOutline
+    weight: Weight
     kind: Literal["layer", "in_proj", "out_proj", "alone", "parameter"] = "layer"
 
     @property
-    def module(self) -> ModuleOutline:
+    def module(self) -> nn.Module:
         """The weight's module."""
         return self.weight.module
+
+    @property
+    def layer(self) -> Layer:
+        """The weight's row."""
+        return self.weight.layer
 
     @property
     def stack(self) -> Shape | None:
@@ -50,7 +64,7 @@ def places_of_names(
     parameters = {name for name in weights.weights if f".{name}".endswith(ends)}
     for weight in weights.weights.values():
         place = place_of_weight(weight, weights, parameters)
-        path = weight.module.path
+        path = weight.path
         if place.kind == "parameter":
             found[place.name] = place
         elif place.kind != "layer" or weight.tensor == "weight":
@@ -66,22 +80,23 @@ def places_of_names(
     return {name: found.get(name) for name in names}
 
 
-def place_of_weight(weight: WeightOutline, weights: Outline, parameters: Collection[str]) -> Place:
+def place_of_weight(weight: Weight, weights: Outline, parameters: Collection[str]) -> Place:
     """Say where PEFT keeps a weight's update, beside those of all `parameters` by themselves."""
-    module, path = weight.module, weight.module.path
+    module, path = weight.module, weight.path
     place = Place(path, path, weight)
     if weight.name in parameters:  # the last one's wrapper is the outermost
-        later = module.tensors[module.tensors.index(weight.tensor) + 1 :]
+        own = tensor_names(module)
+        later = own[own.index(weight.tensor) + 1 :]
         depth = sum(join(path, each) in parameters for each in later)
         return place._replace(name=path + WRAPPED * depth, key=weight.name, kind="parameter")
-    if module.layer.kind is nn.MultiheadAttention and weight.tensor == "in_proj_weight":
+    if weight.layer.kind is nn.MultiheadAttention and weight.tensor == "in_proj_weight":
         return place._replace(kind="in_proj")
     attention, _, leaf = path.rpartition(".")
     is_out = (leaf, weight.tensor) == ("out_proj", "weight")
-    whole = weights.module(attention) if is_out else None
-    if whole is None or whole.layer.kind is not nn.MultiheadAttention:
+    whole = weights.modules.get(attention) if is_out else None
+    if whole is None or layer_of(type(whole)).kind is not nn.MultiheadAttention:
         return place
-    if "in_proj_weight" not in whole.tensors:
+    if "in_proj_weight" not in tensor_names(whole):
         return place._replace(kind="alone")
     return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
 
@@ -89,19 +104,19 @@ def place_of_weight(weight: WeightOutline, weights: Outline, parameters: Collect
 def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iterator[str]:
     """Yield why PEFT has no place for an update, or doesn't use it; an idle one has no effect."""
     module, name = place.module, place.weight.name
-    if module.layer is NOTHING:
+    if isinstance(module, Unknown):
         return
     if not _has_place(place):
-        yield f"{name}: PEFT has no place for this tensor of a {module.class_name}"
+        yield f"{name}: PEFT has no place for this tensor of a {class_name(module)}"
     elif "." not in name:
         yield f"{name}: PEFT adapts what is inside a model, not the model itself"
-    elif module.facts.get("groups", 1) > 1:
+    elif getattr(module, "groups", 1) > 1:
         yield f"{name}: PEFT's update of a grouped convolution is no change of its weight"
     elif place.kind == "alone" and not idle:
         yield f"{name}: PEFT never applies an adapter of an attention's out_proj alone"
-    elif written and place.stack and module.facts.get("is_transposed") is None:
+    elif written and place.stack and facts_of(module).get("is_transposed") is None:
         yield f"{name}: PEFT's layout of a stack depends on the module, and this is an outline"
-    elif written and len(place.weight.shape or ()) > 2 and not module.facts:
+    elif written and len(place.weight.shape or ()) > 2 and not facts_of(module):
         yield (
             f"{name}: no checkpoint says how a convolution is grouped; load this file on the model "
             'and call save_lora(..., format="peft")'
@@ -109,29 +124,29 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
 
 
 def _has_place(place: Place) -> bool:
-    kind, shape = place.module.layer.kind, place.weight.shape
+    kind, shape = place.layer.kind, place.weight.shape
     if place.kind == "parameter":
         return kind in (UNLISTED.kind, *LINEARS) and len(shape or ()) in (2, 3)
-    known = place.module.is_plain or kind in (nn.Embedding, CONV1D)
+    known = is_plain(place.weight) or kind in (nn.Embedding, CONV1D)
     return shape is not None and (
         place.kind != "layer" or (known and place.weight.tensor == "weight")
     )
 
 
-def warn(places: Iterable[Place], twice: str = "", dropout: float = 0.0) -> None:
+def warn(places: Iterable[Place], weights: Outline, twice: str = "", dropout: float = 0.0) -> None:
     """Warn where PEFT computes something else than the formula, with what of `twice` follows."""
     reasons: defaultdict[str, list[str]] = defaultdict(list)
     for place in places:
         module, name = place.module, place.weight.name
-        if module.computes_otherwise:
+        if computes_otherwise(module):
             how = "by other maths: it knows no dilation, padding_mode or forward of a layer's own"
             reasons[how].append(name)
-        if module.shared:
+        if place.weight.path in weights.shared:
             how = "in one of the places where its module is found, and here it is adapted in all"
             reasons[how].append(name)
         if twice and place.kind == "out_proj":
             reasons[f"twice, and {twice}"].append(name)
-        able = place.weight.drops or module.layer is NOTHING or not module.layer.drops
+        able = drops(place.weight) or isinstance(module, Unknown) or not place.layer.drops
         if dropout and place.kind == "layer" and not able:
             reasons["with dropout, and here there is none"].append(name)
     for reason, names in reasons.items():

@@ -1,26 +1,29 @@
-"""What PEFT trains whole: `modules_to_save` and biases, read and written, and tokens, read."""
+"""What PEFT trains whole: `modules_to_save`, biases and the rows of tokens, read and written."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ...deltas import Delta
-from ...errors import FileError
+from ...errors import FileError, TargetError
+from ...rows import Rows
 from ...sharding import is_sharded
-from ...weight import join
-from ..outline import Outline
+from ...weight import Weight, join
+from ..outline import LINEARS, Outline, class_name
 from ..tensors import About, Config
 from ..values import NewValues
 from . import factors as shared
 from . import native
 
 TOKENS = "token_adapter.trainable_tokens_delta"
+OF_TOKENS = "PEFT trains rows of an embedding, or of a linear layer without bias"
 NO_LAYERS = "dummy-target-modules"
 """What PEFT takes for the `target_modules` of an adapter without any."""
 
@@ -54,8 +57,7 @@ def new_values(
     new, base = dict[str, Delta](), dict[str, Tensor]()
     for key, tensor in tensors.items():
         if key.endswith(f".{TOKENS}"):
-            path = key.removesuffix(f".{TOKENS}")
-            new[f"{path}.weight"] = _tokens(path, tensor, config)
+            new |= [_tokens(key.removesuffix(f".{TOKENS}"), tensor, config, weights)]
             continue
         name = re.sub(r"(\.base_layer)+\.|\.(modules_to_save|original_module)\.", ".", key)
         inside = any(path.endswith(saved) for path in _parents(name.rpartition(".")[0]) if saved)
@@ -68,20 +70,68 @@ def new_values(
     return new, base
 
 
-def _tokens(path: str, tensor: Tensor, config: Config) -> NewValues:
-    """Read an embedding's new rows, for which there is no narrower delta than the whole."""
+def check_heads(new: Collection[str], config: Config, weights: Outline) -> None:
+    """Raise if a model has none of the modules that were trained whole."""
+    saved = tuple(config.get("modules_to_save") or " ")
+    heads = [p for name in new for p in _parents(name.rpartition(".")[0]) if p.endswith(saved)]
+    missing = {head: None for head in heads if head not in weights.modules}
+    if missing and not weights.unknown:
+        mapping, task = config.get("auto_mapping"), config.get("task_type")
+        cls = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+        auto = next((f"AutoModel{name}" for name, own in TASKS.items() if task == own[0]), None)
+        raise FileError(
+            f"{', '.join(missing)}: trained whole by modules_to_save, and this model has no such "
+            f"module; load it on a model that has, {cls or auto or 'of its own class'}"
+        )
+
+
+def _tokens(path: str, tensor: Tensor, config: Config, weights: Outline) -> tuple[str, NewValues]:
+    """Read the new rows of tokens, in any order, as those of a block."""
     said = config.get("trainable_token_indices")
     if isinstance(said, Mapping):
         said = next((tokens for name, tokens in said.items() if path.endswith(name)), None)
     tokens = said if isinstance(said, list) and {*map(type, said)} == {int} else []
-    repeated = len({*tokens}) < len(tokens) or min(tokens, default=-1) < 0
-    if tensor.ndim != 2 or len(tokens) != len(tensor) or repeated:
-        raise FileError(f"{path}: trainable_token_indices={said!r:.60} for {tuple(tensor.shape)}")
-    warnings.warn(
-        f"{path}.weight: PEFT trained {len(tokens)} of its rows; here training goes on with all",
-        stacklevel=5,
-    )
-    return NewValues(tensor, tokens)
+    fault = f"{path}: trainable_token_indices={said!r:.60} for {tuple(tensor.shape)}"
+    if tensor.ndim != 2 or len(tokens) != len(tensor):
+        raise FileError(fault)
+    name = join(path, "weight")
+    if (weight := weights.weight(name)) is None:
+        return name, NewValues(tensor)  # of a model that has no such weight
+    if not weights.unknown and not _has_tokens(weight, weights):
+        raise FileError(f"{name}: {OF_TOKENS}")
+    try:
+        rows = Rows.of(tokens, (weight.shape or (max(tokens) + 1,))[0])
+    except TargetError as error:
+        raise FileError(f"{fault}: {error!s:.200}") from None
+    order = torch.tensor(tokens, device=tensor.device).argsort()
+    return f"{name}[{rows}]", NewValues(tensor[order], rows)
+
+
+def _has_tokens(weight: Weight, weights: Outline) -> bool:
+    """Say whether PEFT's rows of tokens are a change of a weight alone; it drops a bias."""
+    bias = weights.weight(join(weight.path, "bias"))
+    linear = weight.layer.kind in LINEARS and (bias is None or bias.shape is None)
+    return weight.tensor == "weight" and (weight.layer.kind is nn.Embedding or linear)
+
+
+def render_tokens(
+    deltas: Mapping[str, Delta], weights: Outline, wrapped: Collection[str]
+) -> tuple[dict[str, Tensor], Config]:
+    """Lay out dense deltas on blocks of rows, none of them of what is `wrapped` otherwise."""
+    tokens, values = defaultdict[str, list[int]](list), defaultdict[str, list[Tensor]](list)
+    complaints = []
+    for name, delta in deltas.items():
+        weight = weights.weight(name)
+        if weight is None or not weight.path or not _has_tokens(weight, weights):
+            complaints.append(f"{name}: {OF_TOKENS}")
+        elif weight.path in wrapped:
+            complaints.append(f"{name}: PEFT has no rows of tokens of a layer that it adapts too")
+        else:
+            tokens[weight.path] += delta.rows or ()
+            values[weight.path].append(_value(name, delta, weights))
+    shared.refuse([*complaints, *_ambiguous(tokens, weights)], "written")
+    tensors = {f"{path}.{TOKENS}": torch.cat(own) for path, own in values.items()}
+    return tensors, {"trainable_token_indices": dict(tokens)} if tokens else {}
 
 
 def add_biases(
@@ -146,7 +196,7 @@ def _homeless(names: Collection[str], wrapped: Mapping[str, bool]) -> Iterator[s
 def _value(name: str, delta: Delta, weights: Outline) -> Tensor:
     """Return what a tensor becomes."""
     weight = weights.weight(name)
-    if weight is None or (tensor := weight.value) is None or is_sharded(tensor):
+    if weight is None or (tensor := weight.like).is_meta or is_sharded(tensor):
         raise FileError(
             f"{name}: PEFT keeps its new values; convert a native file with the base, by --base"
         )
@@ -162,7 +212,7 @@ def _whole_modules(names: Collection[str], weights: Outline) -> Iterator[str]:
         left.update(dict.fromkeys(_parents(name.rpartition(".")[0]), name not in names))
     found: tuple[str, ...] = ()
     for path, module in weights.modules.items():
-        able = path and module.class_name not in CONTAINERS and not path.startswith(found or " ")
+        able = path and class_name(module) not in CONTAINERS and not path.startswith(found or " ")
         if able and path in left and not left[path]:
             found += (f"{path}.",)
             yield path
