@@ -65,6 +65,9 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
             return in_weight_space(self, *args, **kwargs)
         traced = is_traced()
         routing = routing_of(self) if Routing.used else None
+        bias = chains_of(self).get("bias") if routing is not None else None
+        if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
+            return in_weight_space(self, *args, **kwargs)
         if not (found := _acting(self, layer, traced, routing)):
             return in_weight_space(self, *args, **kwargs)
         weight, plan = found

@@ -124,7 +124,8 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
 def check_trainable(walk: Walk) -> None:
     """Raise for the first weight in front of which nothing could be trained."""
     for weight, tensor in walk.parameters:
-        if not is_quantised(tensor) or is_packed(tensor) or keeps_gradients(tensor):
+        known = type(tensor) is nn.Parameter or not is_quantised(tensor) or is_packed(tensor)
+        if known or keeps_gradients(tensor):
             continue
         reason = "no gradient reaches a layer's input through it, because its activations are "
         fix = "quantise weights alone, or load an adapter with trainable=False"
@@ -323,7 +324,7 @@ TENSOR_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "with has_fp16_weights=False, move it to its device, and adapt it before it computes",
     ),
     (
-        lambda tensor: logical(tensor).dtype not in FLOATS,
+        lambda tensor: tensor.dtype not in FLOATS and logical(tensor).dtype not in FLOATS,
         f"its dtype must be one of {show_dtypes(*FLOATS)}, got {{2}}; convert it",
     ),
     (

@@ -19,7 +19,7 @@ from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
-from .quantised import dense
+from .quantised import dense, is_packed
 from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .walk import Walk, walk
@@ -145,7 +145,8 @@ def register_lora(
         own = {name: own[name] for name in cls.options}
         beneath = weight.like
         if cls.of_values or given["init"] not in [*DRAWS]:
-            beneath = dense(weight.value if cls.of_values else weight.beneath)
+            values = weight.original if is_packed(weight.original) else beneath
+            beneath = dense(weight.value if cls.of_values else values)
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])

@@ -133,16 +133,17 @@ def lora_summary(model: nn.Module) -> LoRASummary:
     deltas: defaultdict[str, list[Delta]] = defaultdict(list)
     for weight, delta in pairs:
         deltas[weight.name].append(delta)
+    adapted = {weight.name: weight for weight, _ in pairs}.values()
     weights, statistics = (
-        {w.name: _summarised(w, deltas[w.name]) for w, _ in pairs if w.is_buffer == buffers}
+        tuple(_summarised(w, deltas[w.name]) for w in adapted if w.is_buffer == buffers)
         for buffers in (False, True)
     )
     base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
     return LoRASummary(
-        tuple(weights.values()),
-        tuple(statistics.values()),
+        weights,
+        statistics,
         sum(base.values()),
-        sum(adapter.parameters for weight in weights.values() for adapter in weight.adapters),
+        sum(adapter.parameters for weight in weights for adapter in weight.adapters),
         sum(each.numel() for each in model.parameters() if each.requires_grad),
     )
 

@@ -71,7 +71,9 @@ class Delta(Switched):
     def __init__(self, adapter: str, dtype: torch.dtype | None) -> None:
         super().__init__()
         check_adapter(adapter)
-        check_dtype(dtype or torch.get_default_dtype())
+        if (dtype := dtype or torch.get_default_dtype()) not in FLOATS:
+            rule = f"an adapter's dtype must be one of {show_dtypes(*FLOATS)}"
+            raise LoRAError(f"{rule}, got {dtype}")
         self.__dict__.update(adapter=adapter)
 
     def has_own(self, name: str) -> bool:
@@ -186,10 +188,8 @@ class Delta(Switched):
         if self.rows is not None:
             said["rows"] = str(self.rows)
         text = json.dumps(said).encode()
-        text = text.ljust(
-            -(-len(text) // 256) * 256
-        )  # so that states can be copied into each other
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        size = -(-len(text) // 256) * 256  # so that states can be copied into each other
+        return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
 
     def set_extra_state(self, state: object) -> None:
         """Take over the numbers of a delta of the same kind, or raise a `StateDictError`."""
@@ -223,10 +223,7 @@ class Delta(Switched):
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
         said = self.numbers | ({} if self.strength == 1 else {"strength": self.strength})
-        numbers = [
-            f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
-            for name, value in said.items()
-        ]
+        numbers = [f"{n}={v if isinstance(v, str) else format(v, 'g')}" for n, v in said.items()]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 
@@ -235,12 +232,6 @@ def check_adapter(adapter: object) -> None:
     if not isinstance(adapter, str) or not adapter or "." in adapter:
         rule = "a non-empty string without dots"
         raise AdapterError(f"an adapter's name must be {rule}, got {adapter!r}")
-
-
-def check_dtype(dtype: object) -> None:
-    """Raise unless `dtype` is one that a delta's tensors can be trained in."""
-    if dtype not in FLOATS:
-        raise LoRAError(f"an adapter's dtype must be one of {show_dtypes(*FLOATS)}, got {dtype}")
 
 
 def show_dtypes(*dtypes: torch.dtype) -> str:
