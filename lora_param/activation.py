@@ -158,7 +158,8 @@ def _acting(
             routing.plans[chain] = plan
         elif record and not traced:
             record.plan = plan
-    if not plan.acting or _is_watched(chain, plan.acting):
+    off = not plan.acting and (plan.space == "weight" or routing is not None or traced)
+    if off or _is_watched(chain, plan.acting):
         return None
     weight = chain._parameters.get("original")
     if weight is None or plan.in_front:
