@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -174,4 +176,8 @@ def routed_here(routing: Routing) -> Iterator[None]:
 
 def _enter(routings: tuple[Routing, ...]) -> None:
     _routings.set(routings)
-    torch._C._stash_obj_in_tls(KEY, (threading.get_ident(), routings))
+    noted = (threading.get_ident(), routings)
+    count = sys.getrefcount(noted)
+    torch._C._stash_obj_in_tls(KEY, noted)
+    if sys.getrefcount(noted) == count:  # torch 2.6 keeps it, and takes no reference for that
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(noted))
