@@ -29,9 +29,7 @@ SHAPE |= {"element_size", "get_device", "is_contiguous", "ndimension", "__len__"
 """What may be asked of a weight that is another one for each row."""
 
 
-def run_by_groups(
-    routing: Routing, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
+def run_by_groups(routing: Routing, module: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
     """Call a module's forward once for each group of rows, and put their results in order."""
     places, layer = routing.places, layer_of(type_before(module))
     if layer.moving and module.training:
@@ -68,13 +66,7 @@ def _named(call: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(inspect.signature(call).bind(*args, **kwargs).arguments)
 
 
-def _in_groups(
-    routing: Routing,
-    module: nn.Module,
-    call: Callable[..., Any],
-    named: Mapping[str, Any],
-    dims: Dims,
-) -> Any:
+def _in_groups(routing: Routing, module: nn.Module, call: Any, named: Any, dims: Dims) -> Any:
     first = _first(value for name, value in named.items() if name in dims)
 
     def take(name: str, rows: list[int], leaf: Any) -> Any:
@@ -102,9 +94,7 @@ def _in_groups(
     return tree_unflatten(joined, structures[0])
 
 
-def _has_rows(
-    places: Places, module: nn.Module, name: str, leaf: Any, dims: Dims, first: Any
-) -> bool:
+def _has_rows(places: Places, module: Any, name: str, leaf: Any, dims: Dims, first: Any) -> bool:
     """Say whether an argument behind the first has the rows too, or raise where that is a guess.
 
     What has one entry there, or no such dimension, is shared.
