@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .activation import acts
 from .chains import chains_of, type_before
-from .deltas.protocol import FLOATS, Delta, show_dtypes
+from .deltas.protocol import FLOATS, SPACES, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
 from .quantised import is_packed, is_quantised, is_unfit, keeps_gradients, logical
 from .sharding import is_sharded
@@ -144,6 +144,21 @@ def check_droppable(weights: Sequence[Weight]) -> None:
             raise TargetError(f"{weight.name}: {rule}, {finding}; {fix}")
 
 
+def check_space(space: str, dropout: float, kind: type[Delta], weights: Sequence[Weight]) -> None:
+    """Raise unless all of these weights can be computed in a space."""
+    if space not in SPACES:
+        raise LoRAError(f"space must be one of {[*SPACES]}, got {space!r:.60}")
+    if space == "weight" and dropout:
+        raise LoRAError(f"dropout={dropout} needs activation space; drop space or the dropout")
+    for weight in weights if space == "activation" else ():
+        if not (kind.act and acts(weight.module, weight.tensor)):
+            rule = (
+                f"a {kind.kind} delta on a {type_before(weight.module).__name__}'s {weight.tensor}"
+            )
+            fix = 'drop space="activation", or exclude this weight'
+            raise TargetError(f"{weight.name}: {rule} here is computed in weight space; {fix}")
+
+
 def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
     """Raise for the first delta that would take another's dropout away, having no `act`."""
     for weight, delta in pairs:
@@ -186,7 +201,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
 def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
     """Warn of what was thawed in a frozen model, and is going to be frozen without an adapter."""
     thawed = [weight for weight, tensor in walk.parameters if tensor.requires_grad]
-    able = [tensor for _, tensor in walk.parameters if not is_quantised(tensor)]
+    able = [t for _, t in walk.parameters if type(t) is nn.Parameter or not is_quantised(t)]
     few = len(thawed) < len(able) / 2  # else they are as most models come
     if left := [weight.name for weight in thawed if weight.name not in trained] if few else []:
         what = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"

@@ -188,6 +188,8 @@ def _registering(base: Any) -> Method:
 
 def _setting(base: Any) -> Method:
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        if name in layer_of(base).moving and value is not None and value is getattr(self, name):
+            return  # as by `self.running_mean += x`, which has written into it
         _check_assignable(self, name)
         if reason := layer_of(base).refusal(SimpleNamespace(**{name: value})):  # type: ignore[arg-type]
             raise LoRAError(f"{name}: {reason}, or call remove_lora first")

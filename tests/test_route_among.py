@@ -60,6 +60,24 @@ def test_a_new_adapter_acts_on_no_row_that_is_being_routed(kind: str, target: st
         assert not torch.allclose(layer(x)[0], want[0])
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Linear(4, 2), (3, 5, 4)), (lambda: nn.Conv1d(4, 2, 3), (3, 4, 5))],
+)
+def test_a_trained_bias_is_each_rows_own(make: Any, shape: tuple[int, ...]) -> None:
+    layer, x = make().double(), torch.randn(shape).double()
+    for name in "ab":
+        register_lora(layer, adapter=name, train="bias")
+        shake(layer, name)
+    rows: list[Any] = ["a", {"b": 1.0}, {"a": 0.5, "b": 2.0}]
+    want = []
+    for row, setting in enumerate(rows):
+        with lora_selected(layer, setting):
+            want.append(layer(x[row : row + 1]))
+    with lora_routed(layer, rows):
+        close(layer(x), torch.cat(want))
+
+
 def test_a_block_is_of_one_task() -> None:
     layer, x = linear(), torch.randn(2, 6).double()
     plain = layer(x)

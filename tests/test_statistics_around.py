@@ -217,7 +217,17 @@ class Written(nn.BatchNorm1d):
         return y * self.weight + self.bias
 
 
-@pytest.mark.parametrize("kind", [Wrapped, Written])
+class Added(nn.BatchNorm1d):
+    """A norm that moves its mean as detectron2's NaiveSyncBatchNorm does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked += 1
+            self.running_mean += (x.mean(0) - self.running_mean) / self.num_batches_tracked
+        return x - self.running_mean
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Written, Added])
 @pytest.mark.parametrize("adapted", [True, False], ids=["on", "off"])
 def test_a_subclass_with_its_own_forward_behaves_as_ever(
     kind: Callable[..., nn.Module], adapted: bool
