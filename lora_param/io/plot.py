@@ -21,9 +21,8 @@ def plot_summary(summary: FileSummary, out: AnyPath) -> None:
         FileError: The picture can't be written, or not in the format that its name says.
 
     Example:
-        >>> from lora_param.io import FileSummary, UpdateSummary
-        >>> update = UpdateSummary("0.weight", "lora", (2, 3), 1, 1.0, "lora", 0.5, 1.0, 5)
-        >>> plot_summary(FileSummary("native", "", "default", {}, (update,)), "adapter.png")
+        >>> from lora_param.io import file_summary, plot_summary
+        >>> plot_summary(file_summary("adapter.safetensors", "base.pt"), "adapter.png")
     """
     try:
         from matplotlib.figure import Figure
