@@ -12,16 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from .chains import chains_of, originals_of, run_through, type_before
-from .deltas.protocol import Delta
+from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
+from .ops import is_exact
 from .places import is_traced
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
 PLAIN = (Tensor, nn.Parameter)
 """Types whose results can be changed in place whatever the change is."""
+
+PASS, CALLS = 8, 200_000
+"""How many multiplications a pass over an element of an input or output costs, on a CPU, and the
+calls that an update of the output makes beyond those that one of the weight does."""
 
 Runs = tuple[tuple[Delta, ...], ...]
 """Deltas in the order in which they act, neighbours of one kind together."""
@@ -34,7 +39,10 @@ class Plan(NamedTuple):
     entries: tuple[nn.Module, ...]
     in_front: tuple[nn.Module, ...]
     acting: Runs
-    in_activation_space: bool
+    space: str  # "weight" too where no other can be
+    counted: tuple[int, int, int] | None = None
+    """Rank of all that acts together, and the weight's entries and sides, if that is the cost."""
+    dropping: tuple[Delta, ...] = ()  # of the input, in training
 
 
 def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., Any]:
@@ -62,18 +70,24 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
             return in_weight_space(self, *args, **kwargs)
         if not (found := _acting(self, layer, traced, routing)):
             return in_weight_space(self, *args, **kwargs)
-        weight, acting = found
+        weight, plan = found
         if routing is not None and routing.rows > 1:
             x = routing.places.spread(self, x)
         # A transform, or a mode that keeps results, must see no result change.
         seen = traced or torch._C._are_functorch_transforms_active()
         in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
-        at_work = run(self, x, layer.transposed, in_place)  # type: ignore[misc]
-        at_work.weight, at_work.acting, at_work.routing = weight, acting, routing
+        at_work = run(self, x, layer.transposed, in_place)
+        at_work.weight, at_work.acting, at_work.routing = weight, plan.acting, routing
+        if in_place and plan.counted and routing is None and _is_summed(plan, weight, at_work):
+            for delta in itertools.chain(*plan.acting):
+                weight = delta.sum(weight)
+            return at_work.result(at_work.base(weight))
+        if plan.space == "weight":
+            return in_weight_space(self, *args, **kwargs)
         if routing is not None and routing.rows > 1:
             at_work.rows_in = routing.places.dim_of(self, x, len(at_work.batch))
         y = at_work.base(weight)
-        for first, *others in acting:
+        for first, *others in plan.acting:
             y = first.act(y, at_work.x, at_work, others)
         return at_work.result(y)
 
@@ -82,21 +96,52 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
 
 def acts(module: nn.Module, name: str) -> bool:
     """Say whether a module would compute, or computes, a tensor's deltas in activation space."""
+    return space_of(module, name) != "weight"
+
+
+def space_of(module: nn.Module, name: str) -> str:
+    """Say in which space a module would compute, or computes, a tensor's deltas."""
     base = type_before(module)
     layer, chain = layer_of(base), chains_of(module).get(name)
     if name != "weight" or not layer.run or not computes_as_its_row(base):
-        return False
+        return "weight"
     if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
-        return False
+        return "weight"
     if chain is None:
-        return True
-    plan = _plan(chain, layer)
-    return plan.in_activation_space and not _is_watched(chain, plan.acting)
+        return "activation"
+    plan, original = _plan(chain, layer), originals_of(chain)[0]
+    if plan.space == "weight" or _is_watched(chain, plan.acting):
+        return "weight"
+    counted = plan.counted and type(original) in PLAIN and is_exact(original, original)
+    return "activation or weight, by cost" if counted else "activation"
+
+
+def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
+    """Say whether to compute with the sum of a weight and its deltas, in which nothing is lost.
+
+    By cost where that costs fewer multiplications, of `T` positions and a weight `[out, in]`:
+    `T (rank + PASS) (in + out) + CALLS` against `(rank + run.forming) in out` in a forward; a
+    backward has twice as many, and for the weight's gradient `T in out` more. So but for the calls
+    a sum is formed only where it is smaller than the layer's input and output together.
+    """
+    if plan.dropping and any(delta.training for delta in plan.dropping):
+        return False
+    rank, size, sides = plan.counted or (0, 0, 0)
+    if not (positions := run.positions()):
+        return False
+    if plan.space != "weight":
+        saved = positions * (max(rank, run.narrowest) + PASS) * sides + CALLS
+        saved -= (rank + run.forming) * size
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            saved -= positions * size // 3
+        if saved <= 0:
+            return False
+    return is_exact(run.x, weight)
 
 
 def _acting(
     module: nn.Module, layer: Layer, traced: bool, routing: Routing | None
-) -> tuple[Tensor, Runs] | None:
+) -> tuple[Tensor, Plan] | None:
     """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
     chains: Any = module._modules.get("parametrizations")  # gone, where a shallow copy's twin left
     if chains is None or (chain := chains._modules.get("weight")) is None:
@@ -113,14 +158,14 @@ def _acting(
             routing.plans[chain] = plan
         elif record and not traced:
             record.plan = plan
-    if not plan.acting or not plan.in_activation_space or _is_watched(chain, plan.acting):
+    if not plan.acting or _is_watched(chain, plan.acting):
         return None
     weight = chain._parameters.get("original")
     if weight is None or plan.in_front:
         weight = run_through(plan.in_front, originals_of(chain))
         if any(_misfits(delta, weight, layer) for run in plan.acting for delta in run):
             return None
-    return weight, plan.acting
+    return weight, plan
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:
@@ -137,7 +182,6 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []
-    possible = True
     for each in entries[first:]:
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
@@ -145,12 +189,20 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
         if routing is not None and routing.rows > 1:
             can_act = can_act and each.has_own("routes")
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
-            possible = False
-        elif runs and type(runs[-1][0]) is type(each):
+            return Plan(switched, entries, entries[:first], (), "weight")
+        if runs and type(runs[-1][0]) is type(each):
             runs[-1] += (each,)
         else:
             runs.append((each,))
-    return Plan(switched, entries, entries[:first], tuple(runs), possible)
+    acting = tuple(itertools.chain(*runs))
+    space = min((delta.space for delta in acting), key=SPACES.index, default="auto")
+    dropping = tuple(delta for delta in acting if delta.numbers.get("dropout"))
+    space = "auto" if dropping and space == "weight" else space  # in which nothing can be dropped
+    counted = None
+    if space != "activation" and layer.run.forming and all(delta.width for delta in acting):
+        rows, columns = layer.view(tuple(logical(originals_of(chain)[0]).shape))
+        counted = sum(delta.width for delta in acting), rows * columns, rows + columns
+    return Plan(switched, entries, entries[:first], tuple(runs), space, counted, dropping)
 
 
 def _is_on(delta: Delta, routing: Routing | None) -> bool:

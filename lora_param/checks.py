@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from .activation import acts
 from .chains import chains_of, type_before
-from .deltas.protocol import FLOATS, Delta, show_dtypes
+from .deltas.protocol import FLOATS, SPACES, Delta, show_dtypes
 from .errors import AdapterError, LoRAError, TargetError
 from .quantised import is_packed, is_quantised, is_unfit, keeps_gradients, logical
 from .sharding import is_sharded
@@ -124,7 +124,8 @@ def check_weights(weights: Sequence[Weight], adapter: str) -> None:
 def check_trainable(walk: Walk) -> None:
     """Raise for the first weight in front of which nothing could be trained."""
     for weight, tensor in walk.parameters:
-        if not is_quantised(tensor) or is_packed(tensor) or keeps_gradients(tensor):
+        known = type(tensor) is nn.Parameter or not is_quantised(tensor) or is_packed(tensor)
+        if known or keeps_gradients(tensor):
             continue
         reason = "no gradient reaches a layer's input through it, because its activations are "
         fix = "quantise weights alone, or load an adapter with trainable=False"
@@ -141,6 +142,21 @@ def check_droppable(weights: Sequence[Weight]) -> None:
             finding = f"which a {type_before(weight.module).__name__} has not"
             fix = "use dropout=0, or exclude this weight"
             raise TargetError(f"{weight.name}: {rule}, {finding}; {fix}")
+
+
+def check_space(space: str, dropout: float, kind: type[Delta], weights: Sequence[Weight]) -> None:
+    """Raise unless all of these weights can be computed in a space."""
+    if space not in SPACES:
+        raise LoRAError(f"space must be one of {[*SPACES]}, got {space!r:.60}")
+    if space == "weight" and dropout:
+        raise LoRAError(f"dropout={dropout} needs activation space; drop space or the dropout")
+    for weight in weights if space == "activation" else ():
+        if not (kind.act and acts(weight.module, weight.tensor)):
+            rule = (
+                f"a {kind.kind} delta on a {type_before(weight.module).__name__}'s {weight.tensor}"
+            )
+            fix = 'drop space="activation", or exclude this weight'
+            raise TargetError(f"{weight.name}: {rule} here is computed in weight space; {fix}")
 
 
 def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
@@ -308,7 +324,7 @@ TENSOR_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "with has_fp16_weights=False, move it to its device, and adapt it before it computes",
     ),
     (
-        lambda tensor: logical(tensor).dtype not in FLOATS,
+        lambda tensor: tensor.dtype not in FLOATS and logical(tensor).dtype not in FLOATS,
         f"its dtype must be one of {show_dtypes(*FLOATS)}, got {{2}}; convert it",
     ),
     (

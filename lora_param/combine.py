@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -30,7 +31,6 @@ from .register import install
 from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
 from .walk import walk
-from .weight import Weight
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -103,8 +103,8 @@ def combine_lora(
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
     strengths = strengths_of(found, adapters)
+    check_options(method, rank, density)
     options: dict[str, Any] = {"method": method, "rank": rank, "density": density}
-    check_options(**options)
     terms: defaultdict[str, list[tuple[Delta, float]]] = defaultdict(list)
     weights = {}
     for weight, delta in found.deltas:
@@ -113,7 +113,11 @@ def combine_lora(
             delta.check_strength(1 if delta.of_buffers else adapters[delta.adapter])
             terms[weight.name].append((delta, strengths.get(delta.adapter, 0.0)))
     check_weights([weight for weight in weights.values() if not weight.is_buffer], adapter)
-    _check_apart(list(weights.values()))
+    for weight in weights.values():
+        for other in weights.values() if weight.rows is not None else ():
+            if other.whole == weight.whole and other != weight and weight.overlaps(other.rows):
+                fix = "combine adapters of the same blocks"
+                raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
     pairs, fits = [], []
     for name, own in terms.items():
         like, view = weights[name].like, weights[name].view
@@ -138,17 +142,6 @@ def check_options(method: object, rank: Rank | None, density: float | None) -> N
         raise LoRAError(f'density {rule} with method="{method}", got {density!r}')
 
 
-def _check_apart(weights: Sequence[Weight]) -> None:
-    """Raise for blocks of a weight that have rows in common without being the same."""
-    blocks = [weight for weight in weights if weight.rows is not None]
-    for weight in blocks:
-        for other in weights:
-            same = other.whole == weight.whole and other != weight
-            if same and weight.overlaps(other.rows):
-                fix = "combine adapters of the same blocks"
-                raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
-
-
 def combined(
     name: str,
     terms: Terms,
@@ -169,26 +162,21 @@ def combined(
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
         raise AdapterError(f"{name}: adapter {odd[0].adapter!r}: {reason}")
     with torch.no_grad():
-        low_rank = all(isinstance(delta, LoRAParametrization) for delta, _ in terms)
-        if method == "sum" and low_rank:
+        if method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
             return _product_sum(name, cast("Any", terms), view, rank)
-        updates = [_update(delta, shape) for delta, _ in terms]
-        strengths = [strength for _, strength in terms]
+        updates, strengths = [_update(each, shape) for each, _ in terms], [s for _, s in terms]
         if method == "ties":
             total = ties(updates, strengths, density or 1)
         elif method == "dare":
             total = dare(updates, strengths, density or 1, generator)
         else:
-            total = cast(
-                "Tensor", sum(s * each for s, each in zip(strengths, updates, strict=True))
-            )
-        dtype = _dtype([delta for delta, _ in terms])
+            total = torch.zeros_like(updates[0])
+            for update, strength in zip(updates, strengths, strict=True):
+                total += update * strength
         if rank is not None and len(view) > 1:
-            product = factorised(total.reshape(view), rank, dtype)
-            return pair_of(product, name, first)
-        dense = DenseDelta.restore({"D": total.to(dtype)}, {})
-        dense.rows, dense.dim = first.rows, first.dim
-        return dense, Fit(name, None, 0.0)
+            return pair_of(factorised(total.reshape(view), rank), name, _dtype(terms), first)
+        dense = DenseDelta.restore({"D": total.to(_dtype(terms))}, {})
+        return _alike(first, dense), Fit(name, None, 0.0)
 
 
 def _product_sum(
@@ -196,33 +184,29 @@ def _product_sum(
 ) -> tuple[Delta, Fit]:
     first, limit = terms[0][0], min(view[-2:])
     if len(terms) == 1 and rank is None:  # keeps its factors' bits
-        strength = terms[0][1]
-        numbers = first.numbers | {"alpha": first.alpha * strength, "dropout": 0.0}
+        numbers = first.numbers | {"alpha": first.alpha * terms[0][1], "dropout": 0.0}
         tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
-        return _neutral(first, tensors, numbers), Fit(name, first.rank, 0.0)
-    dtype = _dtype([delta for delta, _ in terms])
+        return _alike(first, first.restore(tensors, numbers)), Fit(name, first.rank, 0.0)
     product = summed(
         [(d.lora_A.double(), d.lora_B.double(), d.scale * strength) for d, strength in terms]
     )
     if rank is not None or product.A.shape[-2] > limit:
         product = recompressed(product.A, product.B, limit if rank is None else rank)
-    return pair_of(Product(product.A.to(dtype), product.B.to(dtype), product.error), name, first)
+    return pair_of(product, name, _dtype(terms), first)
 
 
-def pair_of(product: Product, name: str, like: Delta | None = None) -> tuple[Delta, Fit]:
+def pair_of(
+    product: Product, name: str, dtype: torch.dtype, like: Delta | None = None
+) -> tuple[Delta, Fit]:
     """Make a pair of a product, on the same rows as another delta."""
-    A, B, error = product
-    rank = A.shape[-2]
+    A, B, rank = product.A.to(dtype), product.B.to(dtype), product.A.shape[-2]
     numbers = {"rank": rank, "alpha": float(rank), "scaling": "lora", "dropout": 0.0}
     pair = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
-    if like is not None:
-        pair.rows, pair.dim = like.rows, like.dim
-    return pair, Fit(name, rank, error)
+    return _alike(like or pair, pair), Fit(name, rank, product.error)
 
 
-def _neutral(like: Delta, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
-    """Return a delta of a kind with a strength of 1."""
-    delta = like.restore(tensors, numbers)
+def _alike(like: Delta, delta: Delta) -> Delta:
+    """Put a delta on the rows that another one has."""
     delta.rows, delta.dim = like.rows, like.dim
     return delta
 
@@ -230,7 +214,7 @@ def _neutral(like: Delta, tensors: Mapping[str, Tensor], numbers: Mapping[str, A
 def _update(delta: Delta, shape: Shape) -> Tensor:
     """Return what a delta adds to a weight of a shape at strength 1, in float64."""
     zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
-    return _neutral(delta, _tensors(delta), delta.numbers).value(zeros)
+    return _alike(delta, delta.restore(_tensors(delta), delta.numbers)).value(zeros)
 
 
 def _tensors(delta: Delta) -> dict[str, Tensor]:
@@ -239,11 +223,9 @@ def _tensors(delta: Delta) -> dict[str, Tensor]:
     }
 
 
-def _dtype(deltas: Sequence[Delta]) -> torch.dtype:
-    dtype = next(deltas[0].parameters()).dtype
-    for delta in deltas[1:]:
-        dtype = torch.promote_types(dtype, next(delta.parameters()).dtype)
-    return dtype
+def _dtype(terms: Terms) -> torch.dtype:
+    dtypes = [next(delta.parameters()).dtype for delta, _ in terms]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> list[Fit]:
@@ -304,8 +286,8 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
         product = recompressed(A, B, rank)
     found = check_rank(product.A.shape[-2], *view[-2:])
     numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
-    new = delta.made_of({"lora_A": product.A, "lora_B": product.B}, delta.numbers | numbers)
-    return new, Fit(name, found, product.error)
+    tensors = {"lora_A": product.A.to(A.dtype), "lora_B": product.B.to(A.dtype)}
+    return delta.made_of(tensors, delta.numbers | numbers), Fit(name, found, product.error)
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:

@@ -39,7 +39,7 @@ def difference(
         raise LoRAError(f"{name}: the difference isn't finite; the checkpoint is damaged")
     if view is None:
         return DenseDelta.restore({"D": change.to(dtype)}, {}), Fit(name, None, 0.0)
-    return pair_of(factorised(change.reshape(view), rank, dtype), name)
+    return pair_of(factorised(change.reshape(view), rank), name, dtype)
 
 
 def differences(

@@ -28,7 +28,7 @@ from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
 from .quantised import as_beneath
 from .routing import Routing, routing_of
-from .sharding import is_sharded, news
+from .sharding import in_its_forward, is_sharded, news
 
 Method = Callable[..., Any]
 
@@ -84,8 +84,10 @@ def _weight_property(name: str, layer: Layer) -> property:
     packs = layer.dense is not None
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
-    def compute(chain: Any) -> Any:
+    def compute(self: Any, chain: Any) -> Any:
         value = chain()
+        if "forward" in self.__dict__:
+            value = in_its_forward(self, value)
         # Of a buffer of the base's own a copy, because whoever reads it may move it.
         return value.clone() if moving and value is chain._buffers.get("original") else value
 
@@ -109,9 +111,9 @@ def _weight_property(name: str, layer: Layer) -> property:
             state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         else:
-            return compute(chain)
+            return compute(self, chain)
         if key not in store:
-            store[key] = compute(chain)
+            store[key] = compute(self, chain)
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
@@ -178,8 +180,6 @@ def _resetting_copies(base: Any) -> Method:
 
 def _registering(base: Any) -> Method:
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if is_sharded(param) and name.startswith("parametrizations."):  # by parallelize_module
-            raise LoRAError(f"{name}: an adapted layer can't be sharded; register_lora after that")
         _check_assignable(self, name)
         base.register_parameter(self, name, param)
 

@@ -92,7 +92,7 @@ class Layer:
     transposed: bool = False  # stored `(in, out)`, so that `lora_B` meets the input
     features: int = 0
     """The dimension in which rows are numbered: of output features, of a lookup that of tokens."""
-    run: Callable[[Any, Any, bool, bool], Any] | None = None
+    run: Any = None
     """`(module, x, transposed, in_place)` to the layer at work on `x`, in activation space, whose
     result may be changed in place or not; `None` where it stays in weight space."""
     suits: Callable[[Any], bool] | None = None  # whether `run` is right for one module of the type

@@ -36,7 +36,7 @@ def check_rank_or_share(rank: object) -> None:
 
 def summed(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Product:
     """Return `sum(B @ A * scale)` as one product, exactly: ranks add up."""
-    As, Bs = [A for A, _, _ in pairs], [B * scale for _, B, scale in pairs]
+    As, Bs = zip(*((A, B * scale) for A, B, scale in pairs), strict=True)
     return Product(torch.cat(As, -2), torch.cat(Bs, -1))
 
 
@@ -51,10 +51,10 @@ def recompressed(A: Tensor, B: Tensor, rank: Rank) -> Product:
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return _truncated(Q_B @ U, S, Vh @ Q_A.mT, 0.0, rank, A.dtype)
+    return _truncated(Q_B @ U, S, Vh @ Q_A.mT, 0.0, rank)
 
 
-def factorised(matrix: Tensor, rank: Rank, dtype: torch.dtype) -> Product:
+def factorised(matrix: Tensor, rank: Rank) -> Product:
     """Return the product nearest to a matrix of a rank; of a large one by its range, within 1 %.
 
     Its error is the true one in either case, because what is left out is orthogonal to the rest.
@@ -70,10 +70,10 @@ def factorised(matrix: Tensor, rank: Rank, dtype: torch.dtype) -> Product:
         U, S, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
         held = S.double().square().sum().item()
         if isinstance(rank, int) or held >= rank * total:
-            return _truncated(Q @ U, S, Vh, max(0.0, total - held), rank, dtype)
+            return _truncated(Q @ U, S, Vh, max(0.0, total - held), rank)
         count *= 2
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return _truncated(U, S, Vh, 0.0, rank, dtype)
+    return _truncated(U, S, Vh, 0.0, rank)
 
 
 def _range(matrix: Tensor, count: int) -> Tensor:
@@ -87,9 +87,7 @@ def _range(matrix: Tensor, count: int) -> Tensor:
     return Q
 
 
-def _truncated(
-    U: Tensor, S: Tensor, Vh: Tensor, rest: float, rank: Rank, dtype: torch.dtype
-) -> Product:
+def _truncated(U: Tensor, S: Tensor, Vh: Tensor, rest: float, rank: Rank) -> Product:
     """Keep the largest of singular values, in front of those whose squares add up to `rest`."""
     squares = S.double().square()
     squares = squares.flatten(0, -2).sum(0) if squares.ndim > 1 else squares
@@ -99,7 +97,7 @@ def _truncated(
     root = S[..., :rank].sqrt()
     A, B = root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
     missed = math.sqrt((squares[rank:].sum().item() + rest) / (total or 1.0))
-    return Product(A.to(dtype).contiguous(), B.to(dtype).contiguous(), missed)
+    return Product(A.contiguous(), B.contiguous(), missed)
 
 
 def ties(updates: Sequence[Tensor], strengths: Sequence[float], density: float) -> Tensor:

@@ -8,6 +8,7 @@ vmap and differentiates twice; a custom autograd function gained 0 to 3 %.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class _Run:
     lead: Sequence[int] | None = None  # the output's dimensions in front, where `x` has one instead
     routing: Any = None  # of a batch whose rows differ, which are in dimension `rows_in`
     rows_in = 0
+    narrowest = 1  # the rank beneath which an inner product gets no cheaper
+    forming = 0  # how many multiplications one entry of a sum costs, where forming it can pay
 
     def whole(self, A: Tensor, B: Tensor, rows: Rows | None, dim: int) -> tuple[Tensor, Tensor]:
         """Return a block's factors as those of the whole weight, with zeros for its other rows."""
@@ -78,6 +81,10 @@ class _Run:
         """Return each row's only pair and its scale, where gathering these costs less."""
         return None
 
+    def positions(self) -> int:
+        """Return how often the weight's matrix meets a vector of the input; 0 for no sum of it."""
+        raise NotImplementedError
+
     def result(self, y: Tensor) -> Tensor:
         """Return `y` in the shape of the module's output."""
         return y if self.lead is None else shaped(y, (*self.lead, y.shape[-1]))
@@ -86,12 +93,19 @@ class _Run:
 class LinearRun(_Run):
     """`Linear`, from `[..., in]` to `[..., out]`; also with its weight stored `(in, out)`."""
 
+    forming = 24
+
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
         self.transposed, self.in_place = transposed, in_place
-        self.bias, self.x = module.bias, x
+        self.x, own = x, module._parameters
+        self.bias = own["bias"] if "bias" in own else module.bias  # noqa: SIM401, which reads both
         # As torch does it, which otherwise wouldn't give a fresh delta's output the base's bits.
         if x.dim() > 2 and x.is_contiguous():
             self.lead, self.x = x.shape[:-1], x.flatten(0, -2)  # [tokens, in]
+
+    def positions(self) -> int:
+        """Return the number of tokens, as far as torch computes alike for any weight."""
+        return self.x.shape[0] if self.x.dim() == 2 else 0
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[tokens, out]`."""
@@ -104,7 +118,7 @@ class LinearRun(_Run):
 
     def down(self, x: Tensor, inner: Tensor) -> Tensor:
         """Return `[tokens, rank]`."""
-        return F.linear(x, inner.to(x.dtype))
+        return F.linear(x, inner if inner.dtype == x.dtype else inner.to(x.dtype))
 
     def chosen(self, pairs: Sequence[Any], As: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return each row's only pair and its scale, where gathering these costs less.
@@ -167,6 +181,9 @@ class OwnRun(LinearRun):
 class ConvolutionRun(_Run):
     """An ungrouped `Conv1d/2d/3d`: `rank` channels by the same convolution, then a product."""
 
+    narrowest = 16
+    forming = 128
+
     def __init__(self, module: Any, x: Tensor, transposed: bool, in_place: bool) -> None:
         self.transposed, self.in_place = transposed, in_place
         self.module, self.padding, self.bias = module, module.padding, module.bias
@@ -174,6 +191,11 @@ class ConvolutionRun(_Run):
             x = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode)
             self.padding = 0
         self.x = x  # [batch, in, *sizes], or without a batch
+
+    def positions(self) -> int:
+        """Return about how many pixels the output has."""
+        per_pixel: int = self.module.in_channels * math.prod(self.module.stride)
+        return self.x.numel() // per_pixel
 
     def base(self, weight: Tensor) -> Tensor:
         """Return `[batch, out, *sizes]`."""
@@ -277,6 +299,20 @@ class EmbeddingRun(_Run):
         return plus(y, low.to(y.dtype), outer, scale, self.in_place)
 
 
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch 2.9 on
+
+
+def is_exact(x: Tensor, weight: Tensor) -> bool:
+    """Say whether a product rounds a weight no further, which would lose a small update in it."""
+    if not weight.is_cpu or x.dtype != weight.dtype or autocasts(x):
+        return False
+    if weight.dtype != torch.float32:
+        return weight.dtype == torch.float64
+    if _precision is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return {_precision("mkldnn", kind) for kind in ("matmul", "conv")} <= {"none", "ieee"}
+
+
 def repeated(table: Tensor, size: int) -> Tensor:
     """Repeat each row of a table as often as a batch does."""
     return table if size == len(table) else table.repeat_interleave(size // len(table), 0)
@@ -289,7 +325,8 @@ def autocasts(tensor: Tensor) -> bool:
 
 def plus(y: Tensor, low: Tensor, up: Tensor, scale: float, in_place: bool) -> Tensor:
     """Add `low @ up * scale` over the last dimension, in one pass over `y`."""
-    up = up.to(y.dtype)
+    if up.dtype != y.dtype:  # asking costs less than converting to the same
+        up = up.to(y.dtype)
     if y.dim() != 2:
         rows, low = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
         return shaped(torch.addmm(rows, low, up, alpha=scale), y.shape)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from .chains import chains_of, reading
@@ -20,7 +20,9 @@ from .chains import chains_of, reading
 
 def is_quantised(tensor: Tensor) -> bool:
     """Say whether a tensor is of a class that dequantises in a way of its own, as torchao's."""
-    return type(tensor).dequantize is not Tensor.dequantize or is_packed(tensor)
+    if tensor.is_floating_point():
+        return type(tensor).dequantize is not Tensor.dequantize
+    return is_packed(tensor)
 
 
 def is_packed(tensor: object) -> bool:
@@ -36,6 +38,8 @@ def is_unfit(tensor: Any) -> bool:
 
     On some CPUs `Linear4bit` packs anew at inference, by a kernel that has no gradient.
     """
+    if type(tensor) is nn.Parameter and tensor.is_floating_point():
+        return False
     state = getattr(tensor, "quant_state", None)
     ready = state is not None or tensor.dtype is torch.int8
     return is_packed(tensor) and (not ready or getattr(state, "packing_format_for_cpu", False))

@@ -19,7 +19,7 @@ from .deltas.protocol import check_adapter
 from .errors import LoRAError
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
-from .quantised import dense
+from .quantised import dense, is_packed
 from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .walk import Walk, walk
@@ -46,6 +46,7 @@ def register_lora(
     init: Init = "kaiming",
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
+    space: str = "auto",
 ) -> list[str]:
     """Adapt a model in place: each chosen weight reads `W + (B @ A).view_as(W) * alpha / rank`.
 
@@ -91,6 +92,8 @@ def register_lora(
         generator: Source of the draws, made in model order; the global one if `None`.
         dtype: The factors' dtype; `None` means each weight's own. Weight space computes in the
             wider dtype and rounds once; activation space casts factors to the input's dtype.
+        space: Where a layer computes that can do both: `"activation"`, `"weight"`, or with
+            `"auto"`, for each input, whichever takes fewer multiplications. It isn't saved.
 
     Returns:
         The adapted parameters' names in model order, such as `["linear1.weight"]`.
@@ -132,6 +135,7 @@ def register_lora(
     divisor = SCALINGS[check_scaling(scaling)]
     if check_dropout(dropout):
         checks.check_droppable(weights)
+    checks.check_space(space, dropout, cls, weights)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
     deltas: dict[str, Delta] = {}
@@ -141,7 +145,8 @@ def register_lora(
         own = {name: own[name] for name in cls.options}
         beneath = weight.like
         if cls.of_values or given["init"] not in [*DRAWS]:
-            beneath = dense(weight.value if cls.of_values else weight.beneath)
+            values = weight.original if is_packed(weight.original) else beneath
+            beneath = dense(weight.value if cls.of_values else values)
         try:
             if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
                 own["rank"] = min(view[-2:])
@@ -149,6 +154,7 @@ def register_lora(
             deltas[weight.name] = cls.make(beneath, view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
+        deltas[weight.name].space = space
     for weight in whole:
         deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
     if whole:

@@ -41,19 +41,18 @@ def lora_routed(
     """Let each row of the batch have adapters of its own in a block, in inference and training.
 
     A row gives what `select_lora` of its setting gives it alone, within rounding, whatever is
-    selected outside of the block; the gradient of a row reaches its adapters only, and adapters
-    that occur on no row get none. Which are trained stays as it is, and adapters that are new act
-    on no row. The block is of one thread or task; blocks nest, those of `lora_selected` and
-    `lora_disabled` among them: the innermost one that knows a layer decides.
+    selected outside of the block; its gradient reaches its adapters only, and those on no row get
+    none. The block is of one thread or task; blocks nest, those of `lora_selected` and
+    `lora_disabled` too: the innermost one that knows a layer decides. Call `backward` in the block
+    where activations are checkpointed.
 
     In activation space the factors of the adapters that occur are one product, weighed by row, or
     are gathered row by row where that is quicker. Elsewhere, in attention, recurrent layers,
     grouped convolutions and for dense deltas, the module runs once for each group of rows alike.
 
-    A layer whose input has a multiple of the rows takes each row's setting for as many neighbours:
-    windows, beams, tokens laid out one after the other. What mixes rows otherwise, such as the
-    dispatch to experts, isn't known. Call `backward` in the block too where activations are
-    checkpointed.
+    A layer has the rows where its input has exactly as many. Multiples (windows, frames, tokens
+    laid out) are neighbours of one row each in a layer behind one with the rows. What else there
+    may be is refused until `dims` says it: beams, positions, learned queries, dispatched tokens.
 
     Args:
         model: An adapted model.
@@ -61,15 +60,16 @@ def lora_routed(
             the base; or a tensor of strengths `[rows, len(names)]`, which may require gradients.
         names: The adapters of a tensor's columns. With settings: adapters that take part whether
             they occur or not, so that compiled code stays the same when the rows change.
-        dim: The dimension of inputs that has the rows. By default it is the first one; where
-            another one has their number too, a call raises. Modules with a flag `batch_first`, and
-            those below them, say it themselves.
-        dims: The same by pattern, of modules' paths or types of weights as for `register_lora`.
+        dim: The dimension of all inputs that has the rows, or neighbours of one row each. By
+            default the first, unless another one has their number too. Modules with a flag
+            `batch_first`, and those below them, say it themselves.
+        dims: The same by pattern, as for `register_lora`. `None` for inputs without rows: the layer
+            then gives an output for each row, with the rows in front or in place of a batch of one.
 
     Raises:
         AdapterError: There is no such adapter.
-        LoRAError: A strength is no finite number; a batch norm is in training; in a call, the rows
-            can't be found in a layer's input.
+        LoRAError: A strength is no finite number; a batch norm is in training; in a call, where a
+            layer's input has the rows would be a guess.
 
     Example:
         >>> import torch
@@ -86,8 +86,7 @@ def lora_routed(
     weights, chosen = _weights(adapters, names)
     for name in chosen:
         deltas_called(found, name)
-    _check_kinds(found, weights, chosen)
-    _check_statistics(found, weights, chosen)
+    _check_rows(found, weights, chosen)
     columns: dict[nn.Module, int] = {}
     for weight, delta in found.deltas:
         column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
@@ -111,8 +110,7 @@ def _weights(
     if isinstance(names, str) or (names is not None and len({*names}) < len(names)):
         raise AdapterError(f"names must be different adapters' names, got {names!r:.60}")
     if isinstance(adapters, Tensor):
-        count = None if names is None else len(names)
-        if adapters.ndim != 2 or adapters.shape[1] != count or not len(adapters):
+        if adapters.shape[1:] != (len(names or ()),) or not adapters.numel():
             rule = "a tensor of strengths must be [rows, len(names)]"
             raise LoRAError(f"{rule}, got {tuple(adapters.shape)} and names={names!r:.60}")
         if not adapters.is_floating_point() or not adapters.isfinite().all():
@@ -123,10 +121,8 @@ def _weights(
         raise LoRAError(f"{rule}, got {adapters!r:.60}; for all alike, use lora_selected")
     settings = [_setting(each) for each in adapters]
     chosen = list(dict.fromkeys([*(names or ()), *(name for own in settings for name in own)]))
-    if names is not None and (unknown := chosen[len(names) :]):
-        raise AdapterError(
-            f"names has not {unknown[0]!r}, which is on a row; add it, or drop names"
-        )
+    if names is not None and (new := chosen[len(names) :]):
+        raise AdapterError(f"names has not {new[0]!r}, which is on a row; add it, or drop names")
     rows = [[float(own.get(name, 0.0)) for name in chosen] for own in settings]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), -1), chosen
 
@@ -140,29 +136,26 @@ def _setting(entry: object) -> dict[str, float]:
     return {name: strength for name, strength in entry.items() if strength != 0}
 
 
-def _check_kinds(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
-    """Raise for strengths that a kind can't have, and for batch norms that would mix rows."""
-    strengths = {0.0, 1.0, *weights.detach().flatten().tolist()}
+def _check_rows(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
+    """Raise for strengths or statistics that a row can't have, and for what would mix rows."""
+    columns = dict(zip(chosen, weights.detach().t().tolist(), strict=True))
+    different = {name: {strength or 1.0 for strength in own} for name, own in columns.items()}
+    movers = dict[tuple[str, int], str]()
     for weight, delta in walk.deltas:
-        for strength in strengths if delta.adapter in chosen and not delta.of_buffers else ():
+        name = delta.adapter
+        for strength in () if delta.of_buffers else different.get(name, ()):
             try:
-                delta.check_strength(strength or 1)
+                delta.check_strength(strength)
             except LoRAError as error:
                 raise LoRAError(f"{weight.name}: {error}") from None
+        for row, strength in enumerate(columns.get(name, ())) if delta.of_buffers else ():
+            if strength and (other := movers.setdefault((weight.name, row), name)) != name:
+                reason = "have statistics of their own here, of which a row can have one's"
+                raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
     for path, module in walk.modules:
         if isinstance(module, _BatchNorm) and module.training:
             reason = "a batch norm in training mixes the rows of a batch"
             raise LoRAError(f"{path}: {reason}; put it into eval mode, or train one at a time")
-
-
-def _check_statistics(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
-    """Raise for a row with two adapters that have statistics for one buffer."""
-    for weight in walk.moving:
-        own = [chosen.index(d.adapter) for d in weight.deltas if d.adapter in chosen]
-        if own and int((weights.detach()[:, own] != 0).sum(1).max()) > 1:
-            names = " and ".join(repr(chosen[column]) for column in own[:2])
-            reason = "have statistics of their own here, of which a row can have one's"
-            raise AdapterError(f"{weight.name}: adapters {names} {reason}")
 
 
 def _places(

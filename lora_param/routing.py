@@ -150,7 +150,8 @@ def unrouted(deltas: Sequence[Any], adapter: str | None = None) -> Iterator[None
             weights = routing.weights[:0]
             if adapter is not None:
                 weights = routing.weights.clone()
-                weights[:, [routing.columns[d] for d in deltas if routing.columns[d] >= 0]] = 0
+                own = {routing.columns.get(delta, -1) for delta in deltas} - {-1}
+                weights[:, [*own]] = 0
             block.enter_context(routed_here(routing.of(weights)))
         yield
 

@@ -41,9 +41,8 @@ class Rows:
             said = ":".join(map(str, ends))
         if isinstance(said, str):
             return _written(said, features)
-        return _checked(
-            getattr(said, "__qualname__", repr(said)), _called(said, features), features
-        )
+        shown = getattr(said, "__qualname__", repr(said))
+        return _checked(shown, _called(said, features), features)
 
     @classmethod
     def read(cls, text: str) -> Rows:
@@ -55,7 +54,8 @@ class Rows:
 
     def __str__(self) -> str:
         """Return the text that `of` takes."""
-        return ",".join(map(_text, self.parts))
+        texts = [f"{a}:{b}" + f":{n}" * (n > 1) + f"+{w}" * (w > 1) for a, b, n, w in self.parts]
+        return ",".join(texts)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the rows' numbers, rising."""
@@ -81,8 +81,7 @@ class Rows:
 
     def spread(self, block: Tensor, dim: int, features: int) -> Tensor:
         """Return the block among zeros for all other rows."""
-        shape = list(block.shape)
-        shape[dim] = features
+        shape = *block.shape[:dim], features, *block.shape[dim + 1 :]
         return self.put(block.new_zeros(shape), block, dim)
 
     @property
@@ -163,9 +162,3 @@ def _parts(indices: Sequence[int], features: int) -> Iterator[tuple[int, int, in
         yield firsts[0], min(firsts[0] + len(firsts) * step, features), step, width
     else:
         yield from ((first, stop, 1, 1) for first, stop in zip(firsts, stops, strict=True))
-
-
-def _text(part: tuple[int, int, int, int]) -> str:
-    start, stop, step, width = part
-    text = f"{start}:{stop}" + (f":{step}" if step > 1 else "")
-    return text + (f"+{width}" if width > 1 else "")

@@ -17,6 +17,8 @@ from .walk import Walk, walk
 Selection = str | Iterable[str] | Mapping[str, float] | None
 """One adapter's name, several, names with strengths, or `None` for none."""
 
+Switches = list[tuple[Delta, Switch]]
+
 
 def select_lora(
     model: nn.Module, adapters: Selection, *, trainable: str | Iterable[str] | None = None
@@ -27,8 +29,7 @@ def select_lora(
     beside its scale, which stays as it is; state dicts, our own files and `lora_summary` know both.
     A batch norm's statistics are those of the one adapter that has some, at any strength. Factors
     that aren't trained get `requires_grad=False` and lose their gradients; their flags come back
-    when the adapter is selected again, so that what was frozen by hand stays frozen. An adapter
-    that is registered later acts beside them, until the next call.
+    when the adapter is selected again. An adapter that is registered later acts beside these.
 
     Args:
         model: An adapted model.
@@ -51,10 +52,7 @@ def select_lora(
         >>> [name for name, factor in model.named_parameters() if factor.requires_grad]
         ['parametrizations.weight.1.lora_A', 'parametrizations.weight.1.lora_B']
     """
-    switches = _switches(walk(model, "select_lora"), adapters, trainable)
-    with all_or_nothing() as undo:
-        for delta, switch in switches:
-            _put(delta, switch, undo)
+    _switch(_switches(walk(model, "select_lora"), adapters, trainable))
 
 
 @contextmanager
@@ -65,11 +63,7 @@ def lora_selected(
 
     Blocks may overlap, in threads or generators: the one that was entered last decides, for all
     threads, among which those that route batches have chosen for themselves. Flags come back with
-    the block's end, and gradients of what wasn't trained in it.
-
-    Raises:
-        AdapterError: There is no such adapter, or two have statistics for one buffer.
-        LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
+    the block's end, and gradients of what wasn't trained in it. Raises what `select_lora` does.
 
     Example:
         >>> import torch
@@ -79,16 +73,12 @@ def lora_selected(
         >>> with lora_selected(model, {"default": 0.5}):
         ...     output = model(torch.ones(1, 3))
     """
-    switches = _switches(walk(model, "lora_selected"), adapters, trainable)
-    with ExitStack() as block:
-        for delta, switch in switches:
-            block.enter_context(delta.switched_for_now(switch))
-        block.enter_context(unrouted([delta for delta, _ in switches]))
+    with _switched(_switches(walk(model, "lora_selected"), adapters, trainable)):
         yield
 
 
 def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Switch adapters on: the one of that name, or all. Each has the strength that it had.
+    """Switch the adapter of that name on, or all. Each has the strength that it had.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -101,9 +91,7 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> disable_lora(model)
         >>> enable_lora(model)
     """
-    with all_or_nothing() as undo:
-        for _, delta in deltas_called(walk(model, "enable_lora"), adapter):
-            _put(delta, delta.switch._replace(on=True), undo)
+    _switch(_turned(model, "enable_lora", adapter, on=True))
 
 
 def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -121,9 +109,7 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> model.weight is model.parametrizations.weight.original
         True
     """
-    with all_or_nothing() as undo:
-        for _, delta in deltas_called(walk(model, "disable_lora"), adapter):
-            _put(delta, delta.switch._replace(on=False), undo)
+    _switch(_turned(model, "disable_lora", adapter, on=False))
 
 
 @contextmanager
@@ -144,11 +130,7 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         >>> with lora_disabled(model):
         ...     base_output = model(torch.ones(1, 3))
     """
-    deltas = [delta for _, delta in deltas_called(walk(model, "lora_disabled"), adapter)]
-    with ExitStack() as block:
-        for delta in deltas:
-            block.enter_context(delta.switched_for_now(delta.switch._replace(on=False)))
-        block.enter_context(unrouted(deltas, adapter))
+    with _switched(_turned(model, "lora_disabled", adapter, on=False), adapter):
         yield
 
 
@@ -159,9 +141,8 @@ def strengths_of(walk: Walk, adapters: Selection) -> dict[str, float]:
     if not isinstance(adapters, (Iterable, type(None))):
         rule = "adapters must be a name, names, a mapping from name to strength, or None"
         raise AdapterError(f"{rule}, got {adapters!r:.60}")
-    listed = [] if adapters is None else list(adapters)
-    names: list[str | None] = [*listed] or [None]
-    for name in names:
+    listed = list(adapters or ())
+    for name in (None, *listed):
         deltas_called(walk, name)
     if len({*listed}) < len(listed):
         raise AdapterError(f"each adapter can be named once, got {listed}")
@@ -169,21 +150,18 @@ def strengths_of(walk: Walk, adapters: Selection) -> dict[str, float]:
     return {name: strength for name, strength in strengths.items() if strength != 0}
 
 
-def _switches(
-    walk: Walk, adapters: Selection, trainable: str | Iterable[str] | None
-) -> list[tuple[Delta, Switch]]:
+def _switches(walk: Walk, adapters: Selection, trainable: str | Iterable[str] | None) -> Switches:
     """Pair every delta of a model with what a selection makes of it, or raise."""
     strengths = strengths_of(walk, adapters)
     trained = strengths if trainable is None else strengths_of(walk, trainable)
     for name in trained if trainable is not None else ():
-        own = [delta for _, delta in deltas_called(walk, name)]
-        if not any(delta.trains for delta in own):
+        if not any(delta.trains for _, delta in deltas_called(walk, name)):
             fix = "set requires_grad on lora_parameters(model, it) first"
             raise AdapterError(f"adapter {name!r} can't be trained: all of it was frozen; {fix}")
-    switches, movers = [], dict[str, str]()
+    switches, movers = Switches(), dict[str, str]()
     for weight, delta in walk.deltas:
-        strength = strengths.get(delta.adapter, 0.0)
-        on, name = bool(strength), delta.adapter
+        name, on = delta.adapter, delta.adapter in strengths
+        strength = strengths.get(name, delta.strength)
         if on and delta.of_buffers:
             if movers.setdefault(weight.name, name) != name:
                 pair = f"adapters {movers[weight.name]!r} and {name!r}"
@@ -191,16 +169,31 @@ def _switches(
                 raise AdapterError(f"{weight.name}: {pair} {reason}; select one of them")
             strength = 1.0
         try:
-            delta.check_strength(strength if on else 1)
+            delta.check_strength(strength)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: adapter {name!r}: {error}") from None
-        strength = float(strength if on else delta.strength)
-        switches.append((delta, Switch(on, strength, name in trained)))
+        switches.append((delta, Switch(on, float(strength), name in trained)))
     return switches
 
 
-def _put(delta: Delta, switch: Switch, undo: ExitStack) -> None:
-    undo.callback(setattr, delta, "switch", delta.switch)
-    for parameter in delta.parameters():
-        undo.callback(setattr, parameter, "grad", parameter.grad)
-    delta.switch = switch
+def _turned(model: nn.Module, call: str, adapter: str | None, on: bool) -> Switches:
+    deltas = [delta for _, delta in deltas_called(walk(model, call), adapter)]
+    return [(delta, delta.switch._replace(on=on)) for delta in deltas]
+
+
+def _switch(switches: Switches) -> None:
+    with all_or_nothing() as undo:
+        for delta, switch in switches:
+            undo.callback(setattr, delta, "switch", delta.switch)
+            for parameter in delta.parameters():
+                undo.callback(setattr, parameter, "grad", parameter.grad)
+            delta.switch = switch
+
+
+@contextmanager
+def _switched(switches: Switches, adapter: str | None = None) -> Iterator[None]:
+    with ExitStack() as block:
+        for delta, switch in switches:
+            block.enter_context(delta.switched_for_now(switch))
+        block.enter_context(unrouted([delta for delta, _ in switches], adapter))
+        yield

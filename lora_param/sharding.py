@@ -35,6 +35,25 @@ def own_piece(tensor: Any) -> Tensor:
     return cast("Tensor", tensor.to_local() if is_sharded(tensor) else tensor)
 
 
+def in_its_forward(module: nn.Module, value: Any) -> Tensor:
+    """Return a weight as a forward of transformers' takes it: without gradients, its own piece.
+
+    Anybody else who reads it gets the whole.
+    """
+    maker = getattr(module.__dict__["forward"], "__module__", "")
+    reader = sys._getframe(3).f_code
+    if (
+        torch.is_grad_enabled()
+        or maker != "transformers.distributed.tensor_parallel"
+        or reader is not nn.Linear.forward.__code__
+        or not is_sharded(value)
+    ):
+        return cast("Tensor", value)
+    # Outputs are summed over the ranks where a bias is whole on each.
+    summed = value.ndim == 1 and all(each.is_replicate() for each in value.placements)
+    return own_piece(value) / (value.device_mesh.size() if summed else 1)
+
+
 def spread(value: Tensor, like: Any) -> Tensor:
     """Lay out a whole tensor, the first rank's, as another is; one laid out already stays so."""
     if not is_sharded(like):

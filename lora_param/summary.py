@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .activation import acts
+from .activation import space_of
 from .checks import deltas_called
 from .deltas import Delta
 from .walk import walk
@@ -41,7 +41,8 @@ class AdapterSummary:
 class WeightSummary:
     """One adapted weight, by its name in the plain model, with its adapters in their order.
 
-    Its space is `"activation"` where its layer never forms the adapted weight, or `"weight"`.
+    Its space is `"activation"` where its layer never forms the adapted weight, `"weight"` where it
+    always does, or `"activation or weight, by cost"` of each input.
     """
 
     name: str
@@ -116,33 +117,33 @@ def lora_summary(model: nn.Module) -> LoRASummary:
     Example:
         >>> import torch
         >>> from lora_param import register_lora
-        >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Linear(10, 4))
+        >>> model = torch.nn.Linear(20, 10)
         >>> _ = register_lora(model, rank=2)
         >>> print(lora_summary(model))
-        weight    shape  space       adapter  kind  rank  alpha  state  parameters
-        --------------------------------------------------------------------------
-        0.weight  10x20  activation  default  lora     2      2  on             60
-        1.weight  4x10   activation  default  lora     2      2  on             28
-        --------------------------------------------------------------------------
-        base 254 + LoRA 88 = 342 parameters; LoRA is 34.646 % of the base; 88 trainable
+        weight  shape  space                          adapter  kind  rank  alpha  state  parameters
+        -------------------------------------------------------------------------------------------
+        weight  10x20  activation or weight, by cost  default  lora     2      2  on             60
+        -------------------------------------------------------------------------------------------
+        base 210 + LoRA 60 = 270 parameters; LoRA is 28.571 % of the base; 60 trainable
         >>> lora_summary(model).lora_parameters
-        88
+        60
     """
     found = walk(model, "lora_summary")
     pairs = deltas_called(found, None)
     deltas: defaultdict[str, list[Delta]] = defaultdict(list)
     for weight, delta in pairs:
         deltas[weight.name].append(delta)
+    adapted = {weight.name: weight for weight, _ in pairs}.values()
     weights, statistics = (
-        {w.name: _summarised(w, deltas[w.name]) for w, _ in pairs if w.is_buffer == buffers}
+        tuple(_summarised(w, deltas[w.name]) for w in adapted if w.is_buffer == buffers)
         for buffers in (False, True)
     )
     base = {id(tensor): tensor.numel() for _, tensor in found.parameters}
     return LoRASummary(
-        tuple(weights.values()),
-        tuple(statistics.values()),
+        weights,
+        statistics,
         sum(base.values()),
-        sum(adapter.parameters for weight in weights.values() for adapter in weight.adapters),
+        sum(adapter.parameters for weight in weights for adapter in weight.adapters),
         sum(each.numel() for each in model.parameters() if each.requires_grad),
     )
 
@@ -154,5 +155,5 @@ def _summarised(weight: Weight, deltas: list[Delta]) -> WeightSummary:
         rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
         state = size, delta.enabled, delta.kind, delta.strength
         adapters.append(AdapterSummary(delta.adapter, rank, alpha, scaling, *state))
-    space = "activation" if acts(weight.module, weight.tensor) else "weight"
+    space = space_of(weight.module, weight.tensor)
     return WeightSummary(weight.name, tuple(weight.like.shape), space, tuple(adapters))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
 from .deltas.protocol import Delta, Shape
 from .errors import TargetError
-from .install import parametrized_class, properties_of
+from .install import METHODS, parametrized_class, properties_of
 from .layers import Layer, layer_of
 from .quantised import dense, in_reach, is_packed, logical
 from .routing import left_out
@@ -92,7 +93,7 @@ class Weight:
             tensor: Tensor | None = table[name]
         else:
             tensor = getattr(chains_of(module).get(name), "original", None)
-        if is_packed(tensor):
+        if tensor is not None and not tensor.is_floating_point():
             in_reach(tensor, module)
         return tensor if tensor is None or self.rows is None else self._rows_of(tensor)
 
@@ -122,14 +123,10 @@ class Weight:
     @property
     def like(self) -> Tensor:
         """A tensor of its shape, dtype and device; free where deltas are alone."""
-        return logical(self.beneath)
-
-    @property
-    def beneath(self) -> Tensor:
-        """The tensor beneath its deltas, or what others' parametrizations make of it."""
         plain = self.tensor in self.module._parameters
         alone = plain or all(isinstance(entry, Delta) for entry in self.chain)
-        return self.original if alone else self.value  # type: ignore[return-value]
+        tensor: Any = self.original if alone else self.value
+        return tensor if tensor is None or tensor.is_floating_point() else logical(tensor)
 
     @property
     def shape(self) -> Shape | None:
@@ -210,6 +207,34 @@ class Weight:
         undo.callback(object.__setattr__, module, "__class__", type(module))
         keep_entries(undo, *places)
 
+
+def _shown_plain(base: Any) -> Any:
+    def named_modules(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and sys._getframe(1).f_code.co_name == "distribute_module":
+            return _laid_out_anew(self)  # because torch's layouts are of plain layers
+        return base.named_modules(self, *args, **kwargs)
+
+    return named_modules
+
+
+def _laid_out_anew(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module without its deltas, which then get the layout that their weights have got."""
+    weights = [Weight("", module, name) for name in chains_of(module)]
+    pairs = [(weight, delta) for weight in weights for delta in weight.deltas]
+    with ExitStack() as undo:
+        for weight, delta in pairs:
+            weight.detach(delta, undo)
+        undo.pop_all()
+        try:
+            yield "", module
+        finally:
+            for weight, delta in pairs:
+                replace(weight, rows=delta.rows).attach(delta, undo)
+            undo.pop_all()
+
+
+METHODS["named_modules"] = _shown_plain
 
 _TEMPLATE = ParametrizationList([nn.Identity()], nn.Parameter(torch.empty(0)), unsafe=True)
 

@@ -66,6 +66,10 @@ def split(model: nn.Module, mesh: Any = None, adapted: bool = True) -> nn.Module
     return model
 
 
+def split_adapted(model: nn.Module) -> nn.Module:
+    return split(model, adapted=False)
+
+
 def crossed(shape: tuple[int, int]) -> Callable[[nn.Module], nn.Module]:
     def cross(model: nn.Module) -> nn.Module:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
@@ -80,6 +84,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FSDP2 offloaded": offloaded,
     "FSDP2 mixed": mixed,
     "tensor parallel": split,
+    "adapted, then tensor parallel": split_adapted,
     "FSDP2 over tensor parallel": crossed((1, 2)),
     "FSDP2 and tensor parallel": crossed((2, 1)),
 }

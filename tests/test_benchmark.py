@@ -5,70 +5,192 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import lora_param as lp
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import adapters as many
-from experiments.benchmark.cells import WAYS, Cell, cells, linears
-from experiments.benchmark.measuring import kept, measure, trainer
-from experiments.benchmark.report import draw, show, summary
-from experiments.benchmark.verbs import llama_70b
+from experiments.benchmark import decoder as decoding
+from experiments.benchmark import scale as scaling
+from experiments.benchmark.cells import Cell, blocks, cells, linears
+from experiments.benchmark.measuring import Effort, kept, measure, trainer
+from experiments.benchmark.picture import draw
+from experiments.benchmark.report import compare, read, show, summary, table
+from experiments.benchmark.ways import OTHERS, WAYS, prepared
 
+CPU, SHORT = torch.device("cpu"), Effort(turn=0.0, budget=0.0, least=2)
 TINY = Cell("tiny", lambda: linears(8), (4, 8), 2, ("0", "2", "4", "6"))
+ENVIRONMENT = {"device_name": "", "device": "cpu", "threads": 1, "torch": "x", "clock": "wall"}
+SAME = ("lora_param", "parametrize", "peft", "loralib")
+peers = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("peft", "loralib")),
+    reason="needs peft and loralib",
+)
+
+
+def report(*found: dict, **parts: Any) -> dict:
+    return {"environment": ENVIRONMENT, "cells": [*found], "scale": [], "decoder": []} | parts
+
+
+def cell(name: str, **ways: float) -> dict:
+    """A cell's figures, where the floor takes one second and each way so many."""
+    ways |= {"floor": 1.0}
+    figures = {
+        way: {"seconds": [took] * 3, "ratio": [took] * 3, "ours": [ways["lora_param"] / took] * 3}
+        for way, took in sorted(ways.items())  # the floor is first
+    }
+    return {"cell": name, "mode": "float32", "training": figures, "inference": figures} | {
+        "mebibytes": dict.fromkeys(ways, 2.0),
+        "idle": [],
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # peft's and transformers' own
-@pytest.mark.parametrize("cell", [c for c in cells() if c.quick], ids=lambda cell: cell.name)
-@pytest.mark.parametrize("way", list(WAYS)[1:])
-def test_every_way_starts_from_the_floors_output_and_trains(cell: Cell, way: str) -> None:
+@pytest.mark.parametrize(
+    "cell", [c for c in cells() if c.quick and not c.routed], ids=lambda cell: cell.name
+)
+def test_every_way_starts_from_the_floors_output_and_trains(cell: Cell) -> None:
     torch.manual_seed(0)
-    plain = cell.make()
-    try:
-        model = WAYS[way](copy.deepcopy(plain), cell)
-    except NotImplementedError:
-        assert cell.kind == "dora" or (way, cell.name) == ("loralib", "transformer, 4 x 64")
-        return
-    x = torch.randn(cell.shape, requires_grad=True)
-    if way != "loralib":  # it draws new originals, and the benchmark reads only the clock
-        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
-    before = [each.detach().clone() for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
-    trainer(model, x, optimizer)()
-    after = [each for each in model.parameters() if each.requires_grad]
-    assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    plain, x = cell.make(), torch.randn(cell.shape, requires_grad=True)
+    for way in list(WAYS)[1:]:
+        try:
+            model = WAYS[way](copy.deepcopy(plain), cell)
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+        except NotImplementedError:
+            assert way in OTHERS
+            assert "Linear" not in cell.name.split(":")[0]  # plain linear layers, everybody has
+            continue
+        trained = [each for each in model.parameters() if each.requires_grad]
+        before = [each.detach().clone() for each in trained]
+        trainer(model, x)()
+        torch.optim.AdamW(trained).step()
+        assert any(not torch.equal(*pair) for pair in zip(before, trained, strict=True))
 
 
+@peers
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize("way", SAME)
+def test_all_ways_compute_the_same_function_of_their_factors(way: str) -> None:
+    torch.manual_seed(0)
+    plain = linears(8)
+    model, base = WAYS[way](copy.deepcopy(plain), TINY), list(plain.parameters())
+    factors = [each for each in model.parameters() if each.requires_grad]
+    assert len(factors) == 8
+    with torch.no_grad():
+        for down, up, weight in zip(factors[::2], factors[1::2], base[::2], strict=True):
+            a, b = (down, up) if down.shape[0] == 2 else (up, down)
+            weight += b.normal_() @ a.normal_()
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_every_adapter_acts_in_what_is_measured(kind: str) -> None:
+    models = prepared(linears(8), replace(TINY, kind=kind))
+    x = torch.randn(4, 8)
+    y = {way: model(x) for way, model in models.items()}
+    assert torch.equal(y.pop("full"), y["floor"])
+    assert [way for way in y if torch.allclose(y[way], y["floor"])] == ["floor"]
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
 def test_a_report_tells_of_every_cell_and_way(tmp_path) -> None:
-    result = measure(TINY, "float32", torch.device("cpu"), 0.0)
+    result = measure(TINY, "float32", CPU, SHORT)
     assert result["training"].keys() == WAYS.keys()
     assert result["inference"].keys() == (WAYS.keys() - {"full"}) | {"merged"}
-    environment = {"device_name": "", "device": "cpu", "threads": 1, "torch": "x"}
-    report = {"environment": environment, "cells": [result], "verbs": {"register_lora": 0.5}}
-    report["adapters"] = {"eight / one": 1.25}
-    text = show(json.loads(json.dumps(report)))
-    assert text.count("\ntiny ") == 4
-    assert "register_lora: 500.0 ms" in text
-    assert "eight / one: 1.25" in text
+    text = show(json.loads(json.dumps(report(result))))
+    assert text.count("\n| tiny ") == 2
     draw([result], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
-def test_the_geometric_mean_and_the_worst_cell_are_named() -> None:
-    def cell(name: str, ours: float, peft: float) -> dict:
-        ways = {"floor": 1.0, "lora_param": ours, "peft": peft, "merged": 1.0}
-        figures = {way: {"ratio": [value] * 3} for way, value in ways.items()}
-        measures = ("training", "training and AdamW", "inference")
-        return {"cell": name, "mode": "float32"} | dict.fromkeys(measures, figures)
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_rows_with_adapters_of_their_own_are_a_cell_too() -> None:
+    routed = replace(TINY, adapters=2, routed=True)
+    result = measure(routed, "float32", CPU, SHORT)
+    assert result["training"].keys() == {"floor", "lora_param", "full"}
+    assert result["inference"].keys() == {"floor", "lora_param"} | ({"peft"} & WAYS.keys())
 
-    lines = summary([cell("a", 1.0, 2.0), cell("b", 2.0, 1.0)])
-    assert lines[0] == (
-        "training: lora_param / peft is 1.00 in the geometric mean of 2 cells, at most 2.00 (b)"
-    )
+
+@peers
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_an_adapter_that_does_not_act_is_left_out_and_named() -> None:
+    attention = Cell("blocks", blocks, (1, 4, 256), 2, ("self_attn", "linear1", "linear2"))
+    result = measure(attention, "float32", CPU, SHORT)
+    assert result["idle"] == ["peft"]
+    assert "peft" not in result["inference"]
+    assert "doesn't act there: blocks (peft)" in summary([result])[-1]
+
+
+def test_cells_that_miss_the_aim_are_named_with_the_best_other_way() -> None:
+    found = [
+        cell("a", lora_param=2.0, peft=4.0, parametrize=1.6, loralib=5.0),
+        cell("b", lora_param=2.0, peft=2.0),
+    ]
+    lines = summary(found)
+    assert lines[:3] == [
+        "float32, training: 0.71 of PEFT's time (aim 0.85) in the geometric mean of 2 cells, at "
+        "most 1.00 of PEFT's, b",
+        "float32, training: 1.12 of the best other's in the geometric mean of 2 cells, at most "
+        "1.25 of plain parametrize's, a",
+        "float32, training: 1 cells above 1.02 of the best other's: 1.25 of plain parametrize's, a",
+    ]
+    row = next(line for line in show(report(*found)).splitlines() if line.startswith("| a "))
+    assert "| 1.25 (plain parametrize) | 0.50 |" in " ".join(row.split())
+
+
+def test_two_runs_are_held_side_by_side() -> None:
+    then = report(cell("a", lora_param=2.0), cell("gone", lora_param=1.0))
+    now = report(cell("a", lora_param=3.0), environment=ENVIRONMENT | {"threads": 2})
+    text = compare(then, now)
+    assert "not the same environment: threads was 1, is 2" in text
+    assert "only in one of the runs: gone, training" in text
+    row = next(line for line in text.splitlines() if line.startswith("| a, training"))
+    assert row.replace(" ", "") == "|a,training|2|3|1.50|"
+    assert text.endswith("now / then: 1.500 in the geometric mean of 2")
+
+
+def test_a_table_is_markdown() -> None:
+    lines = table([["", "a"], ["row", "1.50"]]).splitlines()
+    assert lines == ["|     |    a |", "| --- | ---: |", "| row | 1.50 |"]
+
+
+def test_growth_is_an_exponent_of_the_largest_sizes(monkeypatch) -> None:
+    def part(size: int, path: object) -> dict:
+        return {"square": lambda: passed.append(size**2)}
+
+    passed: list[float] = [0.0]
+    monkeypatch.setattr(scaling, "PARTS", (("things", part, (10, 100, 1000)),))
+    found = scaling.scale(False, lambda: sum(passed))
+    assert found == [
+        {
+            "of": "things",
+            "what": "square",
+            "counts": (10, 100, 1000),
+            "seconds": [100.0, 10000.0, 1000000.0],
+            "exponent": "2.00",
+        }
+    ]
+    assert "| square  | 1e+02 | 1e+04 | 1e+06 |     2.00 |" in show(report(scale=found))
+
+
+@pytest.mark.parametrize("part", scaling.PARTS[:3], ids=lambda part: part[0])
+def test_every_verb_of_the_growth_runs(part, monkeypatch) -> None:
+    of, verbs, _ = part
+    monkeypatch.setattr(scaling, "PARTS", ((of, verbs, (2, 4)),))
+    monkeypatch.setattr(scaling, "llama_70b", lambda: linears(8).to("meta"))
+    found = scaling.scale(False, time.perf_counter)
+    assert {"register_lora", "lora_summary", "remove_lora"} <= {
+        each["what"].split(",")[0] for each in found
+    }
+    assert all(seconds > 0 for each in found for seconds in each["seconds"])
 
 
 def test_an_adapter_keeps_nothing_of_a_weights_size() -> None:
@@ -80,40 +202,69 @@ def test_an_adapter_keeps_nothing_of_a_weights_size() -> None:
 
 
 def test_the_largest_model_has_70_billion_parameters() -> None:
-    model = llama_70b()
+    model = scaling.llama_70b()
     assert round(sum(each.numel() for each in model.parameters()) / 1e9) == 71
-    assert isinstance(model["head"], nn.Linear)
+    assert len(lp.register_lora(model, rank=1)) == 80 * 7 + 1
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_a_decoder_is_trained_with_an_adapter_and_in_full(monkeypatch) -> None:
+    monkeypatch.setattr(decoding, "SIZE", (2, 32, 2, 50, 8))
+    runs = decoding.decoder(CPU, ("float32", "bfloat16"))
+    ways = [way for way in ("full", "lora_param", "peft") if way in WAYS]
+    assert [each["way"] for each in runs] == 2 * ways
+    sizes = {(each["mode"], each["way"]): each["bytes"] for each in runs}
+    assert sizes["float32", "lora_param"] < sizes["float32", "full"]
+    assert sizes["bfloat16", "full"] < 0.6 * sizes["float32", "full"]
+    text = show(report(decoder=runs))
+    assert "| lora_param, bfloat16 " in text
+
+
+def test_the_decoder_has_a_billion_parameters() -> None:
+    with torch.device("meta"):
+        model = decoding.Decoder(*decoding.SIZE)
+    assert 0.9e9 < sum(each.numel() for each in model.parameters()) < 1.1e9
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("options", "message"),
     [
-        ("--threads", "0", "threads must be an integer from 1 to"),
-        ("--device", "nonsense", "device 'nonsense' can't be used"),
+        (["--threads", "0"], "threads must be an integer from 1 to"),
+        (["--device", "nonsense"], "device 'nonsense' can't be used"),
+        (["--clock", "sun"], "clock must be wall or cpu, got 'sun'"),
+        (["--modes", "float8"], "modes must be some of float32, bfloat16"),
+        (["--cells", "nothing"], "no cell fits 'nothing'"),
+        (["--decoder", "--device", "cpu"], "decoder needs a CUDA GPU"),
+        (["--report", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (["--compare", "pyproject.toml"], "pyproject.toml: not a benchmark.json of this benchmark"),
     ],
 )
-def test_bad_option_ends_in_one_line(option, value, message, tmp_path, capsys) -> None:
-    arguments = [option, value, "--output", str(tmp_path)]
+def test_a_bad_option_ends_in_one_line(options, message, tmp_path, capsys) -> None:
     try:
-        status = benchmark.main(arguments)
+        status = benchmark.main([*options, "--output", str(tmp_path)])
     except SystemExit as exit_:
         status = exit_.code
     error = capsys.readouterr().err
     assert status not in (0, None)
     assert message in error
     assert error.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
 
 
-def test_command_writes_its_figures_and_a_picture(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(benchmark, "cells", lambda: [replace(TINY, quick=True)])
-    monkeypatch.setattr(benchmark, "verbs", lambda: {"register_lora": 0.5})
-    monkeypatch.setattr(benchmark, "adapters", lambda: {"eight / one": 1.25})
-    arguments = ["--quick", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
-    assert benchmark.main(arguments) == 0
-    written = json.loads((tmp_path / "001" / "benchmark.json").read_text())
-    assert [each["cell"] for each in written["cells"]] == ["tiny"]
-    assert (tmp_path / "001" / "benchmark.png").stat().st_size > 1000
-    assert f"written to {tmp_path / '001'}" in capsys.readouterr().out
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_the_command_writes_what_it_can_show_and_compare(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(benchmark, "cells", lambda pattern: [replace(TINY, quick=True)])
+    monkeypatch.setattr(benchmark, "scale", lambda quick, clock: [])
+    command = ["--quick", "--device", "cpu", "--threads", "1", "--clock", "cpu"]
+    assert benchmark.main([*command, "--output", str(tmp_path)]) == 0
+    file = tmp_path / "001" / "benchmark.json"
+    assert f"\nin {file.parent}\n" in capsys.readouterr().out
+    assert [each["cell"] for each in read(file)["cells"]] == ["tiny"]
+    picture = file.with_name("speed.png")
+    picture.unlink()
+    assert benchmark.main(["--report", str(file), "--compare", str(file)]) == 0
+    assert picture.stat().st_size > 1000
+    assert "now / then: 1.000 in the geometric mean of 2" in capsys.readouterr().out
 
 
 def test_peers_are_compared_where_they_are_installed() -> None:
@@ -121,11 +272,6 @@ def test_peers_are_compared_where_they_are_installed() -> None:
     assert WAYS.keys() - {"floor", "lora_param", "parametrize", "full"} == installed
 
 
-@pytest.mark.filterwarnings("ignore")  # peft's own
-def test_many_adapters_are_compared_on_equal_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("ROWS", 8), ("TOKENS", 2), ("WIDTH", 8), ("RANK", 2)):
-        monkeypatch.setattr(many, name, size)
-    monkeypatch.setattr(many, "recompression", lambda: 1.0)
-    found = many.adapters()
-    assert len(found) == 4 + bool(importlib.util.find_spec("peft"))
-    assert all(ratio > 0 for ratio in found.values())
+def test_the_largest_layers_are_named_by_what_the_picture_looks_for() -> None:
+    assert len(cells("Linear *, rank 8")) == 18
+    assert isinstance(cells("Conv2d 16, 32 x 32*")[0].make()[0], nn.Conv2d)

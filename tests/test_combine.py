@@ -205,7 +205,7 @@ def test_a_large_matrix_is_factorised_by_its_range_with_the_true_error() -> None
     matrix = matrix.double() + torch.randn(600, 520).double()
     values = torch.linalg.svdvals(matrix)
     for rank in (8, 0.9):
-        A, B, error = factorised(matrix, rank, torch.float64)
+        A, B, error = factorised(matrix, rank)
         kept = A.shape[0]
         best = (values[kept:].norm() / values.norm()).item()
         assert error == pytest.approx(((matrix - B @ A).norm() / matrix.norm()).item(), rel=1e-6)

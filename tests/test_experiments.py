@@ -22,6 +22,7 @@ SHORT = {
     "low_rank": ["--train-images", "300", "--batches", "3"],
     "full_against_lora": ["--quick", "--length", "16"],
     "sentiment_methods": ["--quick", "--epochs", "1", "--test-sentences", "40"],
+    "kinds_compared": ["--quick"],
     "sentiment_tree": ["--quick", "--epochs", "1", "--test-sentences", "40", "--sentences", "60"],
 }
 
@@ -85,6 +86,18 @@ def test_a_tree_of_adapters_is_served_in_one_batch(
     said = capsys.readouterr().out
     for claim in ("moved nothing of the root", "its path alone gives", "head and all"):
         assert claim in said
+
+
+def test_kinds_are_compared_at_the_same_rates(tmp_path: Path) -> None:
+    found = results("kinds_compared", tmp_path)
+    sizes = {(row["task"], row["method"]): row["parameters"] for row in found["rows"]}
+    assert len(sizes) == 10
+    for task, lengths in (("nines", 1000 + 2000 + 10), ("tweets", 6 * (5 * 384 + 1536))):
+        assert sizes[task, "LoRA"] == sizes[task, "PiSSA"] == sizes[task, "LoRA+"]
+        assert sizes[task, "DoRA"] == sizes[task, "LoRA"] + lengths
+        tried = [row["tried"].keys() for row in found["rows"] if row["task"] == task]
+        assert all(rates == tried[0] for rates in tried)
+        assert found[f"{task}, before"] < 1
 
 
 @pytest.mark.parametrize("name", SHORT)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lora_param
-from lora_param import register_lora
+from lora_param import lora_summary, register_lora
 from lora_param.walk import Walk
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +116,13 @@ def test_a_forward_calls_little_whatever_is_registered_and_off(adapters: int) ->
         layer.parametrizations.weight[index].enabled = index == 0
     layer(x)
     assert calls(lambda: layer(x)) <= 20
+
+
+def test_a_summary_grows_no_faster_than_the_adapters_it_lists() -> None:
+    counted = []
+    for adapters in (10, 40):
+        layer = nn.Linear(8, 8)
+        for index in range(adapters):
+            register_lora(layer, rank=2, adapter=f"a{index}")
+        counted.append(calls(lambda layer=layer: lora_summary(layer)))
+    assert counted[1] <= 4 * counted[0]

@@ -22,6 +22,7 @@ from lora_param import (
     save_lora,
     select_lora,
 )
+from lora_param.io import convert_file
 from lora_param.io.values import difference
 
 from .cases import shake
@@ -283,6 +284,17 @@ def test_statistics_that_a_format_has_no_place_for_are_named(format: str, tmp_pa
         save_lora(model, tmp_path / "out", format=format)
     whole = ["1.weight", "1.bias"] if format == "peft" else []
     assert load_lora(normed(), tmp_path / "out") == ["0.weight", *whole, "2.weight"]
+
+
+def test_statistics_that_are_left_out_need_no_base_to_convert(tmp_path: Path) -> None:
+    model = normed()
+    register_lora(model, rank=2)
+    shake(model)
+    save_lora(model, tmp_path / "native.safetensors")
+    with pytest.warns(UserWarning, match=r"left out are 1\.num_batches_tracked, 1\.running_mean"):
+        names = convert_file(tmp_path / "native.safetensors", tmp_path / "peft", "peft")
+    assert load_lora(normed(), tmp_path / "peft") == ["0.weight", "2.weight"]
+    assert "1.running_mean" in names
 
 
 def test_a_buffer_that_nothing_trains_has_to_be_the_models_own(tmp_path: Path) -> None:

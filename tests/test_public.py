@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import lora_param
 
@@ -88,3 +90,15 @@ def test_the_examples_of_readme_and_docs_run_as_they_stand(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(examples()[place], place, "exec"), {"__name__": "__main__"})
+
+
+def test_who_comes_from_peft_finds_each_of_its_fields_and_calls() -> None:
+    peft = pytest.importorskip("peft")
+    page = (ROOT / "docs" / "coming_from_peft.md").read_text()
+    if f"as of PEFT {peft.__version__};" not in page:
+        pytest.skip(f"the page isn't about PEFT {peft.__version__}")
+    words = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    calls = {*dir(peft.PeftModel), *dir(peft.LoraModel)} - set(dir(nn.Module))
+    words |= {name for name in calls if not name.startswith("_")}
+    assert len(words) > 70
+    assert sorted(word for word in words if not re.search(rf"`{word}\b", page)) == []

@@ -299,10 +299,9 @@ def test_a_weight_packed_for_inference_is_refused() -> None:
 def test_transformers_loads_a_4_bit_model_that_trains(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
-    from .test_trainers import examples, llama
+    from .test_trainers import examples, small_llama
 
-    remove_lora(plain := llama())
-    plain.save_pretrained(tmp_path)
+    small_llama().save_pretrained(tmp_path)
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     options = {"quantization_config": config, "device_map": "cpu", "dtype": torch.bfloat16}
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, **options).train()

@@ -20,6 +20,8 @@ from lora_param import (
     remove_lora,
 )
 
+from .cases import shake
+
 
 class Holder(nn.Module):
     """Holds one parameter under a name of its own."""
@@ -168,14 +170,21 @@ def test_a_wrapped_or_sharded_model_is_refused(wrap, name, verb, outer) -> None:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
-def test_splitting_an_adapted_layer_is_refused() -> None:
+def test_a_split_that_fails_leaves_the_adapters() -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.distributed.tensor import distribute_module
 
-    model = nn.Linear(9, 8, bias=False)
+    def fail(name: str, module: nn.Module, mesh: object) -> None:
+        assert type(module) is nn.Linear
+        raise ValueError("no such style")
+
+    model, x = nn.Linear(9, 8, bias=False), torch.randn(2, 9)
     register_lora(model, rank=2)
-    with pytest.raises(LoRAError, match="an adapted layer can't be sharded; register_lora after"):
-        parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallel())
+    shake(model)
+    expected = model(x)
+    with pytest.raises(ValueError, match="no such style"):
+        distribute_module(model, init_device_mesh("cpu", (1,)), fail)
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.usefixtures("process_group")

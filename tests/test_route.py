@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -34,10 +36,10 @@ def widened(x: Tensor, dim: int) -> Tensor:
     return torch.cat(copies, dim).narrow(dim, 0, ROWS).contiguous()
 
 
-def build(case: Case, kind: str, **options: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def build(case: Case, *kinds: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     layer, inputs = case.build(torch.float64)
-    for name in NAMES:
-        case.adapt(layer, name, kind, **options)
+    for name, kind in zip(NAMES, kinds if kinds[1:] else kinds * len(NAMES), strict=True):
+        case.adapt(layer, name, kind)
         shake(layer, name)
     for module in layer.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -73,7 +75,9 @@ def one_by_one(
 
 def gradients(layer: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | None]:
     layer.zero_grad()
-    sum(leaf.square().sum() for leaf in outputs).backward()  # type: ignore[union-attr]
+    total = sum(leaf.square().sum() for leaf in outputs)
+    if total.requires_grad:  # type: ignore[union-attr]
+        total.backward()  # type: ignore[union-attr]
     return {
         name: None if p.grad is None else p.grad.clone() for name, p in named_lora_parameters(layer)
     }
@@ -86,15 +90,10 @@ def close(got: Tensor, want: Tensor) -> None:
 SETTINGS: list[Any] = [None, "a", "b", {"a": 0.5, "b": -1.5}]
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", KIND_NAMES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_row_gives_what_its_setting_gives_alone(case: Case, kind: str, training: bool) -> None:
-    layer, inputs = build(case, kind)
-    draws = torch.Generator().manual_seed(len(case.id))
-    mixes = "dora" not in kind and case.id != "sequential"  # which has statistics
-    choice = SETTINGS if mixes else SETTINGS[:3]
-    entries = [choice[i] for i in torch.randint(len(choice), (ROWS,), generator=draws).tolist()]
+def check_against_one_by_one(
+    layer: nn.Module, case: Case, inputs: tuple[Tensor, ...], entries: list[Any], training: bool
+) -> None:
+    """Compare a routed batch's outputs and gradients with those of its rows, run alone."""
     rows = [{} if e is None else {e: 1.0} if isinstance(e, str) else dict(e) for e in entries]
     for module in layer.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -112,6 +111,37 @@ def test_a_row_gives_what_its_setting_gives_alone(case: Case, kind: str, trainin
         assert (gradient is None) == (other is None), name
         if gradient is not None and other is not None:
             close(other, gradient)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_row_gives_what_its_setting_gives_alone(case: Case, kind: str, training: bool) -> None:
+    layer, inputs = build(case, kind)
+    draws = torch.Generator().manual_seed(len(case.id))
+    mixes = "dora" not in kind and case.id != "sequential"  # which has statistics
+    choice = SETTINGS if mixes else SETTINGS[:3]
+    entries = [choice[i] for i in torch.randint(len(choice), (ROWS,), generator=draws).tolist()]
+    check_against_one_by_one(layer, case, inputs, entries, training)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(CASES), st.booleans())
+def test_any_kinds_on_any_layer_route_any_rows(
+    data: st.DataObject, case: Case, training: bool
+) -> None:
+    kinds = data.draw(st.tuples(*[st.sampled_from(KIND_NAMES)] * len(NAMES)), "kinds")
+    layer, inputs = build(case, *kinds)
+    strengths = {
+        name: st.just(1.0) if "dora" in kind else st.sampled_from([-1.5, 0.0, 0.5, 1.0])
+        for name, kind in zip(NAMES, kinds, strict=True)
+    }
+    count = 1 if case.id == "sequential" else len(NAMES)  # of statistics a row has one's
+    names = st.lists(st.sampled_from(NAMES), max_size=count, unique=True)
+    entry = names.flatmap(lambda own: st.fixed_dictionaries({n: strengths[n] for n in own}))
+    row = st.sampled_from([None, *NAMES]) | entry
+    entries = data.draw(st.lists(row, min_size=ROWS, max_size=ROWS), "entries")
+    check_against_one_by_one(layer, case, inputs, entries, training)
 
 
 def linear(**options: Any) -> nn.Linear:

@@ -26,6 +26,7 @@ from lora_param import (
 )
 
 from .cases import Case, shake
+from .ranks import Ranks
 from .test_route import NAMES, build, close, linear
 
 newer = pytest.mark.skipif(
@@ -194,3 +195,30 @@ def test_merging_in_a_block_is_refused() -> None:
     layer = linear()
     with lora_routed(layer, ["a", "b"]), pytest.raises(LoRAError, match="has adapters of its own"):
         lora_merged(layer).__enter__()
+
+
+def distributed_gradients(unused: bool) -> list[Any]:
+    model = linear()
+    whole = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    entries: list[Any] = [["a", None], ["b", {"a": 0.5, "b": -1.0}]][torch.distributed.get_rank()]
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).double()
+    for _ in range(2):
+        model.zero_grad()
+        with lora_routed(model, entries):
+            whole(x.chunk(2)[torch.distributed.get_rank()]).square().mean().backward()
+    return [None if p.grad is None else p.grad.tolist() for _, p in named_lora_parameters(model)]
+
+
+def test_distributed_ranks_route_their_own_rows(ranks: Ranks) -> None:
+    model = linear()
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).double()
+    with lora_routed(model, ["a", None, "b", {"a": 0.5, "b": -1.0}]):
+        model(x).square().mean().backward()
+    found = ranks(distributed_gradients, True)
+    for (name, parameter), *got in zip(named_lora_parameters(model), *found, strict=True):
+        for gradient in got:
+            assert (gradient is None) == (parameter.grad is None) == (".c." in name), name
+            if gradient is not None:
+                close(torch.tensor(gradient, dtype=torch.float64), parameter.grad)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="find_unused_parameters=True"):
+        ranks(distributed_gradients, False)

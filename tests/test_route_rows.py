@@ -107,6 +107,43 @@ def test_each_row_drops_with_its_adapters_probability() -> None:
     assert 200 < got[1] < 600
 
 
+def test_adapters_that_a_row_mixes_drop_apart_as_they_do_alone() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(401, 1, bias=False)
+    for name in ("a", "b"):
+        register_lora(layer, rank=1, adapter=name, dropout=0.5)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.zero_()  # type: ignore[union-attr]
+        for factor in lora_parameters(layer):
+            factor.fill_(1.0)
+    x = torch.ones(2, 401)
+    with lora_routed(layer, [{"a": 1.0, "b": -1.0}, None]):
+        assert layer(x)[0].item() != 0  # as it is where both drop the same
+        layer.eval()
+        assert layer(x)[0].item() == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 200], ids=["joined", "gathered"])
+def test_a_low_precision_row_has_no_larger_error_than_alone(tokens: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+    for name in NAMES:
+        register_lora(layer, rank=1, alpha=0.3, adapter=name, dtype=torch.float32)
+    shake(layer)
+    layer.parametrizations.weight.original.detach().zero_()  # type: ignore[union-attr]
+    x = torch.randn(3, tokens, 64, dtype=torch.bfloat16)
+    with lora_routed(layer, NAMES, dim=0):
+        routed = layer(x)
+    errors = [0.0, 0.0]
+    for row, name in enumerate(NAMES):
+        with lora_selected(layer, name):
+            delta = layer.parametrizations.weight[row]  # type: ignore[index]
+            want = x[row].double() @ (delta.lora_B.double() @ delta.lora_A.double() * delta.scale).T
+            for which, got in enumerate((routed[row], layer(x[row]))):
+                errors[which] += (got - want).detach().square().mean().item()
+    assert errors[0] <= 1.05 * errors[1]
+
+
 def test_what_is_selected_and_what_is_off_makes_no_difference() -> None:
     layer, x = linear(), torch.randn(2, 6).double()
     with lora_routed(layer, ["a", "b"]):

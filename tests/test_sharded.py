@@ -23,7 +23,6 @@ from lora_param import (
     load_lora_state_dict,
     lora_disabled,
     lora_merged,
-    lora_parameters,
     lora_state_dict,
     lora_summary,
     merge_lora,
@@ -251,34 +250,3 @@ def is_laid_out() -> dict[str, Tensor]:
 def test_factors_lie_as_their_weight_does_and_are_drawn_once(ranks: Ranks) -> None:
     first, second = ranks(is_laid_out)
     assert_same_state(first, second)
-
-
-def computes_the_same(options: dict[str, Any]) -> None:
-    torch.manual_seed(1)
-    x, plain = torch.randn(2, 6, requires_grad=True), net()
-    model = split(copy.deepcopy(plain), adapted=False)
-    for each in (plain, model):
-        register_lora(each, rank=3, **options)
-    state = {name: each.clone() for name, each in lora_state_dict(plain).items()}
-    moved = {
-        n: t + 0.1 if t.is_floating_point() and "start" not in n else t for n, t in state.items()
-    }
-    outputs = []
-    for each in (plain, model):
-        load_lora_state_dict(each, moved)
-        y = each(x)
-        gradients = torch.autograd.grad(y.square().sum(), [x, *lora_parameters(each)])
-        outputs.append([y, *map(whole, gradients)])
-    for got, expected in zip(*outputs, strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"kind": "dora"}, {"init": "pissa"}, {"train": "0.bias"}, {"target": (), "train": "*"}],
-    ids=str,
-)
-def test_every_kind_on_split_layers_computes_as_in_one_process(
-    options: dict[str, Any], ranks: Ranks
-) -> None:
-    ranks(computes_the_same, options)

@@ -22,13 +22,22 @@ from lora_param import (
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers, about machines
 
 
-def llama() -> nn.Module:
+def small_llama(**options: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 16,
+        **options,
+    }
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **tokens))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **tokens))
+
+
+def llama() -> nn.Module:
+    model: nn.Module = small_llama()
     register_lora(model, rank=2)
     return model
 

@@ -108,13 +108,10 @@ def factors_at_start(
     """Return `B0` and `A0` of a weight's matrix view, computed in float32 at least.
 
     What has a name sees outputs by inputs, also of a weight that is stored `transposed`.
-
-    Raises:
-        LoRAError: The weight has no values, or what came is no pair of finite factors.
     """
-    named = STARTS[init] if isinstance(init, str) else None
+    named, said = STARTS[init] if isinstance(init, str) else None, f"init={init!r:.60}"
     if weight.is_meta:
-        raise LoRAError(f"init={init!r:.60} starts from the weight's values, and it is on meta")
+        raise LoRAError(f"{said} starts from the weight's values, and it is on meta")
     W = weight.detach().reshape(view)
     # A copy, because what a caller gives may work in place.
     W = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
@@ -125,13 +122,11 @@ def factors_at_start(
             else:
                 B, A = (named or init)(W, rank, scale, generator)  # type: ignore[operator]
         except Exception as error:  # of a caller's function, any
-            raise LoRAError(f"init={init!r:.60} fails on this weight: {error!s:.200}") from error
+            raise LoRAError(f"{said} fails on this weight: {error!s:.200}") from error
     wanted = (*view[:-1], rank), (*view[:-2], rank, view[-1])
     got = tuple(tuple(each.shape) if isinstance(each, Tensor) else None for each in (B, A))
     if got != wanted:
         raise LoRAError(f"init must return B0 and A0 of {wanted}, got {got}")
     if not (B.isfinite().all() and A.isfinite().all()):
-        raise LoRAError(
-            f"init={init!r:.60} gives factors that aren't finite, at a scale of {scale:g}"
-        )
+        raise LoRAError(f"{said} gives factors that aren't finite, at a scale of {scale:g}")
     return B, A

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,6 +67,11 @@ class LoRAParametrization(Pair):
     adds = True
     routes = True
 
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        """Rank of the product, twice as much where it is anchored."""
+        return self.rank * (1 + self.anchored)
+
     def formula(self, weight: Tensor) -> Tensor:
         """Return `W + (B @ A) * scale`, computed in the wider dtype and rounded once to `W`'s.
 
@@ -76,6 +81,16 @@ class LoRAParametrization(Pair):
         update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         value: Tensor = weight + update.view_as(weight) * self._factor()
         return value.to(weight.dtype)
+
+    def sum(self, weight: Tensor) -> Tensor:
+        """Return the same within rounding, of float32 or float64 in one pass."""
+        A, B = self._both
+        if self.rows is not None or A.dtype != weight.dtype or not weight.is_contiguous():
+            return cast("Tensor", self(weight))
+        factor, flat = self.scale * self._places[-1].switch.strength, weight.dim() == 2
+        matrix = weight if flat else weight.view(weight.shape[0], -1)
+        value = torch.addmm(matrix, B, A, alpha=factor)
+        return value if flat else value.view(weight.shape)
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
@@ -87,7 +102,7 @@ class LoRAParametrization(Pair):
         routing = run.routing
         if routing is None and not others:
             x = F.dropout(x, self.dropout) if self.dropout and self.training else x
-            A, B = self.lora_A, self.lora_B
+            A, B = self._both
             inner, outer = run.factors(
                 *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
             )

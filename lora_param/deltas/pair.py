@@ -84,15 +84,12 @@ class Pair(Delta):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Draw the factors as `init` said, on the meta device when they leave that.
-
-        What they started from, if that was the weight, can't be had again.
-        """
+        """Draw the factors as `init` said, on the meta device when they leave that."""
         kept: list[Any] = [*self._parameters.values()][:2]
         if kept[0].is_meta:
             return
         for start in self._buffers.values():
-            start.fill_(math.nan)  # type: ignore[union-attr]
+            start.fill_(math.nan)  # type: ignore[union-attr]  # the weight's, not to be had again
         generator = self.__dict__.pop("_generator", None)
         like = {"device": (generator or kept[0]).device, "dtype": kept[0].dtype}
         A, B = torch.zeros(kept[0].shape, **like), torch.zeros(kept[1].shape, **like)
@@ -114,10 +111,7 @@ class Pair(Delta):
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Pair:
-        """Build a fresh pair on the weight's device and, unless told otherwise, of its dtype.
-
-        `transposed` says that the columns of the matrix view are outputs.
-        """
+        """Build a fresh pair; `transposed`, where the columns of the matrix view are outputs."""
         *batch, fan_out, fan_in = view
         options["dtype"] = dtype = options.get("dtype") or weight.dtype
         init, transposed = options.get("init", "kaiming"), options.pop("transposed", False)
@@ -147,6 +141,11 @@ class Pair(Delta):
             return own
         start, shift = cast("Tensor", self.start_B), cast("Tensor", self.shift_B)
         return torch.cat([shift, start], -1)  # [*batch, fan_out, 2 rank]
+
+    @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        own: Any = self._parameters
+        return (own["lora_A"], own["lora_B"]) if "lora_A" in own else (self.lora_A, self.lora_B)
 
     @property
     def anchored(self) -> bool:
@@ -232,10 +231,7 @@ class Pair(Delta):
         raise NotImplementedError
 
     def plain(self: Self, scaling: Scaling | None = None) -> Self:
-        """Return the same update as two factors alone, of twice the rank where it is anchored.
-
-        With `scaling`, of that one; its tensors are views, or where nothing changes it is itself.
-        """
+        """Return the same update, of another scaling if told, as two factors alone of all ranks."""
         if not self.anchored and scaling in (None, self.scaling):
             return self
         A, B = self.lora_A, self.lora_B
@@ -252,8 +248,7 @@ class Pair(Delta):
         """Return the same update, within rounding, as a pair whose rank is the smaller side."""
         tall = self.lora_B.shape[-2] > self.lora_A.shape[-1]
         product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
-        eye = torch.eye(rank, dtype=product.dtype, device=product.device)
-        eye = eye.expand(*product.shape[:-2], rank, rank).contiguous()
+        eye = torch.eye(rank).to(product).repeat(*product.shape[:-2], 1, 1)
         A, B = (eye, product) if tall else (product, eye)
         return self._remade(A, B, rank, self.scaling)
 

@@ -20,6 +20,9 @@ from .switching import Switched
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that weights and a delta's tensors can have."""
 
+SPACES = ("activation", "weight", "auto")
+"""Where a delta can be asked to act, the first of those on one weight first; `"auto"` by cost."""
+
 Shape = tuple[int, ...]
 Parts = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -47,12 +50,17 @@ class Delta(Switched):
     `run`, of `ops`, is all that is known of the layer; `routes = True` says that `act` heeds its
     `routing`, of rows that differ in what acts on them."""
 
+    sum: ClassVar[Any] = None
+    """`(weight)` to its value within rounding, quicker, where a `width` is all that this costs."""
+
     of_buffers: ClassVar[bool] = False
     """Whether it stands for a buffer that training moves, and is made with `freeze` alone."""
 
     of_values: ClassVar[bool] = False
     """Whether a fresh one depends on what others beneath it have made of the weight."""
 
+    width = 0  # of the product that it is
+    space = "auto"  # of `SPACES`
     by_rows = True  # whether a row of its value depends on that row of the weight alone
     adapter = ""  # not annotated, because torch.jit.script reads that
     rows = cast("Rows | None", None)
@@ -63,7 +71,9 @@ class Delta(Switched):
     def __init__(self, adapter: str, dtype: torch.dtype | None) -> None:
         super().__init__()
         check_adapter(adapter)
-        check_dtype(dtype or torch.get_default_dtype())
+        if (dtype := dtype or torch.get_default_dtype()) not in FLOATS:
+            rule = f"an adapter's dtype must be one of {show_dtypes(*FLOATS)}"
+            raise LoRAError(f"{rule}, got {dtype}")
         self.__dict__.update(adapter=adapter)
 
     def has_own(self, name: str) -> bool:
@@ -92,9 +102,9 @@ class Delta(Switched):
         return delta
 
     def made_of(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Delta:
-        """Build another of its kind, with its adapter's name, its rows and its strength."""
+        """Build another of its kind, with its adapter's name, its rows, strength and space."""
         delta = self.restore(tensors, numbers)
-        delta.adapter, delta.strength = self.adapter, self.strength
+        delta.adapter, delta.strength, delta.space = self.adapter, self.strength, self.space
         delta.rows, delta.dim = self.rows, self.dim
         return delta
 
@@ -178,10 +188,8 @@ class Delta(Switched):
         if self.rows is not None:
             said["rows"] = str(self.rows)
         text = json.dumps(said).encode()
-        text = text.ljust(
-            -(-len(text) // 256) * 256
-        )  # so that states can be copied into each other
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        size = -(-len(text) // 256) * 256  # so that states can be copied into each other
+        return torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
 
     def set_extra_state(self, state: object) -> None:
         """Take over the numbers of a delta of the same kind, or raise a `StateDictError`."""
@@ -215,10 +223,7 @@ class Delta(Switched):
     def extra_repr(self) -> str:
         """Name, numbers and state, for `print(model)`."""
         said = self.numbers | ({} if self.strength == 1 else {"strength": self.strength})
-        numbers = [
-            f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}"
-            for name, value in said.items()
-        ]
+        numbers = [f"{n}={v if isinstance(v, str) else format(v, 'g')}" for n, v in said.items()]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 
@@ -227,12 +232,6 @@ def check_adapter(adapter: object) -> None:
     if not isinstance(adapter, str) or not adapter or "." in adapter:
         rule = "a non-empty string without dots"
         raise AdapterError(f"an adapter's name must be {rule}, got {adapter!r}")
-
-
-def check_dtype(dtype: object) -> None:
-    """Raise unless `dtype` is one that a delta's tensors can be trained in."""
-    if dtype not in FLOATS:
-        raise LoRAError(f"an adapter's dtype must be one of {show_dtypes(*FLOATS)}, got {dtype}")
 
 
 def show_dtypes(*dtypes: torch.dtype) -> str:

@@ -84,10 +84,10 @@ class Switched(nn.Module):
             return
         with _flags:
             own, trained = dict(self.named_parameters()), self.switch.trained
-            flagged = tuple(name for name in own if own[name].requires_grad)
+            flagged = [name for name in own if own[name].requires_grad]
             resting = tuple(dict.fromkeys((*self._resting, *flagged)))
             self.__dict__["_resting"] = () if trained else resting
-            for name in self.__dict__["_resting"] or resting:
+            for name in resting:
                 own[name].requires_grad_(trained)
                 own[name].grad = own[name].grad if trained else None
 

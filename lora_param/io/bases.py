@@ -17,9 +17,18 @@ from torch import Tensor
 from ..errors import FileError, LoRAError
 from ..walk import WRAPPERS
 from ..weight import join
-from .formats import AdapterFile
+from .formats import AdapterFile, Deltas, open_adapter
 from .outline import UNKNOWN, Outline, outline_of_tensors
-from .tensors import Header, OpenFile, check_regular, explained, open_file, shortened, strict_json
+from .tensors import (
+    AnyPath,
+    Header,
+    OpenFile,
+    check_regular,
+    explained,
+    open_file,
+    shortened,
+    strict_json,
+)
 
 INDEX = ".index.json"
 FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")
@@ -44,10 +53,6 @@ class Base:
         header = next(iter(self.files.values())).header if self.files else Header()
         return {"format": "pt"} if header.fault else header.metadata
 
-    def outline(self, file: AdapterFile) -> Outline:
-        """Take its outline, with what an adapter's file knows of the layers."""
-        return outline_of_tensors(self.tensors, file.about.layers)
-
 
 @contextmanager
 def open_checkpoint(path: Path) -> Iterator[Base]:
@@ -60,18 +65,29 @@ def open_checkpoint(path: Path) -> Iterator[Base]:
         yield Base(files, _each_once(path, {key: plain_name(key) for key in files}))
 
 
+Both = tuple[AdapterFile, Base, Outline, Deltas]
+"""An open adapter's file and its base, the base's outline, and the deltas as they fit it."""
+
+
 @contextmanager
-def open_base(
-    path: Path, file: AdapterFile, prefix: str | None, options: Mapping[str, Any]
-) -> Iterator[Base]:
-    """Open the checkpoint that an adapter's file was trained on, for a block.
+def open_both(
+    path: AnyPath, base: AnyPath | None, prefix: str | None, options: Mapping[str, Any]
+) -> Iterator[Both]:
+    """Open an adapter's file, and if there is one the checkpoint that it was trained on.
 
     Where the model's names begin with a `prefix` that the checkpoint's lack, or the other way
-    round, it is found or given.
+    round, it is found or given. Without a base an outline is what the file itself says.
     """
-    with open_checkpoint(path) as found:
-        names = _renamed(dict(found.names), prefix, lambda: _adapted(file, options))
-        yield Base(found.files, _each_once(path, names))
+    with ExitStack() as stack:
+        file, found = stack.enter_context(open_adapter(Path(path))), Base({}, {})
+        weights = file.outline
+        if base is not None:
+            plain = stack.enter_context(open_checkpoint(Path(base)))
+            names = _renamed(plain.names, prefix, lambda: _adapted(file, options))
+            found = Base(plain.files, _each_once(Path(base), names))
+            weights = outline_of_tensors(found.tensors, file.about.layers)
+        read = file.parse if weights.unknown else file.fit
+        yield file, found, weights, read(weights, **options)
 
 
 def _each_once(path: Path, names: dict[str, str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,10 @@ from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
 from ..rows import Rows
-from .bases import open_base
-from .formats import open_adapter, write_adapter
+from .bases import open_both
+from .formats import write_adapter
 from .progress import progress
-from .tensors import (
-    About,
-    AnyPath,
-    OpenFile,
-    check_apart,
-    check_name,
-    shortened,
-    write_blobs,
-)
+from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""
@@ -64,12 +55,7 @@ def check_checkpoint(
         >>> check_checkpoint("adapter.safetensors", "base.pt")
         2
     """
-    with (
-        open_adapter(Path(path)) as file,
-        open_base(Path(base), file, base_prefix, options) as checkpoint,
-    ):
-        weights = checkpoint.outline(file)
-        file.fit(weights, **options)
+    with open_both(path, base, base_prefix, options) as (file, _, weights, _):
         digests, tensors = file.about.base, weights.tensors
         if not digests:
             raise FileError(
@@ -126,14 +112,11 @@ def merge_checkpoint(
     """
     check_apart(Path(out), Path(path), Path(base))
     check_name(Path(out))
-    with (
-        open_adapter(Path(path)) as file,
-        open_base(Path(base), file, base_prefix, options) as checkpoint,
-    ):
+    with open_both(path, base, base_prefix, options) as (file, checkpoint, weights, found):
         check_apart(Path(out), *(opened.path for opened in {*checkpoint.files.values()}))
-        weights, names = checkpoint.outline(file), checkpoint.names
+        names = checkpoint.names
         deltas: defaultdict[str, list[Delta]] = defaultdict(list)
-        for name, delta in file.fit(weights, **options).items():
+        for name, delta in found.items():
             deltas[name.rpartition("[")[0] if delta.rows else name].append(delta)
         hidden = {name for key, name in names.items() if "parametrizations." in key}
         if hidden := hidden & deltas.keys():
@@ -198,18 +181,10 @@ def convert_file(
         ['0.weight']
     """
     check_apart(Path(out), *(Path(each) for each in (path, base) if each))
-    with ExitStack() as stack:
-        file = stack.enter_context(open_adapter(Path(path)))
-        weights = file.outline
-        if base:
-            opened = open_base(Path(base), file, base_prefix, options or {})
-            weights = stack.enter_context(opened).outline(file)
+    with open_both(path, base, base_prefix, options or {}) as (file, _, weights, deltas):
         if weights.unknown:
-            raise FileError(
-                f"{path}: the format {file.format.name} doesn't say what its weights are; give the "
-                "checkpoint that it was trained on with --base"
-            )
-        deltas = file.fit(weights, **options or {})
+            fix = "give the checkpoint that it was trained on with --base"
+            raise FileError(f"{file.unsaid}; {fix}")
         write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
     return list(deltas)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from json import dumps, loads
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,123 +19,98 @@ from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .combination import combine_files, extract_checkpoint, resize_file
 from .formats import WRITTEN
 from .plot import plot_summary
-from .summary import FileSummary, file_summary
+from .summary import FileSummary, UpdateSummary, file_summary
 from .tensors import AnyPath
 
 PROGRAM = "lora-param"
 RAW = argparse.RawDescriptionHelpFormatter  # an example stays one line
 
 
-def info(arguments: argparse.Namespace) -> None:
+def info(*, file: Path, plot: Path | None, json: bool, option: dict[str, Any], **base: Any) -> None:
     """Print what a file holds: its format, its base, and each update's size."""
-    summary = file_summary(
-        *(arguments.file, arguments.base),
-        base_prefix=arguments.prefix,
-        **_options(arguments.option),
-    )
-    if arguments.plot:
-        plot_summary(summary, arguments.plot)
-    if arguments.json:
-        totals = {"weights": len(summary.weights), "parameters": summary.parameters}
-        print(json.dumps(asdict(summary) | {"totals": totals}, indent=2))
-    else:
-        _print_table(summary)
+    summary = file_summary(file, base["base"], base_prefix=base["prefix"], **option)
+    if plot:
+        plot_summary(summary, plot)
+    totals = {"weights": len(summary.weights), "parameters": summary.parameters}
+    said = dumps(asdict(summary) | {"totals": totals}, indent=2) if json else _table(summary)
+    print(said)
 
 
-def _print_table(summary: FileSummary) -> None:
-    print(_printable(f"format {summary.format}, base {summary.base or 'not said'}"))
-    for name, text in summary.metadata.items():
-        print(_printable(f"{name}: {text}"))
-    print()
-    rows = [("weight", "kind", "shape", "rank", "alpha", "|dW|", "eff. rank")]
-    rows += [
-        (
-            _printable(each.weight),
-            each.kind,
-            "x".join(map(str, each.shape)),
-            "-" if each.rank is None else str(each.rank),
-            show_alpha(each.alpha, each.scaling)
-            + ("" if each.strength == 1 else f" x {each.strength:g}"),
-            "-" if each.norm is None else f"{each.norm:.4g}",
-            "-" if each.effective_rank is None else f"{each.effective_rank:.2f}",
-        )
-        for each in summary.weights
-    ]
+def _table(summary: FileSummary) -> str:
+    header = ("weight", "kind", "shape", "rank", "alpha", "|dW|", "eff. rank")
+    rows = [header, *map(_cells, summary.weights)]
     width = max(len(row[0]) for row in rows)
-    for row in rows:
-        print("{:{}}  {:>6}  {:>14}  {:>5}  {:>8}  {:>11}  {:>9}".format(row[0], width, *row[1:]))
-    print(f"\n{len(summary.weights):,} weights, {summary.parameters:,} parameters")
+    line = f"{{:{width}}}  {{:>6}}  {{:>14}}  {{:>5}}  {{:>8}}  {{:>11}}  {{:>9}}"
+    lines = [
+        _printable(f"format {summary.format}, base {summary.base or 'not said'}"),
+        *(_printable(f"{name}: {text}") for name, text in summary.metadata.items()),
+        "",
+        *(line.format(*row) for row in rows),
+        f"\n{len(summary.weights):,} weights, {summary.parameters:,} parameters",
+    ]
+    return "\n".join(lines)
 
 
-def convert(arguments: argparse.Namespace) -> None:
+def _cells(update: UpdateSummary) -> tuple[str, ...]:
+    strength = "" if update.strength == 1 else f" x {update.strength:g}"
+    return (
+        _printable(update.weight),
+        update.kind,
+        "x".join(map(str, update.shape)),
+        "-" if update.rank is None else str(update.rank),
+        show_alpha(update.alpha, update.scaling) + strength,
+        "-" if update.norm is None else f"{update.norm:.4g}",
+        "-" if update.effective_rank is None else f"{update.effective_rank:.2f}",
+    )
+
+
+def convert(
+    *, file: Path, out: Path, to: str, base: Path, prefix: str | None, **options: Any
+) -> None:
     """Write a file again in another format."""
-    names = convert_file(
-        *(arguments.file, arguments.out, arguments.to, arguments.base),
-        base_prefix=arguments.prefix,
-        options=_options(arguments.option),
-        write_options=_options(arguments.write_option),
-    )
-    print(f"{arguments.out}: {len(names):,} weights, format {arguments.to}")
+    said = {"options": options["option"], "write_options": options["write_option"]}
+    names = convert_file(file, out, to, base, base_prefix=prefix, **said)
+    print(f"{out}: {len(names):,} weights, format {to}")
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check(*, file: Path, base: Path, prefix: str | None, option: dict[str, Any]) -> None:
     """Compare a checkpoint with the base that a file was trained on, bit for bit."""
-    count = check_checkpoint(
-        *(arguments.file, arguments.base),
-        base_prefix=arguments.prefix,
-        **_options(arguments.option),
-    )
-    print(f"{arguments.base}: the base to the bit, all {count:,} parameters")
+    count = check_checkpoint(file, base, base_prefix=prefix, **option)
+    print(f"{base}: the base to the bit, all {count:,} parameters")
 
 
-def merge(arguments: argparse.Namespace) -> None:
+def merge(
+    *, file: Path, base: Path, out: Path, prefix: str | None, any_base: bool, option: dict[str, Any]
+) -> None:
     """Fold a file's adapter into a checkpoint, some rows of one tensor in memory at a time."""
-    changed, total = merge_checkpoint(
-        *(arguments.file, arguments.base, arguments.out),
-        any_base=arguments.any_base,
-        base_prefix=arguments.prefix,
-        **_options(arguments.option),
-    )
-    print(f"{arguments.out}: {changed:,} of {total:,} tensors changed")
+    given = {"any_base": any_base, "base_prefix": prefix, **option}
+    changed, total = merge_checkpoint(file, base, out, **given)
+    print(f"{out}: {changed:,} of {total:,} tensors changed")
 
 
-def _printable(text: str) -> str:
-    """Escape what would move a terminal's cursor, or worse."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def combine(arguments: argparse.Namespace) -> None:
+def combine(*, files: list[str], out: Path, rank: str | None, **options: Any) -> None:
     """Combine adapters' files, each with a strength, into one of our own."""
     strengths: dict[AnyPath, float] = {}
-    for said in arguments.files:
+    for place, said in enumerate(files):
         path, _, strength = said.rpartition(":")
         try:
-            strengths[Path(path)] = float(strength)
+            strengths[path] = float(strength)
         except ValueError:
             rule = "a file with its strength, such as a.safetensors:0.7"
             raise LoRAError(f"each must be {rule}, got {said}") from None
-        if not path or len(strengths) < arguments.files.index(said) + 1:
+        if not path or len(strengths) <= place:
             raise LoRAError(f"each file can be given once, with its strength, got {said}")
-    fits = combine_files(
-        *(strengths, arguments.out),
-        method=arguments.method,
-        rank=_rank(arguments.rank),
-        density=arguments.density,
-    )
-    _print_fits(arguments.out, fits)
+    _print_fits(out, combine_files(strengths, out, rank=_rank(rank), **options))
 
 
-def resize(arguments: argparse.Namespace) -> None:
+def resize(*, file: Path, out: Path, rank: str) -> None:
     """Give a file's updates another rank, the nearest of a lower one."""
-    _print_fits(arguments.out, resize_file(arguments.file, arguments.out, _rank(arguments.rank)))
+    _print_fits(out, resize_file(file, out, _rank(rank)))
 
 
-def extract(arguments: argparse.Namespace) -> None:
+def extract(*, base: Path, tuned: Path, out: Path, rank: str) -> None:
     """Write what turns a checkpoint into a tuned one as an adapter, a tensor at a time."""
-    fits = extract_checkpoint(
-        *(arguments.base, arguments.tuned, arguments.out), rank=_rank(arguments.rank)
-    )
-    _print_fits(arguments.out, fits)
+    _print_fits(out, extract_checkpoint(base, tuned, out, rank=_rank(rank)))
 
 
 def _rank(said: str | None) -> Any:
@@ -157,6 +132,11 @@ def _print_fits(out: Path, fits: Sequence[Fit]) -> None:
     print(f"\n{out}: {len(fits):,} weights")
 
 
+def _printable(text: str) -> str:
+    """Escape what would move a terminal's cursor, or worse."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _as_typed(said: object) -> str:
     """Put a message on one line, with options as they are typed here."""
     line = _printable(" ".join(str(said).split()))
@@ -170,7 +150,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise LoRAError(f"an option is written NAME=VALUE, got {text}")
         try:
-            options[name] = json.loads(value)
+            options[name] = loads(value)
         except ValueError:
             options[name] = value
     return options
@@ -183,87 +163,88 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-PATH = {"type": Path}
-REPEATED = {"metavar": "NAME=VALUE", "action": "append", "default": []}
+def _said(shown: str | None, help: str, **more: Any) -> dict[str, Any]:
+    return {"metavar": shown, "help": help, **more}
+
+
+CHECKPOINT, RANK, OPTION = "CHECKPOINT", "RANK", "NAME=VALUE"
+PATH: dict[str, Any] = {"type": Path}
+NEEDED: dict[str, Any] = {"type": Path, "required": True}
+REPEATED: dict[str, Any] = {"action": "append", "default": []}
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "file": PATH | {"metavar": "FILE", "help": "the adapter, in any format"},
-    "out": PATH | {"metavar": "OUT", "help": "the file to write, for PEFT the folder"},
-    "--base": PATH
-    | {
-        "metavar": "CHECKPOINT",
-        "required": True,
-        "help": "the base: a file, an index of shards, or a folder with one",
-    },
-    "[--base]": PATH | {"metavar": "CHECKPOINT", "help": "the base, where FILE doesn't say"},
-    "--prefix": {"help": "what the model's names have and CHECKPOINT's lack, such as bert."},
-    "--out": PATH | {"metavar": "OUT.safetensors", "required": True},
-    "--to": {"choices": WRITTEN, "required": True},
-    "--json": {"action": "store_true", "help": "print JSON"},
-    "--plot": PATH
-    | {"metavar": "OUT.png", "help": "draw norms and effective ranks, by matplotlib"},
+    "file": _said("FILE", "the adapter, in any format", **PATH),
+    "files": _said("FILE:STRENGTH", "such as a.safetensors:0.7", nargs="+"),
+    "out": _said("OUT", "the file to write, for PEFT the folder", **PATH),
+    "--out": _said("OUT.safetensors", "the file to write", **NEEDED),
+    "--to": {"choices": WRITTEN, "required": True, "help": "the format to write"},
+    "--base": _said(CHECKPOINT, "a file, an index of shards, or a folder with one", **NEEDED),
+    "[--base]": _said(CHECKPOINT, "the base, where FILE doesn't say", **PATH),
+    "--tuned": _said(CHECKPOINT, "what became of it", **NEEDED),
+    "--prefix": _said(None, "what the model's names have and CHECKPOINT's lack, such as bert."),
     "--any-base": {"action": "store_true", "help": "whether trained on this base or not"},
-    "--option": REPEATED | {"help": "what FILE's format asks for, such as alpha=16"},
-    "files": {"metavar": "FILE:STRENGTH", "nargs": "+", "help": "such as a.safetensors:0.7"},
-    "--tuned": PATH | {"metavar": "CHECKPOINT", "required": True, "help": "what became of it"},
-    "--rank": {"metavar": "RANK", "required": True, "help": "16, or a share such as 0.95"},
-    "[--rank]": {"metavar": "RANK", "help": "16, or a share such as 0.95; else all of it"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+    "--plot": _said("OUT.png", "draw norms and effective ranks, by matplotlib", **PATH),
+    "--rank": _said(RANK, "16, or a share such as 0.95", required=True),
+    "[--rank]": _said(RANK, "16, or a share such as 0.95; else all of it"),
     "--method": {"choices": ("sum", "ties", "dare"), "default": "sum"},
     "--density": {"type": float, "help": "the share of entries that ties and dare keep"},
-    "--write-option": REPEATED | {"help": "what OUT's format takes"},
+    "--option": _said(OPTION, "what FILE's format asks for, such as alpha=16", **REPEATED),
+    "--write-option": _said(OPTION, "what OUT's format takes", **REPEATED),
 }
-COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[str, ...]]] = {
+COMMANDS: dict[Callable[..., None], tuple[str, str]] = {
     info: (
+        "file --json --plot [--base] --prefix --option",
         "adapter.safetensors --base model.safetensors --plot adapter.png",
-        ("file", "--json", "--plot", "[--base]", "--prefix", "--option"),
     ),
     convert: (
+        "file out --to [--base] --prefix --option --write-option",
         "adapter.safetensors for_peft --to peft",
-        ("file", "out", "--to", "[--base]", "--prefix", "--option", "--write-option"),
     ),
-    check: (
-        "adapter.safetensors --base model.safetensors",
-        ("file", "--base", "--prefix", "--option"),
-    ),
+    check: ("file --base --prefix --option", "adapter.safetensors --base model.safetensors"),
     merge: (
+        "file --base --prefix --out --any-base --option",
         "adapter.safetensors --base model.safetensors --out merged.safetensors",
-        ("file", "--base", "--prefix", "--out", "--any-base", "--option"),
     ),
     combine: (
+        "files --out --method [--rank] --density",
         "a.safetensors:0.7 b.safetensors:-0.3 --out ab.safetensors",
-        ("files", "--out", "--method", "[--rank]", "--density"),
     ),
-    resize: ("adapter.safetensors --rank 8 --out small.safetensors", ("file", "--rank", "--out")),
+    resize: ("file --rank --out", "adapter.safetensors --rank 8 --out small.safetensors"),
     extract: (
+        "--base --tuned --rank --out",
         "--base model.safetensors --tuned tuned.safetensors --rank 16 --out adapter.safetensors",
-        ("--base", "--tuned", "--rank", "--out"),
     ),
 }
-"""Each command's example and arguments."""
+"""Each command's arguments, which its function takes by name, and an example."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on the process's arguments or these, and return its status."""
-    parser = _Parser(
-        prog=PROGRAM, description="Look into, convert, merge and combine adapter files."
-    )
+def _parser() -> argparse.ArgumentParser:
+    said = "Look into, convert, merge and combine adapter files."
+    parser = _Parser(prog=PROGRAM, description=said)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for call, (example, names) in COMMANDS.items():
+    for call, (names, example) in COMMANDS.items():
         said = f"{call.__doc__}".splitlines()[0]
         epilog = f"example: {PROGRAM} {call.__name__} {example}"
         command = commands.add_parser(
             call.__name__, help=said, description=said, epilog=epilog, formatter_class=RAW
         )
         command.set_defaults(call=call)
-        for name in names:
+        for name in names.split():
             command.add_argument(name.strip("[]"), **ARGUMENTS[name])
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on the process's arguments or these, and return its status."""
+    given = vars(_parser().parse_args(argv))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda said, *rest: print(
                 f"{PROGRAM}: {_as_typed(said)}", file=sys.stderr
             )
-            arguments.call(arguments)
+            given |= {name: _options(given[name]) for name in given if name.endswith("option")}
+            given.pop("call")(**given)
     except Exception as error:  # whatever a hostile file brings about
         kind = "" if isinstance(error, (LoRAError, OSError)) else f"{type(error).__name__}: "
         print(f"{PROGRAM}: {kind}{_as_typed(error)}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from ..lowrank import Rank, check_rank_or_share
 from ..register import install
 from ..targets import Target
 from ..walk import walk
-from ..weight import tensor_names
+from ..weight import Weight, tensor_names
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
@@ -75,15 +75,14 @@ def extract_lora(
     check_model(found, "extract_lora")
     check_adapter(adapter)
     check_rank_or_share(rank)
-    options = (rank, adapter, target, exclude)
-    if isinstance(tuned, (str, Path)):
-        with open_checkpoint(Path(tuned)) as file:
-            pairs, fits = differences(found, file.tensors, *options)
-    elif isinstance(tuned, nn.Module):
-        own = {weight.name: weight.value for weight, _ in walk(tuned, "extract_lora").tensors}
-        pairs, fits = differences(found, own, *options)
-    else:
-        pairs, fits = differences(found, _plain(tuned), *options)
+    with ExitStack() as stack:
+        if isinstance(tuned, (str, Path)):
+            own = stack.enter_context(open_checkpoint(Path(tuned))).tensors
+        elif isinstance(tuned, nn.Module):
+            own = {weight.name: weight.value for weight, _ in walk(tuned, "extract_lora").tensors}
+        else:
+            own = _plain(tuned)
+        pairs, fits = differences(found, own, rank, adapter, target, exclude)
     install(found, pairs, freeze)
     return fits
 
@@ -119,19 +118,14 @@ def combine_files(
         weights, about = _common(opened)
         terms: dict[str, list[tuple[Delta, float]]] = {}
         for file, strength in zip(opened, files.values(), strict=True):
-            for name, delta in file.parse(file.outline).items():
+            for name, delta in file.fit(file.outline).items():
                 delta.check_strength(1 if delta.of_buffers else strength)
                 terms.setdefault(name, []).append((delta, strength * delta.strength))
         deltas, fits = dict[str, Delta](), list[Fit]()
         for name, own in progress(list(terms.items()), "combining"):
-            weight = weights.weight(name)
-            assert weight is not None  # a file's weights are in its outline
-            deltas[name], fit = combined(
-                *(name, own, weight.shape or (), weight.view),
-                method=method,
-                rank=rank,
-                density=density,
-            )
+            weight = cast("Weight", weights.weight(name))  # of the files' own outlines
+            place = name, own, tuple(weight.like.shape), weight.view
+            deltas[name], fit = combined(*place, method=method, rank=rank, density=density)
             fits += [] if deltas[name].of_buffers else [fit]
         write_adapter("native", Path(out), deltas, weights, about)
     return fits
@@ -139,14 +133,10 @@ def combine_files(
 
 def _common(files: list[AdapterFile]) -> tuple[Outline, About]:
     """Return what files say of the one base that they have, or raise a `FileError`."""
-    base: dict[str, str] = {}
-    shapes: dict[str, Any] = {}
-    layers: dict[str, Any] = {}
+    base, shapes, layers = dict[str, str](), dict[str, Any](), dict[str, Any]()
     for file in files:
         if file.outline.unknown:
-            fix = "convert it to native with --base first"
-            reason = f"the format {file.format.name} doesn't say what its weights are"
-            raise FileError(f"{file.path}: {reason}; {fix}")
+            raise FileError(f"{file.unsaid}; convert it to native with --base first")
         about = file.about
         if other := [n for n, digest in about.base.items() if base.get(n, digest) != digest]:
             reason = "is of another base than those in front of it"
@@ -170,11 +160,11 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
     check_apart(Path(out), Path(path))
     with open_adapter(Path(path)) as file:
         weights, _ = _common([file])
-        deltas, fits = file.parse(file.outline), list[Fit]()
+        deltas, fits = file.fit(weights), list[Fit]()
         for name, delta in progress(list(deltas.items()), "resizing"):
-            weight = weights.weight(name)
-            if "rank" in delta.numbers and weight is not None:
-                deltas[name], fit = resized(name, delta, weight.view, rank)
+            if "rank" in delta.numbers:
+                view = cast("Weight", weights.weight(name)).view
+                deltas[name], fit = resized(name, delta, view, rank)
                 fits.append(fit)
         if not fits:
             raise LoRAError(f"{path}: there is no pair of factors to resize")
@@ -197,11 +187,8 @@ def extract_checkpoint(
     check_apart(Path(out), Path(base), Path(tuned))
     with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
         old, new = first.tensors, second.tensors
-        if other := [
-            n
-            for n in {**old, **new}
-            if n not in old or n not in new or old[n].shape != new[n].shape
-        ]:
+        shapes = [{name: each.shape for name, each in side.items()} for side in (old, new)]
+        if other := [name for name in {**old, **new} if len({s.get(name) for s in shapes}) > 1]:
             raise FileError(f"{tuned}: has other tensors than {base}: {shortened(other)}")
         outline = outline_of_tensors(old, {})
         deltas, fits, left = dict[str, Delta](), list[Fit](), list[str]()

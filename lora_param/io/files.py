@@ -10,15 +10,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from .. import checks
 from ..chains import type_before
-from ..checks import (
-    check_droppable,
-    check_model,
-    check_present,
-    check_trainable,
-    deltas_called,
-    moving_without,
-)
 from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
@@ -83,8 +76,8 @@ def save_lora(
         ['weight']
     """
     found = walk(model, "save_lora")
-    check_present(found, "save_lora")
-    pairs = deltas_called(found, adapter)
+    checks.check_present(found, "save_lora")
+    pairs = checks.deltas_called(found, adapter)
     names = sorted({delta.adapter for _, delta in pairs})
     if len(names) > 1:
         raise AdapterError(f"a file holds one adapter, and the model has {names}; name one")
@@ -159,9 +152,9 @@ def load_lora(
             adapter = file.about.adapter if adapter is None else adapter
             check_adapter(adapter)
             own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
-            check_model(found, "load_lora", changes=not own)
+            checks.check_model(found, "load_lora", changes=not own)
             if trainable:
-                check_trainable(found)
+                checks.check_trainable(found)
             weights = outline_of_model(found)
             deltas = file.fit(weights, "" if own else adapter, **options)
         if base != "ignore" and (doubt := _doubt(file.about, weights)):
@@ -186,7 +179,7 @@ def _statistics_beside(
         moving = [weight for weight in walk.moving if weight.name in own]
         tensors = {weight.name: weight.original for weight in moving}
     else:
-        moving = moving_without(walk, adapter) if freeze else []
+        moving = checks.moving_without(walk, adapter) if freeze else []
         tensors = {weight.name: weight.value for weight in moving}
     missing = {name: tensor for name, tensor in tensors.items() if name not in deltas}
     return {n: StatisticsDelta(cast("Tensor", each)) for n, each in missing.items()}
@@ -203,7 +196,7 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
         copy.adapter = adapter
         pairs.append((weight, copy))
-    check_droppable([weight for weight, delta in pairs if delta.numbers.get("dropout")])
+    checks.check_droppable([weight for weight, delta in pairs if delta.numbers.get("dropout")])
     return pairs
 
 

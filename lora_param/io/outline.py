@@ -47,16 +47,10 @@ def kind_name(layer: Layer) -> str:
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _type_called(name: str) -> Any:
-    """Return the type of a row, or a name of it, for what isn't imported."""
-    home, _, called = name.rpartition(".")
-    return type(called, (nn.Module,), {"__module__": home})
-
-
-TYPES = {
-    kind_name(row): _type_called(row.kind) if isinstance(row.kind, str) else row.kind
-    for row in TABLE
-}
+TYPES: dict[str, Any] = {kind_name(row): row.kind for row in TABLE}
+for _home, _, _name in (name.rpartition(".") for name, kind in TYPES.items() if name == kind):
+    TYPES[f"{_home}.{_name}"] = type(_name, (nn.Module,), {"__module__": _home})  # not imported
+"""The types of rows by what they are called in a file."""
 
 
 def facts_of(module: nn.Module) -> Facts:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +10,7 @@ import torch
 from ..deltas import Delta
 from ..errors import FileError
 from ..layers import Shape
-from .bases import open_base
-from .formats import open_adapter
+from .bases import open_both
 from .formats.native import tensors_of
 from .progress import progress
 from .tensors import AnyPath
@@ -80,23 +77,20 @@ def file_summary(
     Source:
         Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
     """
-    with open_adapter(Path(path)) as file, ExitStack() as stack:
-        weights, read, about = file.outline, file.parse, file.about
-        if base is not None:
-            opened = open_base(Path(base), file, base_prefix, options)
-            weights, read = stack.enter_context(opened).outline(file), file.fit
-        deltas, updates = read(weights, **options), []
+    with open_both(path, base, base_prefix, options) as (file, _, weights, deltas):
+        about, updates = file.about, []
         for name, delta in progress(list(deltas.items()), "measuring"):
             weight = weights.weight(name)
-            update = _measured(name, delta, weight.shape if weight else None)
-            norm = None if base is None or weight is None else weight.like.double().norm().item()
-            updates.append(replace(update, base_norm=norm))
+            norm = weight.like.double().norm().item() if base is not None and weight else None
+            updates.append(_measured(name, delta, weight.shape if weight else None, norm))
     return FileSummary(
         file.format.name, about.base_name, about.adapter, dict(about.metadata), tuple(updates)
     )
 
 
-def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
+def _measured(
+    name: str, delta: Delta, shape: Shape | None, base_norm: float | None
+) -> UpdateSummary:
     tensors = tensors_of(delta)
     if shape is None:  # of a file that doesn't say it
         shape = tuple(next(iter(tensors.values())).shape)
@@ -108,9 +102,8 @@ def _measured(name: str, delta: Delta, shape: Shape | None) -> UpdateSummary:
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     effective = torch.special.entr(share).sum(-1).exp() * (values.sum(-1) > 0)
     rank, alpha, scaling = map(delta.numbers.get, ("rank", "alpha", "scaling"))
-    known = values.numel() > 0
-    norm, effective_rank = values.norm().item(), effective.mean().item()
     count = sum(tensor.numel() for tensor in tensors.values())
-    sizes = (norm, effective_rank) if known else (None, None)
-    said = rank, alpha, scaling, *sizes, count, delta.strength
+    known = values.numel() > 0
+    sizes = (values.norm().item(), effective.mean().item()) if known else (None, None)
+    said = rank, alpha, scaling, *sizes, count, delta.strength, base_norm
     return UpdateSummary(name, delta.origin or delta.kind, shape, *said)

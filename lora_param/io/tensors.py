@@ -132,6 +132,11 @@ class OpenFile:
             raise FileError(text) from None
 
     @property
+    def strings(self) -> dict[str, str]:
+        """Those beside its tensors, without the one that transformers asks for."""
+        return {key: text for key, text in self.header.metadata.items() if key != "format"}
+
+    @property
     def keys(self) -> Collection[str]:
         """The names of its tensors, in the order of their bytes."""
         return (self.tensors if self.header.fault else self.header.tensors).keys()

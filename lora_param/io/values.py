@@ -31,10 +31,6 @@ class NewValues(Delta):
         """Return none: what is added isn't known."""
         return torch.zeros(0)
 
-    def and_added(self, update: DenseDelta) -> NewValues:
-        """Return the values with an update on top."""
-        return NewValues(self.V + update.D)
-
     def added_to(self, tensor: Tensor, is_buffer: bool) -> Delta:
         """Return what is added to the tensor, of a buffer what stands in its place."""
         if is_buffer:

@@ -33,11 +33,6 @@ Deltas = dict[str, Delta]
 """An adapter: its deltas by their weights' names."""
 
 
-def _describe(file: OpenFile) -> tuple[Config, About]:
-    strings = {key: text for key, text in file.header.metadata.items() if key != "format"}
-    return {}, About(metadata=strings)
-
-
 class Format(NamedTuple):
     """One row of the table: a module that turns tensors to deltas, and back where it is written.
 
@@ -86,6 +81,11 @@ class AdapterFile:
         """What the file itself says of the model."""
         about = self.about
         return outline_of_tensors(about.shapes, about.layers) if about.shapes else UNKNOWN
+
+    @property
+    def unsaid(self) -> str:
+        """What to say where that is nothing."""
+        return f"{self.path}: the format {self.format.name} doesn't say what its weights are"
 
     def parse(self, weights: Outline, /, **options: Any) -> Deltas:
         """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
@@ -165,8 +165,9 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
             what = "could be any of" if rows else "is of no known format:"
             held = f"; it holds {shortened([*names])}" if (names := file.header.tensors) else ""
             raise FileError(f"{path}: {what} {known}{held}")
-        describe = getattr(rows[0].module, "describe", _describe)
-        yield AdapterFile(path, rows[0], file, *describe(file))
+        describe = getattr(rows[0].module, "describe", None)
+        said = describe(file) if describe else ({}, About(metadata=file.strings))
+        yield AdapterFile(path, rows[0], file, *said)
 
 
 def _check_no_state_dict(file: OpenFile) -> None:

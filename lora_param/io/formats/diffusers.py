@@ -54,8 +54,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
         configs[_part(field)][field.removeprefix(f"{_part(field)}.")] = value
     if complaints := [each for config in configs.values() for each in unsupported_fields(config)]:
         raise FileError(f"{file.path}: not supported: {', '.join(complaints)}")
-    own = ("format", CONFIG)
-    return configs, About(metadata={k: t for k, t in file.header.metadata.items() if k not in own})
+    return configs, About(metadata={k: t for k, t in file.strings.items() if k != CONFIG})
 
 
 def parse(

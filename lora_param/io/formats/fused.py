@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 
 import torch
 
 from ...errors import FileError
-from ...weight import Weight, join
+from ...weight import Weight
 from ..outline import Outline
 from . import factors as shared
 
@@ -57,9 +58,8 @@ def elsewhere(weights: Outline) -> dict[str, list[Weight]]:
     for whole, stem, parts in LAYOUTS:
         names = [stem + part for part in parts]
         for outer, number in _numbered(whole, weights):
-            for name, block in zip(
-                names, _blocks(weights, outer + whole.format(number), len(names)), strict=False
-            ):
+            blocks = _blocks(weights, outer + whole.format(number), len(names))
+            for name, block in zip(names, blocks, strict=False):
                 found[outer + name.format(number)] = [block]
         for outer, number in _numbered(names[0], weights):
             own = [weights.layer_weight(outer + name.format(number)) for name in names]
@@ -76,20 +76,15 @@ def _numbered(path: str, weights: Outline) -> Iterator[tuple[str, str]]:
         yield match[1], match[2]
 
 
-def _blocks(weights: Outline, path: str, parts: int) -> Iterator[Weight]:
-    """Yield the parts of a fused layer: each as large as its input, but for a fourth, the rest."""
-    weight = weights.weight(join(path, "weight"))
+def _blocks(weights: Outline, path: str, parts: int) -> list[Weight]:
+    """List the parts of a fused layer: each as large as its input, but for a fourth, the rest."""
+    weight = weights.layer_weight(path)
     if weight is None or not weight.shape or parts == 1:
-        yield from [weight] if weight else []
-        return
+        return [weight] if weight else []
     size = weight.shape[0] // 3 if parts == 3 else weight.shape[1]
-    for index in range(parts):
-        last = index == parts - 1
-        block = weights.weight(
-            f"{weight.name}[{index * size}:{'' if last else (index + 1) * size}]"
-        )
-        if block is not None:
-            yield block
+    ends = ["", *(index * size for index in range(1, parts)), ""]
+    blocks = (weights.weight(f"{weight.name}[{a}:{b}]") for a, b in pairwise(ends))
+    return [block for block in blocks if block]
 
 
 def placed(

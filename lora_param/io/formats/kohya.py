@@ -13,8 +13,7 @@ from torch import Tensor
 from ...deltas import Delta, DenseDelta, DoRA
 from ...deltas.pair import Pair
 from ...errors import FileError
-from ...layers import Shape
-from ...weight import join, tensor_names
+from ...weight import Weight, join, tensor_names
 from ..outline import Outline, class_name, is_plain
 from ..tensors import About, Config, Content, OpenFile
 from . import factors as shared
@@ -100,22 +99,19 @@ def render(
     flat, cls = flat_names(weights, prefix), about.cls.rpartition(".")[2]
 
     def tensors_of(weight_name: str) -> dict[str, Tensor]:
-        path, _, tensor = weight_name.rpartition(".")
-        module, delta = weights.modules[path], deltas[weight_name]
-        name, dense = _flat_name(path, weights, cls, prefix), isinstance(delta, DenseDelta)
-        own = weights.weight(join(path, "weight"))
+        weight, delta = weights.weights[weight_name], deltas[weight_name]
+        path, tensor, dense = weight.path, weight.tensor, isinstance(delta, DenseDelta)
+        name, own = _flat_name(path, weights, cls, prefix), weights.layer_weight(path)
         norm = dense and own is not None and len(own.shape or ()) == 1
         able = tensor == "weight" or (dense and tensor == "bias")
-        if not (path and able and (norm or is_plain(weights.weights[weight_name]))):
-            raise FileError(f"no place for {weight_name} of a {class_name(module)}")
+        if not (path and able and (norm or is_plain(weight))):
+            raise FileError(f"no place for {weight_name} of a {class_name(weight.module)}")
         if flat.get(name) != [path]:
             others = " or ".join(flat.get(name, ["another part"]))
             raise FileError(f"{name} could be {others}")
         if isinstance(delta, DenseDelta):
             return {f"{name}.{NORM[tensor] if norm else DENSE[tensor]}": delta.D.detach()}
-        shape = weights.weights[weight_name].shape
-        lora = cast("Pair", delta).plain("lora")
-        return _pair(name, weight_name, lora, shape)
+        return _pair(name, weight, cast("Pair", delta).plain("lora"))
 
     layers = shared.collect(tensors_of, deltas, "written")
     tensors = {key: tensor for layer in layers for key, tensor in layer.items()}
@@ -124,20 +120,16 @@ def render(
     return Content(tensors, {"format": "pt", **about.metadata})
 
 
-def _pair(name: str, weight_name: str, delta: Pair, shape: Shape | None) -> dict[str, Tensor]:
+def _pair(name: str, weight: Weight, delta: Pair) -> dict[str, Tensor]:
     """Lay out the update of one layer."""
     alpha = torch.tensor(delta.alpha, dtype=torch.float32)
     if not alpha or not alpha.isfinite():
-        said = f"{delta.alpha:g}, in float32 {alpha:g}"
-        raise FileError(f"{weight_name} has an alpha of {said}")
+        raise FileError(f"{weight.name} has an alpha of {delta.alpha:g}, in float32 {alpha:g}")
     factors = delta.lora_A.detach(), delta.lora_B.detach()
-    down, up = shared.factors_with_kernel(*factors, shape)
-    return {
-        f"{name}.lora_down.weight": down,
-        f"{name}.lora_up.weight": up,
-        f"{name}.alpha": alpha,
-        **({f"{name}.dora_scale": delta.magnitude.detach()} if isinstance(delta, DoRA) else {}),
-    }
+    down, up = shared.factors_with_kernel(*factors, weight.shape)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+    tensors |= {"dora_scale": delta.magnitude.detach()} if isinstance(delta, DoRA) else {}
+    return {f"{name}.{role}": tensor for role, tensor in tensors.items()}
 
 
 def _children(weights: Outline) -> set[str]:

@@ -27,18 +27,16 @@ STRINGS = "metadata"
 """Under what a record that was read has the strings of whoever saved it."""
 
 
+SPEC = {"kind": str, "numbers": dict, "rows": str}
+
+
 def _are_sizes(value: Any) -> bool:
     whole = type(value) is list and len(value) <= 64 and not {*map(type, value)} - {int}
     return whole and min(value, default=0) >= 0 and math.prod(value) < 2**60
 
 
-def _is_spec(spec: Any) -> bool:
-    kinds = type(spec["kind"]), type(spec["numbers"]), type(spec.get("rows", ""))
-    return kinds == (str, dict, str)
-
-
 FIELDS: dict[str, Callable[[Any], bool]] = {
-    "weights": _is_spec,
+    "weights": lambda spec: {n: type({"rows": "", **spec}[n]) for n in SPEC} == SPEC,
     "layers": lambda facts: type(facts) is dict,
     "shapes": _are_sizes,
     "base": lambda digest: type(digest) is str,

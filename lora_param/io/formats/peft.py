@@ -12,7 +12,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ...deltas import Delta, DoRA
-from ...deltas.numbers import Scaling
 from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
@@ -22,7 +21,7 @@ from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
 from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
-from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_tokens, render_whole
+from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_whole
 
 Placed = Sequence[tuple[Place, Pair]]
 
@@ -49,9 +48,8 @@ def describe(file: OpenFile) -> tuple[Config, About]:
     config = load_config((file.folder or file.path.parent) / CONFIG)
     matches = filter(None, (re.fullmatch(KEYS[1], key) for key in file.tensors))
     layers = {match["name"]: {"type": kind_name(layer_of(nn.Embedding))} for match in matches}
-    strings = {name: text for name, text in file.header.metadata.items() if name != "format"}
     model = str(config.get("base_model_name_or_path") or "")
-    return config, About(model=model, layers=layers, metadata=strings)
+    return config, About(model=model, layers=layers, metadata=file.strings)
 
 
 def parse(
@@ -155,8 +153,7 @@ def _magnitude(
 def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
     pairs = {name: d for name, d in deltas.items() if isinstance(d, Pair)}
-    whole = {n: d for n, d in deltas.items() if n not in pairs and d.rows is None}
-    tokens = {name: delta for name, delta in deltas.items() if name not in {**pairs, **whole}}
+    whole = {name: delta for name, delta in deltas.items() if name not in pairs}
     shared.refuse(_lengths_without_place(pairs, weights), "written")
     pairs = _with_whole_attentions(_plain(pairs), weights)
     places = list(_places(pairs, weights).values())
@@ -167,8 +164,7 @@ def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Conte
     wrapped = {place.weight.path: place.kind == "layer" for place in places}
     wrapped |= {place.key: False for place in places if place.kind in ("in_proj", "out_proj")}
     plain, said = render_whole(whole, weights, wrapped, about)
-    rows, also_said = render_tokens(tokens, weights, wrapped)
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in (plain | rows).items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in plain.items()}
     for place, delta in placed:
         infix = "embedding_" if place.layer.kind is nn.Embedding else ""
         for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
@@ -179,12 +175,7 @@ def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Conte
             ones = [1] * (delta.magnitude.ndim - 2)
             key = f"{PREFIX}{place.name}.lora_magnitude_vector"
             tensors[key] = m.view(1, -1, *ones) if ones else m
-    config = {
-        "base_model_name_or_path": about.model or None,
-        **_config(placed, weights),
-        **said,
-        **also_said,
-    }
+    config = {"base_model_name_or_path": about.model or None, **_config(placed, weights), **said}
     return Content(tensors, {"format": "pt", **about.metadata}, config, _card(about.model))
 
 
@@ -261,10 +252,8 @@ def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
 
 def _plain(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
     """Return the deltas as factors alone, of one scaling."""
-    scaling: Scaling | None = (
-        "lora" if len({delta.scaling for delta in deltas.values()}) > 1 else None
-    )
-    return {name: delta.plain(scaling) for name, delta in deltas.items()}
+    mixed = len({delta.scaling for delta in deltas.values()}) > 1
+    return {name: delta.plain("lora" if mixed else None) for name, delta in deltas.items()}
 
 
 def _with_whole_attentions(deltas: shared.LoRADeltas, weights: Outline) -> dict[str, Pair]:

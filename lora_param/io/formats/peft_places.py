@@ -128,9 +128,8 @@ def _has_place(place: Place) -> bool:
     if place.kind == "parameter":
         return kind in (UNLISTED.kind, *LINEARS) and len(shape or ()) in (2, 3)
     known = is_plain(place.weight) or kind in (nn.Embedding, CONV1D)
-    return shape is not None and (
-        place.kind != "layer" or (known and place.weight.tensor == "weight")
-    )
+    able = place.kind != "layer" or (known and place.weight.tensor == "weight")
+    return able and shape is not None
 
 
 def warn(places: Iterable[Place], weights: Outline, twice: str = "", dropout: float = 0.0) -> None:

@@ -114,7 +114,7 @@ def _has_tokens(weight: Weight, weights: Outline) -> bool:
     return weight.tensor == "weight" and (weight.layer.kind is nn.Embedding or linear)
 
 
-def render_tokens(
+def _render_tokens(
     deltas: Mapping[str, Delta], weights: Outline, wrapped: Collection[str]
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas on blocks of rows, none of them of what is `wrapped` otherwise."""
@@ -148,7 +148,7 @@ def add_biases(
             raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
         name, update = shared.dense(join(path, "bias"), bias * layers[path])
         values = new.get(name)
-        new[name] = values.and_added(update) if isinstance(values, NewValues) else update
+        new[name] = NewValues(values.V + update.D) if isinstance(values, NewValues) else update
     if biased and not config.get("lora_bias"):
         reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
         warnings.warn(f"{', '.join(biased)}: {reason}", stacklevel=5)
@@ -158,11 +158,16 @@ def render_whole(
     deltas: Mapping[str, Delta], weights: Outline, wrapped: Mapping[str, bool], about: About
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas and statistics; `wrapped` are paths, with whether each is a layer."""
-    new = {name: _value(name, delta, weights) for name, delta in deltas.items()}
+    blocks = {name: delta for name, delta in deltas.items() if delta.rows}
+    rows, tokens = _render_tokens(blocks, weights, wrapped)
+    deltas = {name: delta for name, delta in deltas.items() if name not in blocks}
+    new = {n: _value(n, delta, weights) for n, delta in deltas.items() if not delta.of_buffers}
     modules = list(_whole_modules(new, weights))
     inside = tuple(f"{path}." for path in modules)
-    tensors = {n: new.get(n, t) for n, t in weights.tensors.items() if n.startswith(inside or " ")}
-    left = sorted(new.keys() - tensors.keys())
+    saved = [name for name in weights.tensors if name.startswith(inside or " ")]
+    new |= {n: _value(n, deltas[n], weights) for n in saved if n in deltas and n not in new}
+    tensors = {name: new.get(name, weights.tensors[name]) for name in saved}
+    left = sorted(deltas.keys() - tensors.keys())
     if moving := [name for name in left if deltas[name].of_buffers]:
         shared.warn_of_statistics("PEFT", moving)
     biases = [name for name in left if name not in moving]
@@ -171,11 +176,8 @@ def render_whole(
     for name, path in paths.items():
         tensors[f"{path}.base_layer.bias" if path in wrapped else name] = new[name]
     kind = "lora_only" if wrapped.keys() >= {*paths.values()} else "all"
-    return tensors, {
-        "bias": kind if biases else "none",
-        "modules_to_save": modules or None,
-        **_task(about, weights, modules),
-    }
+    said = {"bias": kind if biases else "none", "modules_to_save": modules or None}
+    return tensors | rows, {**said, **tokens, **_task(about, weights, modules)}
 
 
 def _ambiguous(modules: Collection[str], weights: Outline) -> Iterator[str]:

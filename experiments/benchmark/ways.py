@@ -1,0 +1,154 @@
+"""The ways of training a cell that are compared: the floor, the library, and the others."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+import lora_param as lp
+
+from .cells import Called, Cell
+
+
+def routed(model: nn.Module, cell: Cell) -> nn.Module:
+    """Give each row its adapter, by lora_param."""
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        with lp.lora_routed(module, cell.rows, dim=0):
+            y: Tensor = module(x)
+        return y
+
+    return Called(model, call)
+
+
+def routed_peft(model: nn.Module, cell: Cell) -> nn.Module:
+    """Give each row its adapter, by PEFT."""
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        if module.training:
+            raise NotImplementedError("PEFT has no rows of their own in training")
+        y: Tensor = module(x, adapter_names=cell.rows)
+        return y
+
+    return Called(model, call)
+
+
+def floor(model: nn.Module, cell: Cell) -> nn.Module:
+    """Freeze everything."""
+    return model.requires_grad_(False)
+
+
+def lora_param(model: nn.Module, cell: Cell) -> nn.Module:
+    """Register adapters with lora_param."""
+    target = cell.adapted(model)
+    target += [f"{name}.out_proj" for name in target if _is_attention(model, name)]
+    for adapter in cell.names:
+        lp.register_lora(model, rank=cell.rank, target=target, kind=cell.kind, adapter=adapter)
+    lp.select_lora(model, cell.names if cell.routed else cell.names[0])
+    return routed(model, cell) if cell.routed else model
+
+
+def parametrize(model: nn.Module, cell: Cell) -> nn.Module:
+    """Register the formula by hand, with torch's own parametrize: weight space everywhere."""
+    _only_lora(cell, "the formula by hand")
+    model.requires_grad_(False)
+    for name in cell.adapted(model):
+        layer: Any = model.get_submodule(name)
+        places = [(layer, "weight")]
+        if _is_attention(model, name):
+            places = [(layer, "in_proj_weight"), (layer.out_proj, "weight")]
+        for module, tensor in places:
+            weight = getattr(module, tensor)
+            sizes = weight.shape[0], weight[0].numel()
+            options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+            lora = lp.LoRAParametrization(*sizes, cell.rank, **options)
+            register_parametrization(module, tensor, lora)
+    return model
+
+
+def full(model: nn.Module, cell: Cell) -> nn.Module:
+    """Train everything."""
+    return model
+
+
+def peft(model: nn.Module, cell: Cell) -> nn.Module:
+    """Wrap the same layers with PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    options: dict[str, Any] = {"use_dora": cell.kind == "dora", "lora_alpha": cell.rank}
+    config = LoraConfig(r=cell.rank, target_modules=cell.adapted(model), **options)
+    # Else its factors would be float32 on a bfloat16 model, and ours not.
+    same: dict[str, Any] = {"autocast_adapter_dtype": False}
+    wrapped: Any = get_peft_model(model, config, cell.names[0], **same)
+    for name in cell.names[1:]:
+        wrapped.add_adapter(name, config, **same)
+    return routed_peft(wrapped, cell) if cell.routed else wrapped
+
+
+def loralib(model: nn.Module, cell: Cell) -> nn.Module:
+    """Replace the same layers by loralib's, on the same weights; it has none for attention."""
+    import loralib  # type: ignore[import-untyped]
+
+    _only_lora(cell, "loralib")
+    for name in cell.adapted(model):
+        layer: Any = model.get_submodule(name)
+        options: dict[str, Any] = {"r": cell.rank, "lora_alpha": cell.rank, "merge_weights": False}
+        if isinstance(layer, nn.Linear):
+            options["bias"] = layer.bias is not None
+            new = loralib.Linear(layer.in_features, layer.out_features, **options)
+        elif isinstance(layer, nn.Embedding):
+            new = loralib.Embedding(layer.num_embeddings, layer.embedding_dim, **options)
+        elif isinstance(layer, nn.Conv2d):
+            sizes = layer.in_channels, layer.out_channels, layer.kernel_size[0]
+            new = loralib.Conv2d(*sizes, stride=layer.stride, padding=layer.padding, **options)
+        else:
+            raise NotImplementedError(f"loralib has no {type(layer).__name__}")
+        own = new.conv if isinstance(layer, nn.Conv2d) else new
+        own.load_state_dict(layer.state_dict(), strict=False)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new.to(layer.weight))
+    loralib.mark_only_lora_as_trainable(model)
+    return model
+
+
+def _is_attention(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), nn.MultiheadAttention)
+
+
+def _only_lora(cell: Cell, way: str) -> None:
+    if cell.kind != "lora" or cell.adapters > 1:
+        raise NotImplementedError(f"{way} has no other kinds, nor switches")
+
+
+def prepared(plain: nn.Module, cell: Cell) -> dict[str, nn.Module]:
+    """Prepare a copy of a model in each way that has layers for it.
+
+    What starts at zero is drawn at random, as it would be after some training: an adapter acts, and
+    no product is with zeros.
+    """
+    models = {}
+    for way, prepare in WAYS.items():
+        try:
+            model = prepare(copy.deepcopy(plain), cell)
+        except NotImplementedError:
+            continue
+        for each in model.parameters():
+            if way != "full" and each.requires_grad and not each.any():
+                nn.init.normal_(each, std=0.02)
+        models[way] = model
+    return models
+
+
+WAYS: dict[str, Callable[[nn.Module, Cell], nn.Module]] = {
+    each.__name__: each for each in (floor, lora_param, parametrize, full)
+}
+WAYS |= {each.__name__: each for each in (peft, loralib) if importlib.util.find_spec(each.__name__)}
+"""The ways that can be compared here; every ratio is to the first."""
+
+OTHERS = ("peft", "parametrize", "loralib")
+"""The other ways to have an adapter."""
