@@ -46,9 +46,12 @@ class Hold:
 def freeze(walk: Walk, undo: ExitStack) -> None:
     """Freeze the base and clear its gradients, which an optimizer built earlier would apply."""
     hold = Hold()
+    flagged: dict[nn.Module, dict[str, Hold]] = {}
     for weight, tensor in walk.parameters:
         if tensor.requires_grad:
-            _note(weight.module, {**_holds(weight.module), weight.tensor: hold}, undo)
+            flagged.setdefault(weight.module, {})[weight.tensor] = hold
+    for module, holds in flagged.items():
+        _note(module, _holds(module) | holds, undo)
     set_flags(undo, [tensor for _, tensor in walk.parameters], False)
 
 

@@ -5,7 +5,7 @@ An undo is a `contextlib.ExitStack`: what raises runs it backwards, what succeed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ def all_or_nothing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
-def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Sequence[str]]) -> None:
+def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Collection[str]]) -> None:
     """Note tables' entries of some names, there or not, and the tables' order: they may change."""
     kept = []
     for table, names in places:
