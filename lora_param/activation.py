@@ -164,8 +164,9 @@ def _acting(
             routing.plans[chain] = plan
         elif record and not traced:
             record.plan = plan
-    off = not plan.acting and (plan.space == "weight" or routing is not None or traced)
-    if off or _is_watched(chain, plan.acting):
+    if not plan.acting and (traced or routing is not None or plan.space == "weight"):
+        return None
+    if _is_watched(chain, plan.acting):
         return None
     weight = chain._parameters.get("original")
     if weight is None or plan.in_front:
