@@ -274,7 +274,7 @@ def _reasons(weight: Weight) -> Iterator[str]:
 
 def _taken(weight: Weight, table: str) -> str | None:
     """Say which code of its module's class takes a tensor out of a table, where it won't be."""
-    for cls in type_before(weight.module).__mro__:
+    for cls in type(weight.module).__mro__:
         for name, value in vars(cls).items() if not cls.__module__.startswith("torch.") else ():
             code = getattr(value, "__code__", None)
             if code and name != "__init__" and {table, weight.tensor} <= {*_words(code)}:
