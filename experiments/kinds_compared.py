@@ -33,13 +33,14 @@ from .mnist_network import RichBoyNet
 from .shared import mnist, sentiment
 from .shared.batches import Split, shuffled
 from .shared.environment import choose_device
-from .shared.minilm import Classifier, encoded, lengths
+from .shared.minilm import Classifier, encoded_parts, lengths
 from .shared.plots import grouped_bars
 from .shared.runs import recorded
 from .shared.scoring import score, spread
 from .shared.settings import call, check_options, option
 from .shared.tables import aligned
 from .shared.training import adam, train
+from .shared.tuning import best_rate
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def nines(settings: Settings, device: torch.device) -> Task:
 def tweets(settings: Settings, device: torch.device) -> Task:
     """Prepare tweets: a pretrained encoder with a new head."""
     sizes = (100, 30, 64) if settings.quick else (1000, 300, 600)
-    test, validation, data = (encoded(part, device) for part in sentiment.split("tweet", *sizes))
+    test, validation, data = encoded_parts("tweet", sizes, sentiment.FOLDER, device)
 
     def base(seed: int) -> nn.Module:
         return Classifier(seed, bfloat16=True).to(device)
@@ -116,7 +117,7 @@ def tweets(settings: Settings, device: torch.device) -> Task:
 
 def trained(
     task: Task, method: str, rate: float, seed: int, settings: Settings
-) -> tuple[nn.Module, dict[str, float]]:
+) -> tuple[nn.Module, Row]:
     """Adapt a task's network by one method; return it, and what it cost."""
     model = task.base(seed).train()
     torch.manual_seed(seed)
@@ -129,31 +130,34 @@ def trained(
     start = time.process_time()
     train(model, torch.optim.AdamW(groups), batches, task.steps, f"{task.name}, {method}")
     seconds = (time.process_time() - start) / task.steps
-    cost = {"parameters": sum(each.numel() for each in lp.lora_parameters(model))}
+    cost: Row = {"parameters": sum(each.numel() for each in lp.lora_parameters(model))}
     return model.eval(), cost | {"seconds_a_step": seconds}
 
 
 def compared(task: Task, method: str, settings: Settings) -> Row:
     """Tune a method on a task, then test it with every seed."""
     rates, seeds = (task.rates[2:3], 1) if settings.quick else (task.rates, settings.seeds)
-    tried: dict[float, float] = {}
-    for rate in rates:
-        model, cost = trained(task, method, rate, 0, settings)
-        if (share := round(task.share(model, task.parts[1]), 6)) > max(tried.values(), default=-1):
-            best, first = rate, model
-        tried[rate] = share
-    models = [first, *(trained(task, method, best, seed, settings)[0] for seed in range(1, seeds))]
-    shares = [round(task.share(each, task.parts[2]), 6) for each in models]
+    first: dict[float, tuple[nn.Module, Row]] = {}
+
+    def validate(rate: float) -> float:
+        first[rate] = trained(task, method, rate, 0, settings)
+        return round(task.share(first[rate][0], task.parts[1]), 6)
+
+    best, tried = best_rate(rates, validate)
+    models = [trained(task, method, best, seed, settings)[0] for seed in range(1, seeds)]
+    shares = [round(task.share(each, task.parts[2]), 6) for each in (first[best][0], *models)]
     row = {"task": task.name, "method": method, "tried": tried, "rate": best, "shares": shares}
-    return row | cost
+    return row | first[best][1]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Lay out what each method reaches on a task, at which rate, and what it costs."""
-    rates = [f"{rate:g}" for rate in rows[0]["tried"]]
-    found = [[f"{rows[0]['task']}: tried in validation", *rates, "test", "trained", "CPU ms"]]
+    rates = sorted({rate for row in rows for rate in row["tried"]})
+    task, columns = f"{rows[0]['task']}: tried in validation", map("{:g}".format, rates)
+    found = [[task, *columns, "test", "trained", "CPU ms"]]
     for row in rows:
-        tried = [f"{v:.3f}" + "* "[rate != row["rate"]] for rate, v in row["tried"].items()]
+        shown = (f"{row['tried'].get(rate, 0):.3f}".replace("0.000", "-") for rate in rates)
+        tried = [text + "* "[rate != row["rate"]] for text, rate in zip(shown, rates, strict=True)]
         cost = f"{row['parameters']:,}", f"{1000 * row['seconds_a_step']:.1f}"
         found.append([row["method"], *tried, spread(row["shares"]).text(3), *cost])
     return aligned(found)

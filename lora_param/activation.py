@@ -134,6 +134,12 @@ def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
         saved -= (rank + run.forming) * size
         if torch.is_grad_enabled() and not weight.requires_grad:
             saved -= positions * size // 3
+            for delta in itertools.chain(*plan.acting):
+                flags = {
+                    each.requires_grad for each in delta._parameters.values() if each is not None
+                }
+                if len(flags) > 1:  # of one factor alone the gradient needs no input
+                    return False
         if saved <= 0:
             return False
     return is_exact(run.x, weight)

@@ -202,7 +202,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
 def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
     """Warn of what was thawed in a frozen model, and is going to be frozen without an adapter."""
     thawed = [weight for weight, tensor in walk.parameters if tensor.requires_grad]
-    able = [tensor for _, tensor in walk.parameters if not is_quantised(tensor)]
+    able = [t for _, t in walk.parameters if type(t) is nn.Parameter or not is_quantised(t)]
     few = len(thawed) < len(able) / 2  # else they are as most models come
     if left := [weight.name for weight in thawed if weight.name not in trained] if few else []:
         what = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"

@@ -78,7 +78,7 @@ class Delta(Switched):
 
     def has_own(self, name: str) -> bool:
         """Whether its very class defines it; a subclass, as of parametrized tensors, may differ."""
-        return name in vars(type(self))
+        return name in type(self).__dict__  # torch 2.6 traces no vars()
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Delta:
