@@ -2,7 +2,7 @@
 
 Reproduces: the "LoRA from scratch" notebook of github.com/hkproj/pytorch-lora. One epoch on all
     digits, then 100 batches of nines for the adapter alone.
-Command: `python -m experiments.mnist_finetune`
+Command: `python -m experiments.mnist_finetune`, or `torchrun --nproc-per-node 2 -m` the same.
 Hardware, time: 2 cores of a shared AMD EPYC; 45 to 55 s, nearly all of it pretraining.
     Denormal numbers are flushed to zero where the CPU can do that, unless `--no-flush-denormal` is
     given. Adam's averages of gradients that have vanished become such numbers, and with them a step
@@ -41,6 +41,7 @@ from .mnist_report import Run, file_size, layer_table, record, table, verdict
 from .shared import mnist
 from .shared.batches import Split, shuffled
 from .shared.environment import choose_device, environment, flushes_denormals
+from .shared.ranks import on_each_rank
 from .shared.runs import next_folder, timed, timings, write_json
 from .shared.scoring import score
 from .shared.settings import call, check_options, option
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    return call(run, Settings, argv, "experiments.mnist_finetune", __doc__)
+    return call(on_each_rank(run), Settings, argv, "experiments.mnist_finetune", __doc__)
 
 
 if __name__ == "__main__":

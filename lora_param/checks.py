@@ -44,9 +44,10 @@ def check_at_hand(walk: Walk, call: str) -> None:
 def check_present(walk: Walk, call: str) -> None:
     """Raise unless the adapters of a model can be seen as they are."""
     check_at_hand(walk, call)
+    merged = {*merged_for_now}
     for module, path in walk.owners.items():
         refusal = f"{path or 'model'}: {call} can't be called"
-        if module in merged_for_now:
+        if module in merged:
             where = "in a lora_merged block, in which there are no adapters"
             raise LoRAError(f"{refusal} {where}; call it after the block")
         for base in type(module).__mro__:
@@ -201,7 +202,7 @@ def without_tied(walk: Walk, weights: Sequence[Weight]) -> list[Weight]:
 def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
     """Warn of what was thawed in a frozen model, and is going to be frozen without an adapter."""
     thawed = [weight for weight, tensor in walk.parameters if tensor.requires_grad]
-    able = [tensor for _, tensor in walk.parameters if not is_quantised(tensor)]
+    able = [t for _, t in walk.parameters if type(t) is nn.Parameter or not is_quantised(t)]
     few = len(thawed) < len(able) / 2  # else they are as most models come
     if left := [weight.name for weight in thawed if weight.name not in trained] if few else []:
         what = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"
@@ -274,7 +275,7 @@ def _reasons(weight: Weight) -> Iterator[str]:
 
 def _taken(weight: Weight, table: str) -> str | None:
     """Say which code of its module's class takes a tensor out of a table, where it won't be."""
-    for cls in type_before(weight.module).__mro__:
+    for cls in type(weight.module).__mro__:
         for name, value in vars(cls).items() if not cls.__module__.startswith("torch.") else ():
             code = getattr(value, "__code__", None)
             if code and name != "__init__" and {table, weight.tensor} <= {*_words(code)}:

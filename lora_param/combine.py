@@ -95,7 +95,7 @@ def combine_lora(
         >>> select_lora(model, "ab")
 
     Source:
-        Yadav et al., arXiv:2306.01708, for TIES; Yu et al., arXiv:2311.03099, for DARE.
+        arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
     """
     found = walk(model, "combine_lora")
     check_model(found, "combine_lora")
@@ -118,15 +118,13 @@ def combine_lora(
             if other.whole == weight.whole and other != weight and weight.overlaps(other.rows):
                 fix = "combine adapters of the same blocks"
                 raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
-    pairs, fits = [], []
+    made = {}
     for name, own in terms.items():
-        like, view = weights[name].like, weights[name].view
-        delta, fit = combined(name, own, tuple(like.shape), view, generator=generator, **options)
-        delta.adapter, delta.enabled = adapter, False
-        pairs.append((weights[name], delta))
-        fits.append(fit)
-    install(found, pairs, freeze=False)
-    return [fit for fit, (_, delta) in zip(fits, pairs, strict=True) if not delta.of_buffers]
+        shape, view = tuple(weights[name].like.shape), weights[name].view
+        made[name] = combined(name, own, shape, view, generator=generator, **options)
+        made[name][0].adapter, made[name][0].enabled = adapter, False
+    install(found, [(weights[name], delta) for name, (delta, _) in made.items()], freeze=False)
+    return [fit for delta, fit in made.values() if not delta.of_buffers]
 
 
 def check_options(method: object, rank: Rank | None, density: float | None) -> None:
@@ -170,9 +168,7 @@ def combined(
         elif method == "dare":
             total = dare(updates, strengths, density or 1, generator)
         else:
-            total = torch.zeros_like(updates[0])
-            for update, strength in zip(updates, strengths, strict=True):
-                total += update * strength
+            total = sum(u * s for u, s in zip(updates, strengths, strict=True))  # type: ignore[assignment]
         if rank is not None and len(view) > 1:
             return pair_of(factorised(total.reshape(view), rank), name, _dtype(terms), first)
         dense = DenseDelta.restore({"D": total.to(_dtype(terms))}, {})
@@ -187,9 +183,7 @@ def _product_sum(
         numbers = first.numbers | {"alpha": first.alpha * terms[0][1], "dropout": 0.0}
         tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
         return _alike(first, first.restore(tensors, numbers)), Fit(name, first.rank, 0.0)
-    product = summed(
-        [(d.lora_A.double(), d.lora_B.double(), d.scale * strength) for d, strength in terms]
-    )
+    product = summed([(d.lora_A.double(), d.lora_B.double(), d.scale * s) for d, s in terms])
     if rank is not None or product.A.shape[-2] > limit:
         product = recompressed(product.A, product.B, limit if rank is None else rank)
     return pair_of(product, name, _dtype(terms), first)
@@ -292,14 +286,14 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:
     """Give a pair another's factors and numbers; its flags, switches and place stay."""
-    own, old, starts = delta._parameters, delta.numbers, delta._buffers
+    own, starts, lora = delta._parameters, delta._buffers, new._parameters
     for name, factor in own.items():
-        new._parameters[f"lora{name[-2:]}"].requires_grad_(factor.requires_grad)  # type: ignore[union-attr]
-    undo.callback(setattr, delta, "numbers", old)
-    keep_entries(undo, (own, {*own, *new._parameters}), (starts, {*starts}))
-    keep_entries(undo, (delta.__dict__, ["_resting"]))
+        lora[f"lora{name[-2:]}"].requires_grad_(factor.requires_grad)  # type: ignore[union-attr]
+    undo.callback(setattr, delta, "numbers", delta.numbers)
+    resting = delta.__dict__, ["_resting"]
+    keep_entries(undo, (own, {*own, *lora}), (starts, {*starts}), resting)
     delta.__dict__["_resting"] = tuple(f"lora{name[-2:]}" for name in delta._resting)
     starts.clear()
     own.clear()
-    own.update(new._parameters)
+    own.update(lora)
     delta.numbers = new.numbers

@@ -54,23 +54,26 @@ def differences(
     tensors = {weight.name: (weight, tensor) for weight, tensor in walk.tensors}
     _check_same(tensors, tuned, walk)
     excluded = set() if exclude is None else {w.name for w in resolve_whole(walk, exclude)}
-    low_rank = {weight.name for weight in _low_rank(walk, target)}
+    try:
+        low_rank = {weight.name for weight in resolve(walk, target)}
+    except TargetError:
+        if target is not None:
+            raise
+        low_rank = set()  # a model without such layers has dense deltas alone
     moving = {weight.name for weight in walk.moving}
     pairs, fits, left = list[tuple[Weight, Delta]](), list[Fit](), list[str]()
     for name, (weight, base) in tensors.items():
-        if name in excluded:
+        if name in excluded or name not in tuned:
             continue
-        if name not in tuned or (name not in low_rank and target is not None):
-            changed = name in tuned and not torch.equal(base, tuned[name].to(base))
-            left += [name] if changed else []
-            continue
-        if weight.is_buffer:
-            if not torch.equal(base, value := tuned[name].to(base)):
-                pairs += [(weight, StatisticsDelta(value))] if name in moving else []
-                left += [] if name in moving else [name]
-            continue
-        if base.dtype not in FLOATS or not base.ndim:
-            left += [] if torch.equal(base, tuned[name].to(base)) else [name]
+        odd = weight.is_buffer or base.dtype not in FLOATS or not base.ndim
+        if odd or (target is not None and name not in low_rank):
+            value = tuned[name].to(base)
+            if torch.equal(base, value):
+                continue
+            if name in moving and target is None:
+                pairs.append((weight, StatisticsDelta(value)))
+            else:
+                left.append(name)
             continue
         view = weight.view if name in low_rank else None
         if (found := difference(name, base, tuned[name], view, rank)) is not None:
@@ -85,15 +88,6 @@ def differences(
     for _, delta in pairs:
         delta.adapter = adapter
     return pairs, fits
-
-
-def _low_rank(walk: Walk, target: Target | None) -> list[Weight]:
-    try:
-        return resolve(walk, target)
-    except TargetError:
-        if target is not None:
-            raise
-        return []  # a model without such layers has dense deltas alone
 
 
 def _check_same(

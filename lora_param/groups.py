@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from .chains import chains_of, type_before
-from .layers import layer_of
+from .layers import MASKS, layer_of
 from .places import Places
 from .routing import Routing, routed_here, routing_of
 
@@ -23,29 +23,18 @@ Dims = Mapping[Any, int]
 """Where rows are: by an argument's name, and by the place of an output. Counted from the end, a
 tensor without that dimension has no rows."""
 
-ATTENTION: Dims = {
-    "query": 1,
-    "key": 1,
-    "value": 1,
-    "key_padding_mask": -2,
-    "attn_mask": -3,
-    0: 1,
-    1: 0,
-}
+ATTENTION: Dims = {**dict.fromkeys(("query", "key", "value", 0), 1), **MASKS}
 SHAPE = {"__get__", "size", "dim", "stride", "numel", "nelement", "is_floating_point", "is_complex"}
 SHAPE |= {"element_size", "get_device", "is_contiguous", "ndimension", "__len__"}
 """What may be asked of a weight that is another one for each row."""
 
 
-def run_by_groups(
-    routing: Routing, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
+def run_by_groups(routing: Routing, module: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
     """Call a module's forward once for each group of rows, and put their results in order."""
     places, layer = routing.places, layer_of(type_before(module))
     if layer.moving and module.training:
         reason = f"a {type_before(module).__name__} in training mixes the rows of a batch"
-        fix = "put it into eval mode, or train one adapter at a time"
-        raise places.error(module, f"{reason}; {fix}")
+        raise places.error(module, f"{reason}; put it into eval mode, or train one at a time")
     named = _named(call, (module, *args), kwargs)
     if any(isinstance(each, PackedSequence) for each in named.values()):
         reason = "a packed sequence mixes rows, which can't be routed; pad it instead"
@@ -77,34 +66,27 @@ def _named(call: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(inspect.signature(call).bind(*args, **kwargs).arguments)
 
 
-def _in_groups(
-    routing: Routing,
-    module: nn.Module,
-    call: Callable[..., Any],
-    named: Mapping[str, Any],
-    dims: Dims,
-) -> Any:
-    places, usual = routing.places, next(iter(dims.values()))
+def _in_groups(routing: Routing, module: nn.Module, call: Any, named: Any, dims: Dims) -> Any:
     first = _first(value for name, value in named.items() if name in dims)
+
+    def take(name: str, rows: list[int], leaf: Any) -> Any:
+        if isinstance(leaf, ByRow):
+            value: Tensor = getattr(*leaf.reader[1:])  # of the rows that are routed alike here
+            return value
+        if leaf is first or _has_rows(routing.places, module, name, leaf, dims, first):
+            return _picked(leaf, dims[name], rows, routing.rows)
+        return leaf
+
     results = []
     for rows, one in routing.groups:
         with routed_here(one):
-            own = {}
-            for name, value in named.items():
-
-                def take(leaf: Any, name: str = name, rows: list[int] = rows) -> Any:
-                    if isinstance(leaf, ByRow):
-                        return leaf.read()
-                    if leaf is first or _has_rows(places, module, name, leaf, dims, first):
-                        return _picked(leaf, dims[name], rows, places.rows)
-                    return leaf
-
-                own[name] = tree_map(take, value)
             bound = inspect.signature(call).bind_partial()
-            bound.arguments.update(own)
+            for name, value in named.items():
+                bound.arguments[name] = tree_map(functools.partial(take, name, rows), value)
             results.append(call(*bound.args, **bound.kwargs))
     flat, structures = zip(*map(tree_flatten, results), strict=True)
     tops = results[0] if isinstance(results[0], tuple) else (results[0],)
+    usual = next(iter(dims.values()))
     where = [dims.get(place, usual) for place, top in enumerate(tops) for _ in tree_flatten(top)[0]]
     joined = [
         _joined(routing, module, parts, dim) for *parts, dim in zip(*flat, where, strict=True)
@@ -112,9 +94,7 @@ def _in_groups(
     return tree_unflatten(joined, structures[0])
 
 
-def _has_rows(
-    places: Places, module: nn.Module, name: str, leaf: Any, dims: Dims, first: Any
-) -> bool:
+def _has_rows(places: Places, module: Any, name: str, leaf: Any, dims: Dims, first: Any) -> bool:
     """Say whether an argument behind the first has the rows too, or raise where that is a guess.
 
     What has one entry there, or no such dimension, is shared.
@@ -167,11 +147,6 @@ class ByRow(Tensor):
 
     reader: tuple[Routing, nn.Module, str]
 
-    def read(self) -> Tensor:
-        """Return the weight of the rows that are routed alike here."""
-        value: Tensor = getattr(*self.reader[1:])
-        return value
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what is asked of the weight itself, compute by groups, or raise."""
@@ -186,9 +161,8 @@ class ByRow(Tensor):
             if func is F.multi_head_attention_forward:
                 return _in_groups(routing, module, func, _named(func, args, kwargs), ATTENTION)
             if func is F.linear:
-                x, *rest = args
-                x = routing.places.spread(module, x)
-                named = {"input": x, "weight": rest[0], "bias": [*rest[1:], None][0]} | kwargs
+                named = _named(_linear, args, kwargs)
+                x = named["input"] = routing.places.spread(module, named["input"])
                 dims = {"input": routing.places.dim_of(module, x, x.dim() - 1)}
                 return _in_groups(routing, module, _linear, named, dims)
         reason = "is another one for each row of a routed batch, and is read outside of its layer"
@@ -196,7 +170,7 @@ class ByRow(Tensor):
         raise routing.places.error(module, f"its {name} {reason}, for {func.__name__}; {fix}")
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(input, weight, bias)
 
 

@@ -273,7 +273,8 @@ def _accept_base_keys(
                 if arrives:
                     delta.to_empty(device=base.device)
                     states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
-                rebased = delta.rebased(chain.original, base) if base.is_floating_point() else {}
+                packed = not (base.is_floating_point() or delta.of_buffers)
+                rebased = {} if packed else delta.rebased(chain.original, base)
                 for part, value in rebased.items():
                     states[f"{stem}{index}.{part}"] = value
         elif not others or said:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +13,20 @@ from .errors import LoRAError
 class Place(NamedTuple):
     """Which dimension of a module's input has the rows, `None` for none, and who says so."""
 
-    dim: int | None = 0
-    said: int = 0  # 0: nobody; 1: a flag, or `dim=` for all; 2: `dims=`, for this module
+    dim: int | None
+    said: int  # 0: nobody; 1: a flag, or `dim=` for all; 2: `dims=`, for this module
+    path: str = ""
 
 
 class Places:
-    """Where a model's modules have the rows of one batch.
+    """Where each module has the rows of one batch; `own` are the model's tensors, without rows.
 
-    `own` are the model's own tensors, which have no rows. What has been seen meanwhile says more:
-    `tokens`, how many there were in inputs that had the rows for sure, and `inside`, the modules
-    below those that ran by groups.
+    What has been seen meanwhile says more: `tokens`, how many there were in inputs that had the
+    rows for sure, and `inside`, the modules below those that ran by groups.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        known: Mapping[nn.Module, Place],
-        paths: Mapping[nn.Module, str],
-        own: set[Tensor | None],
-    ) -> None:
-        self.rows, self.known, self.paths, self.own = rows, known, paths, own
+    def __init__(self, rows: int, known: dict[nn.Module, Place], own: set[Any]) -> None:
+        self.rows, self.known, self.own = rows, known, own
         self.tokens, self.inside = set[int](), set[nn.Module]()
 
     def spread(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -51,7 +44,7 @@ class Places:
         input of three dimensions.
         """
         self.check_not_inside(module, module)
-        (dim, said), shape, n = self.known[module], x.shape, self.rows
+        (dim, said, path), shape, n = self.known[module], x.shape, self.rows
         dim, traced = dim or 0, is_traced()
         if not torch.compiler.is_compiling() and _is_mapped(x):
             reason = "vmap hides the rows of a routed batch; route inside of it, or do without it"
@@ -73,12 +66,12 @@ class Places:
             return dim
         else:
             doubt = f"no input of {n} rows has come before, for neighbours to be of one row each"
-        fix = f'say which it is by dims={{"{self.paths[module]}": ...}}, None if it has no rows'
+        fix = f'say which it is by dims={{"{path}": ...}}, None if it has no rows'
         reason = f"its input is {tuple(shape)}, and {doubt}; {fix}"
         raise self.error(module, f"{reason}, or dim= for all, or take the adapters off this layer")
 
     def _may_have_none(self, module: nn.Module, x: Tensor, dim: int, traced: bool) -> bool:
-        if x.dim() < 2 or "experts" in self.paths[module].split("."):
+        if x.dim() < 2 or "experts" in self.known[module].path.split("."):
             return True
         # A view of the model's own, unless it is spread over the rows.
         return not traced and (x if x._base is None else x._base) in self.own and x.stride(dim) != 0
@@ -91,7 +84,7 @@ class Places:
 
     def error(self, module: nn.Module, reason: str) -> LoRAError:
         """Return the error of a module, with its path."""
-        return LoRAError(f"{self.paths[module] or 'model'}: {reason}")
+        return LoRAError(f"{self.known[module].path or 'model'}: {reason}")
 
 
 def is_traced() -> bool:

@@ -154,8 +154,7 @@ def register_lora(
             deltas[weight.name] = cls.make(beneath, view, adapter=adapter, **own)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
-        if space != "auto":
-            deltas[weight.name].space = space
+        deltas[weight.name].__dict__["space"] = space
     for weight in whole:
         deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
     if whole:

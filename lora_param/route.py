@@ -22,9 +22,6 @@ from .targets import matches
 from .walk import Walk, walk
 from .weight import Weight
 
-LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-"""Modules whose attention says for them which dimension has the rows."""
-
 Setting = str | Mapping[str, float] | None
 """What acts on a row: an adapter by name, adapters with strengths, or `None` for the base."""
 
@@ -92,14 +89,13 @@ def lora_routed(
         column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
         for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
             columns[module] = max(columns.get(module, -1), column)
-    paths = {module: path for path, module in found.modules}
-    own = {*itertools.chain(*([*m._parameters.values(), *m._buffers.values()] for m in paths))}
+    modules = [module for _, module in found.modules]
+    own = {*itertools.chain(*([*m._parameters.values(), *m._buffers.values()] for m in modules))}
     run: Any = run_by_groups
     if "torch._dynamo" in sys.modules:
         run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-    places = Places(len(weights), _places(found, dim, dims), paths, own)
-    routing = Routing(weights, columns, places, run)
-    with routed_here(routing):
+    places = Places(len(weights), _places(found, dim, dims), own)
+    with routed_here(Routing(weights, columns, places, run)):
         yield
 
 
@@ -119,21 +115,18 @@ def _weights(
     if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
         rule = "adapters must have an entry for each row of the batch"
         raise LoRAError(f"{rule}, got {adapters!r:.60}; for all alike, use lora_selected")
-    settings = [_setting(each) for each in adapters]
+    settings = []
+    for entry in adapters:
+        own = {entry: 1.0} if isinstance(entry, str) else entry or {}
+        if not isinstance(own, Mapping):
+            rule = "a row's entry must be a name, a mapping from name to strength, or None"
+            raise LoRAError(f"{rule}, got {entry!r:.60}")
+        settings.append({name: strength for name, strength in own.items() if strength != 0})
     chosen = list(dict.fromkeys([*(names or ()), *(name for own in settings for name in own)]))
     if names is not None and (new := chosen[len(names) :]):
         raise AdapterError(f"names has not {new[0]!r}, which is on a row; add it, or drop names")
     rows = [[float(own.get(name, 0.0)) for name in chosen] for own in settings]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), -1), chosen
-
-
-def _setting(entry: object) -> dict[str, float]:
-    if entry is None or isinstance(entry, str):
-        return {} if entry is None else {entry: 1.0}
-    if not isinstance(entry, Mapping):
-        rule = "a row's entry must be a name, a mapping from name to strength, or None"
-        raise LoRAError(f"{rule}, got {entry!r:.60}")
-    return {name: strength for name, strength in entry.items() if strength != 0}
 
 
 def _check_rows(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
@@ -165,16 +158,20 @@ def _places(
     for each in [dim, *(dims or {}).values()]:
         if each is not None and (type(each) is not int or each < 0):
             raise LoRAError(f"a dimension must be an integer from 0 up, got {each!r:.40}")
-    general = Place() if dim is None else Place(dim, 1)
-    flags, known, unused = dict[str, Place](), dict[nn.Module, Place](), {*(dims or ())}
+    flags, known, unused = dict[str | None, Place](), dict[nn.Module, Place](), {*(dims or ())}
     for path, module in walk.modules:
-        said = module.self_attn if isinstance(module, LAYERS) else module
-        first = said.__dict__.get("batch_first")
-        above = flags.get(path.rpartition(".")[0], general) if path else general
-        known[module] = flags[path] = above if first is None else Place(0 if first else 1, 1)
-        for pattern, own in (dims or {}).items():
+        own = module._modules.get("self_attn") or module  # says it for its layer
+        first = own.__dict__.get("batch_first")
+        above = flags.get(
+            path.rpartition(".")[0] if path else None, Place(dim or 0, dim is not None)
+        )
+        flags[path] = (
+            Place(*above[:2], path) if first is None else Place(0 if first else 1, 1, path)
+        )
+        known[module] = flags[path]
+        for pattern, said in (dims or {}).items():
             if matches(pattern, Weight(path, module, "weight")):
-                known[module] = Place(own, 2)
+                known[module] = Place(said, 2, path)
                 unused.discard(pattern)
     if unused:
         raise TargetError(f'dims: "{min(unused)}" matches no module; mend it, or drop it')

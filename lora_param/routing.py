@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -38,13 +40,7 @@ class Routing:
     used: ClassVar[bool] = False
     """Whether there is any in some context: otherwise nobody looks for one."""
 
-    def __init__(
-        self,
-        weights: Tensor,
-        columns: dict[nn.Module, int],
-        places: Places,
-        run: Callable[..., Any],
-    ) -> None:
+    def __init__(self, weights: Tensor, columns: dict[Any, int], places: Places, run: Any) -> None:
         self.weights, self.columns, self.places = weights, columns, places
         self.run = run  # runs a module by groups of rows, past any compiler
         self.rows = len(weights)
@@ -90,7 +86,8 @@ class Routing:
     @property
     def choices(self) -> list[tuple[int, float]] | None:
         """Each row's only column and its strength; `None` if a row mixes, or that isn't known."""
-        return None if self.weights.requires_grad or is_traced() else self._choices
+        unknown = is_traced() or torch._C._are_functorch_transforms_active()
+        return None if self.weights.requires_grad or unknown else self._choices
 
     @cached_property
     def _choices(self) -> list[tuple[int, float]] | None:
@@ -137,7 +134,7 @@ def routing_of(module: nn.Module) -> Routing | None:
 def left_out(module: nn.Module, chain: nn.Module, delta: nn.Module) -> None:
     """Let a delta that is new act on no row of the batches that are being routed."""
     for routing in _open if Routing.used else ():
-        if module in routing.places.paths:
+        if module in routing.places.known:
             for known in (module, chain, delta):
                 routing.columns.setdefault(known, -1)
 
@@ -174,4 +171,8 @@ def routed_here(routing: Routing) -> Iterator[None]:
 
 def _enter(routings: tuple[Routing, ...]) -> None:
     _routings.set(routings)
-    torch._C._stash_obj_in_tls(KEY, (threading.get_ident(), routings))
+    noted = (threading.get_ident(), routings)
+    count = sys.getrefcount(noted)
+    torch._C._stash_obj_in_tls(KEY, noted)
+    if sys.getrefcount(noted) == count:  # torch 2.6 keeps it, and takes no reference for that
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(noted))

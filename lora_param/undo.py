@@ -5,14 +5,11 @@ An undo is a `contextlib.ExitStack`: what raises runs it backwards, what succeed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
-
-GONE: Any = object()
-"""The value of an entry that isn't there."""
 
 
 @contextmanager
@@ -23,30 +20,26 @@ def all_or_nothing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
-def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Iterable[str]]) -> None:
+def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Collection[str]]) -> None:
     """Note tables' entries of some names, there or not, and the tables' order: they may change."""
     kept = []
     for table, names in places:
-        entries = {}
-        for name in names:
-            entries[name] = table.get(name, GONE)
-        kept.append((table, entries, tuple(table)))
+        kept.append((table, dict(table), names))
 
     def put_back() -> None:
-        for table, entries, order in kept:
-            for name, entry in entries.items():
-                if entry is GONE:
-                    table.pop(name, None)
-                else:
-                    table[name] = entry
+        for table, before, names in kept:
+            for name in names:
+                table.pop(name, None)
+                if name in before:
+                    table[name] = before[name]
             if "_parameters" not in table:  # a module's own attributes have no order
-                for name in in_order(table, order):
+                for name in in_order(table, before):
                     table[name] = table.pop(name)
 
     undo.callback(put_back)
 
 
-def in_order(table: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+def in_order(table: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:
     """Return a table's entries in an order, with those that it doesn't name behind the others."""
     first = {name: table[name] for name in order if name in table}
     return first | {name: table[name] for name in table if name not in first}

@@ -98,13 +98,14 @@ class Walk:
         """What the base's state dict has, parameters and buffers."""
         tensors = []
         for module, path in self.owners.items():
-            derived = module._non_persistent_buffers_set
-            buffers = [name for name in tensor_names(module, buffers=True) if name not in derived]
-            for name in (*tensor_names(module), *buffers):
-                weight = Weight(path, module, name)
+            buffers = tensor_names(module, True) if module._buffers or module._modules else ()
+            for name in dict.fromkeys([*tensor_names(module), *buffers]):
                 # A chain's one original goes by its owner's name.
                 twice = name == "original" and isinstance(module, ParametrizationList)
-                if not twice and (tensor := weight.original) is not None:
+                if twice or name in module._non_persistent_buffers_set:
+                    continue
+                weight = Weight(path, module, name)
+                if (tensor := weight.original) is not None:
                     tensors.append((weight, tensor))
         return tensors
 

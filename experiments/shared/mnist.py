@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torchvision.datasets import MNIST  # type: ignore[import-untyped]
 
+from . import ranks
 from .batches import Split
 
 FOLDER = Path(__file__).parent.parent / "data"
@@ -64,7 +65,7 @@ def load(root: Path, device: torch.device) -> tuple[Split, Split]:
     Raises:
         DataError: A file is missing or damaged; says which and how to get it again.
     """
-    with unpacked(root) as folder:
+    with ranks.first_alone(), unpacked(root) as folder:
         train, test = (MNIST(folder, train=part) for part in (True, False))
     return _split(train, device), _split(test, device)
 

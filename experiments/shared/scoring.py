@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .batches import Split
+from .ranks import is_first
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def score(net: nn.Module, split: Split, batch_size: int, name: str) -> Score:
     starts = range(0, len(split.labels), batch_size)
     missed, losses = [], []
     with torch.no_grad():
-        for start in tqdm(starts, name, unit="batch", disable=None):
+        for start in tqdm(starts, name, unit="batch", disable=None if is_first() else True):
             inputs, labels = split.pick(slice(start, start + batch_size))
             logits = net(inputs)
             missed.append(labels[logits.argmax(1) != labels])

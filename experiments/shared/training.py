@@ -1,4 +1,4 @@
-"""The training loop.
+"""The training loop, in one process or several.
 
 Nothing in it waits for the device: batches are on it as tensors, and losses are read at the end.
 What is left of a step in a large network is Adam's pass over the parameters, for which torch has a
@@ -8,18 +8,19 @@ fused implementation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from . import ranks
 from .batches import Split
 
 
 def train(
-    net: Callable[[Tensor], Tensor],
+    net: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Split],
     count: int,
@@ -41,7 +42,9 @@ def train(
         ValueError: The loss became infinite or not a number.
     """
     total: Tensor | float = 0.0
-    bar = tqdm(islice(batches, count), name, count, unit="batch", disable=None)
+    net, batches = ranks.parallel(net, batches)
+    hidden = None if ranks.is_first() else True
+    bar = tqdm(islice(batches, count), name, count, unit="batch", disable=hidden)
     for step, batch in enumerate(bar, 1):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(net(batch.inputs), batch.labels)
@@ -51,9 +54,10 @@ def train(
         # Reading the loss waits for the device, so only a visible bar does, and rarely.
         if not bar.disable and step % 50 == 0:
             bar.set_postfix(loss=f"{float(total) / step:.3f}", refresh=False)
-    mean = float(total) / count
+    mean = float(ranks.mean(torch.as_tensor(total))) / count
     if not math.isfinite(mean):
         raise ValueError(f"{name} diverged, its mean loss is {mean}; lower the learning rate")
+    ranks.check_alike(net)
     return mean
 
 

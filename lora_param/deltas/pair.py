@@ -42,7 +42,7 @@ class Pair(Delta):
     least_dimensions = 2
     parts: ClassVar[Parts] = ("lora_A", "lora_B"), ()
     rank, alpha, scaling, dropout = 1, 1.0, "lora", 0.0
-    _init: str = "kaiming"
+    _init = "kaiming"
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Pair(Delta):
             self._buffers.update(start_A=A, start_B=B)
             A, B = torch.zeros_like(A), torch.zeros_like(B)
         # Past torch's setter, for which the two names are taken, by properties.
-        self._parameters |= {f"{name}_A": nn.Parameter(A), f"{name}_B": nn.Parameter(B)}
+        self._parameters.update({f"{name}_A": nn.Parameter(A), f"{name}_B": nn.Parameter(B)})
 
     @classmethod
     def make(cls, weight: Tensor, view: Shape, **options: Any) -> Pair:

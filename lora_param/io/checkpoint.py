@@ -46,12 +46,7 @@ def check_checkpoint(
         FileError: Not all are equal, or the file doesn't say its base's bits.
 
     Example:
-        >>> import torch
-        >>> from lora_param import base_state_dict, register_lora, save_lora
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
-        >>> save_lora(model, "adapter.safetensors")
-        >>> torch.save(base_state_dict(model), "base.pt")
+        >>> from lora_param.io import check_checkpoint
         >>> check_checkpoint("adapter.safetensors", "base.pt")
         2
     """
@@ -101,12 +96,7 @@ def merge_checkpoint(
         FileError: The files don't belong together, or a merged weight would not be finite.
 
     Example:
-        >>> import torch
-        >>> from lora_param import base_state_dict, register_lora, save_lora
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
-        >>> save_lora(model, "adapter.safetensors")
-        >>> torch.save(base_state_dict(model), "base.pt")
+        >>> from lora_param.io import merge_checkpoint
         >>> merge_checkpoint("adapter.safetensors", "base.pt", "merged.safetensors")
         (1, 2)
     """
@@ -172,11 +162,7 @@ def convert_file(
         LoRAError: A format doesn't know an option.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora, save_lora
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
-        >>> _ = register_lora(model, rank=1)
-        >>> save_lora(model, "adapter.safetensors")
+        >>> from lora_param.io import convert_file
         >>> convert_file("adapter.safetensors", "for_peft", "peft")
         ['0.weight']
     """

@@ -54,7 +54,7 @@ def _table(summary: FileSummary) -> str:
 def _cells(update: UpdateSummary) -> tuple[str, ...]:
     strength = "" if update.strength == 1 else f" x {update.strength:g}"
     return (
-        _printable(update.weight),
+        _name(update.weight),
         update.kind,
         "x".join(map(str, update.shape)),
         "-" if update.rank is None else str(update.rank),
@@ -124,12 +124,16 @@ def _rank(said: str | None) -> Any:
 
 
 def _print_fits(out: Path, fits: Sequence[Fit]) -> None:
-    width = max(len(_printable(fit.weight)) for fit in fits)
+    width = max(len(_name(fit.weight)) for fit in fits)
     print("{:{}}  {:>5}  {:>10}".format("weight", width, "rank", "rel. error"))
     for fit in fits:
         rank = "-" if fit.rank is None else str(fit.rank)
-        print(f"{_printable(fit.weight):{width}}  {rank:>5}  {fit.error:>10.3g}")
+        print(f"{_name(fit.weight):{width}}  {rank:>5}  {fit.error:>10.3g}")
     print(f"\n{out}: {len(fits):,} weights")
+
+
+def _name(weight: str) -> str:
+    return _printable(weight if len(weight) <= 100 else f"{weight[:80]}...{weight[-17:]}")
 
 
 def _printable(text: str) -> str:

@@ -175,14 +175,10 @@ def _statistics_beside(
     walk: Walk, own: Mapping[str, Delta], adapter: str, freeze: bool, deltas: Deltas
 ) -> Deltas:
     """Return copies of what training moves and a file's format has no place for."""
-    if own:
-        moving = [weight for weight in walk.moving if weight.name in own]
-        tensors = {weight.name: weight.original for weight in moving}
-    else:
-        moving = checks.moving_without(walk, adapter) if freeze else []
-        tensors = {weight.name: weight.value for weight in moving}
-    missing = {name: tensor for name, tensor in tensors.items() if name not in deltas}
-    return {n: StatisticsDelta(cast("Tensor", each)) for n, each in missing.items()}
+    fresh = checks.moving_without(walk, adapter) if freeze and not own else []
+    moving = [(weight.name, weight.value) for weight in fresh]
+    moving += [(w.name, cast("Tensor", w.original)) for w in walk.moving if w.name in own]
+    return {name: StatisticsDelta(each) for name, each in moving if name not in deltas}
 
 
 def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool) -> Pairs:

@@ -65,11 +65,7 @@ def file_summary(
             doesn't fit the base.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora, save_lora
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
-        >>> save_lora(model, "adapter.safetensors")
+        >>> from lora_param.io import file_summary
         >>> summary = file_summary("adapter.safetensors")
         >>> summary.format, summary.weights[0].shape, summary.parameters
         ('native', (2, 3), 5)
