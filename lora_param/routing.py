@@ -86,7 +86,8 @@ class Routing:
     @property
     def choices(self) -> list[tuple[int, float]] | None:
         """Each row's only column and its strength; `None` if a row mixes, or that isn't known."""
-        return None if self.weights.requires_grad or is_traced() else self._choices
+        unknown = is_traced() or torch._C._are_functorch_transforms_active()
+        return None if self.weights.requires_grad or unknown else self._choices
 
     @cached_property
     def _choices(self) -> list[tuple[int, float]] | None:
