@@ -17,7 +17,6 @@ from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
 from .ops import is_exact
-from .places import is_traced
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
@@ -63,7 +62,8 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         patched = (base.forward, getattr(base, "_conv_forward", None)) != methods
         if not usual or not dense or patched:
             return in_weight_space(self, *args, **kwargs)
-        traced = is_traced()
+        # As `is_traced`, without a call more.
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         routing = routing_of(self) if Routing.used else None
         bias = chains_of(self).get("bias") if routing is not None else None
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
@@ -164,7 +164,9 @@ def _acting(
             routing.plans[chain] = plan
         elif record and not traced:
             record.plan = plan
-    if not plan.acting or _is_watched(chain, plan.acting):
+    if not plan.acting and (traced or routing is not None or plan.space == "weight"):
+        return None
+    if _is_watched(chain, plan.acting):
         return None
     weight = chain._parameters.get("original")
     if weight is None or plan.in_front:

@@ -54,21 +54,26 @@ def in_reach(tensor: Any, module: Any) -> None:
 
 
 def logical(tensor: Any) -> Tensor:
-    """Return a tensor's shape, dtype and device as one, without values if it is packed."""
-    if not is_packed(tensor) or is_unfit(tensor):
+    """Return a tensor's shape, dtype and device as one, without values if it is quantised."""
+    if not is_quantised(tensor) or is_unfit(tensor):
         return cast("Tensor", tensor)
-    state = getattr(tensor, "quant_state", None)
-    shape, dtype = (state.shape, state.dtype) if state else (tensor.shape, torch.float32)
+    state, dtype = getattr(tensor, "quant_state", None), tensor.dtype
+    shape, dtype = (state.shape, state.dtype) if state else (tensor.shape, dtype)
+    dtype = dtype if dtype.is_floating_point else torch.float32
     return torch.empty((), dtype=dtype, device=tensor.device).expand(shape)
 
 
 def dense(tensor: Any) -> Tensor:
     """Return what a tensor stands for."""
+    if not is_quantised(tensor):
+        return cast("Tensor", tensor)
+    dequantize: Callable[..., Tensor]
     if not is_packed(tensor):
-        return cast("Tensor", tensor.dequantize() if is_quantised(tensor) else tensor)
+        dequantize = getattr(tensor, "get_original_weight", tensor.dequantize)  # an NF4 tensor's
+        return dequantize()
     data = tensor.detach().as_subclass(Tensor)
     if state := getattr(tensor, "quant_state", None):
-        dequantize: Callable[..., Tensor] = sys.modules["bitsandbytes"].functional.dequantize_4bit
+        dequantize = sys.modules["bitsandbytes"].functional.dequantize_4bit
         return dequantize(data, state)
     return cast("Tensor", data * (tensor.SCB[:, None] * (1 / 127)))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from lora_param import LoRAParametrization, register_lora, select_lora
+from lora_param import LoRAParametrization, lora_routed, register_lora, select_lora
 
 from .cases import shake
 
@@ -82,3 +82,21 @@ def test_coming_back_to_an_adapter_compiles_nothing(model: nn.Module) -> None:
     changes = [lambda index=index: select_lora(model, f"a{index}") for index in range(4)]
     once = graphs(model, changes)
     assert graphs(model, changes * 3) == once <= 4
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="no compiled code reads a context variable")
+def test_ten_adapters_routed_by_their_names_share_one_graph() -> None:
+    model, x = MODELS["activation space"](), torch.randn(3, 6)
+    names = [f"a{index}" for index in range(10)]
+    for name in names:
+        register_lora(model, rank=2, adapter=name)
+    shake(model)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for name in names:
+        select_lora(model, name)
+        expected = model(x)
+        with lora_routed(model, [name] * 3, names=names):
+            torch.testing.assert_close(compiled(x), expected)
+    assert counter.frame_count == 1

@@ -108,12 +108,13 @@ def test_registering_walks_the_model_once_and_calls_little(monkeypatch: pytest.M
     assert list(map(id, walks)) == list(map(id, [model, *model]))
 
 
+@pytest.mark.parametrize("on", [0, 1])
 @pytest.mark.parametrize("adapters", [1, 64])
-def test_a_forward_calls_little_whatever_is_registered_and_off(adapters: int) -> None:
+def test_a_forward_calls_little_whatever_is_registered_and_off(adapters: int, on: int) -> None:
     layer, x = nn.Linear(8, 8), torch.randn(3, 8)
     for index in range(adapters):
         register_lora(layer, rank=2, adapter=f"a{index}")
-        layer.parametrizations.weight[index].enabled = index == 0
+        layer.parametrizations.weight[index].enabled = index < on
     layer(x)
     assert calls(lambda: layer(x)) <= 20
 

@@ -38,14 +38,23 @@ from .cases import shake
 
 def torchaos(name: str, *args: Any) -> nn.Module:
     library = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64, bias=False))
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64, bias=False))
     library.quantize_(model, getattr(library, name)(*args))
+    return model
+
+
+def nf4() -> nn.Module:
+    library = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64, bias=False))
+    for index in (0, 2):
+        weight = library.to_nf4(model[index].weight.detach(), 64, 256)
+        model[index].weight = nn.Parameter(weight, requires_grad=False)
     return model
 
 
 def bitsandbytes(kind: str, **options: Any) -> nn.Module:
     layer = getattr(pytest.importorskip("bitsandbytes.nn"), kind)
-    layers = layer(64, 32, **options), nn.Tanh(), layer(32, 64, bias=False, **options)
+    layers = layer(64, 256, **options), nn.Tanh(), layer(256, 64, bias=False, **options)
     return nn.Sequential(*layers).to("cpu")  # which quantises
 
 
@@ -59,6 +68,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchao int8": lambda: torchaos("Int8WeightOnlyConfig"),
     "torchao float8": lambda: torchaos("Float8WeightOnlyConfig"),
     "torchao int4, unpacked": lambda: torchaos("IntxWeightOnlyConfig", torch.int4),
+    "torchao nf4": nf4,
     **PACKED,
 }
 DYNAMIC: dict[str, Callable[[], nn.Module]] = {
@@ -75,11 +85,13 @@ def meaning(weight: Any) -> Tensor:
         return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
     if hasattr(weight, "SCB"):
         return weight.CB * (weight.SCB.view(-1, 1) * (1 / 127))  # type: ignore[no-any-return]
+    if hasattr(weight, "get_original_weight"):
+        return weight.get_original_weight()  # type: ignore[no-any-return]
     return weight.dequantize()  # type: ignore[no-any-return]
 
 
 def dense_of(model: nn.Module) -> nn.Module:
-    dense = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64, bias=False))
+    dense = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64, bias=False))
     dense[0].bias.data = model[0].bias.detach().clone()
     for index in (0, 2):
         dense[index].weight.data = meaning(model[index].weight)
@@ -127,8 +139,8 @@ def test_a_fresh_adapter_on_a_quantised_weight_changes_nothing(model: nn.Module)
     register_lora(model, rank=4)
     assert torch.equal(model(x), expected)
     assert {(each.space, *each.shape) for each in lora_summary(model).weights} == {
-        ("activation", 32, 64),
-        ("activation", 64, 32),
+        ("activation", 256, 64),
+        ("activation", 64, 256),
     }
     with base_frozen(model):
         shake(model)
@@ -148,7 +160,8 @@ def test_a_quantised_weights_digest_is_of_all_that_it_is_made_of(model: nn.Modul
     if hasattr(weight, "quant_state"):
         weight.quant_state.absmax.add_(1)
     else:
-        (weight.SCB if hasattr(weight, "SCB") else weight.scale).mul_(2)
+        names = ("SCB", "scale", "quantized_scalers")
+        next(getattr(weight, name) for name in names if hasattr(weight, name)).mul_(2)
     changed = {name for name, each in fingerprint(model).items() if each != before[name]}
     assert changed == {"0.weight"}
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lora_param import (
     AdapterError,
@@ -23,17 +24,20 @@ from lora_param import (
     load_lora_state_dict,
     lora_disabled,
     lora_merged,
+    lora_parameters,
     lora_state_dict,
     lora_summary,
     merge_lora,
     register_lora,
     remove_lora,
     save_lora,
+    select_lora,
 )
 from lora_param.sharding import whole
 
+from .cases import shake
 from .ranks import Ranks
-from .sharded_cases import DATA_PARALLEL, WAYS, adapted, net, sharded, split, trained
+from .sharded_cases import DATA_PARALLEL, ROWS, WAYS, adapted, net, sharded, split, trained
 
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 shards on CUDA alone")
 
@@ -139,6 +143,52 @@ def is_itself(way: str) -> None:
 @pytest.mark.parametrize("way", SHARDED)
 def test_a_sharded_model_has_the_proof_and_the_table_of_the_whole(way: str, ranks: Ranks) -> None:
     ranks(is_itself, way)
+
+
+def is_switched(way: str) -> None:
+    model = net()
+    for seed, name in enumerate("ab"):
+        register_lora(model, rank=2, adapter=name)
+        torch.manual_seed(seed)
+        shake(model)
+    x, choices = torch.randn(2, 6), ["a", "b", {"a": 0.5, "b": -1.0}, None]
+    expected = []
+    for choice in choices:
+        select_lora(model, choice)
+        expected.append(model(x))
+    model = WAYS[way](model)
+    for choice, wanted in zip(choices, expected, strict=True):
+        select_lora(model, choice)
+        torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("way", [way for way in SHARDED if "tensor" not in way])
+def test_a_sharded_models_adapters_are_selected(way: str, ranks: Ranks) -> None:
+    ranks(is_switched, way)
+
+
+def computes_in_bfloat16(options: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    model = net()
+    register_lora(model, rank=3, **options)
+    shake(model)
+    plain = copy.deepcopy(model).bfloat16()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    x = torch.randn(ROWS, 6)
+    y = sharded(model, mp_policy=policy)(x.chunk(2)[rank()])
+    torch.testing.assert_close(y, plain(x.bfloat16()).chunk(2)[rank()], rtol=0.02, atol=0.02)
+    y.float().square().mean().backward()
+    plain(x.bfloat16()).float().square().mean().backward()
+    for one, other in zip(lora_parameters(model), lora_parameters(plain), strict=True):
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(whole(one.grad), other.grad.float(), rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "dora"}, {"init": "pissa"}], ids=str)
+def test_fsdp_computes_in_bfloat16_and_keeps_the_factors_in_float32(
+    options: dict[str, Any], ranks: Ranks
+) -> None:
+    ranks(computes_in_bfloat16, options)
 
 
 # Files

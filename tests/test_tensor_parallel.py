@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 from lora_param import (
     base_frozen,
     fingerprint,
+    load_lora,
     load_lora_state_dict,
     lora_disabled,
     lora_merged,
@@ -29,6 +30,7 @@ from lora_param import (
     lora_state_dict,
     register_lora,
     remove_lora,
+    save_lora,
 )
 from lora_param.sharding import is_sharded, whole
 
@@ -94,6 +96,23 @@ def test_every_kind_on_split_layers_computes_as_in_one_process(
 @pytest.mark.parametrize("first", [True, False], ids=["adapted first", "split first"])
 def test_split_layers_compute_in_bfloat16(first: bool, ranks: Ranks) -> None:
     ranks(computes_the_same, {"rank": 3}, first, torch.bfloat16)
+
+
+def loads(path: Path, format: str) -> None:
+    torch.manual_seed(1)
+    plain, x = net(), torch.randn(2, 6)
+    model = split(copy.deepcopy(plain), adapted=False)
+    register_lora(plain, rank=3)
+    shake(plain)
+    save_lora(plain, path.with_name(f"{torch.distributed.get_rank()}"), format=format)
+    load_lora(model, path.with_name("0"), base="require" if format == "native" else "ignore")
+    torch.testing.assert_close(model(x), plain(x))
+    assert lora_state_dict(model, full=True).keys() == lora_state_dict(plain).keys()
+
+
+@pytest.mark.parametrize("format", ["native", "peft"])
+def test_a_file_is_loaded_onto_split_layers(format: str, ranks: Ranks, tmp_path: Path) -> None:
+    ranks(loads, tmp_path / "adapter", format)
 
 
 class Block(nn.Module):

@@ -86,6 +86,33 @@ def test_transformers_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
     assert_saved(model, llama(), path)
 
 
+def vocabulary() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {str(index): index for index in range(32)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    tokens = {"pad_token": "0", "bos_token": "1", "eos_token": "2"}
+    return pytest.importorskip("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=model, **tokens
+    )
+
+
+def test_trl_trains_resumes_and_saves(tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [{"input_ids": each["input_ids"].tolist()} for each in examples()]
+    model, base = llama(), fingerprint(llama())
+
+    def train(model: nn.Module, resumed: bool = False) -> None:
+        given = trl.SFTConfig(**arguments(tmp_path), dataset_kwargs={"skip_prepare_dataset": True})
+        data = datasets.Dataset.from_list(rows)
+        trainer = trl.SFTTrainer(model, given, train_dataset=data, processing_class=vocabulary())
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumed else None)
+
+    train(model)
+    train(other := llama(), resumed=True)
+    assert_trained_alike(model, other, base)
+    assert_saved(model, llama(), tmp_path / "adapter.safetensors")
+
+
 def test_lightning_trains_resumes_and_saves(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
 

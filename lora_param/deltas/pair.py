@@ -42,7 +42,7 @@ class Pair(Delta):
     least_dimensions = 2
     parts: ClassVar[Parts] = ("lora_A", "lora_B"), ()
     rank, alpha, scaling, dropout = 1, 1.0, "lora", 0.0
-    _init: str = "kaiming"
+    _init = "kaiming"
 
     def __init__(
         self,

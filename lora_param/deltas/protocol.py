@@ -72,8 +72,8 @@ class Delta(Switched):
         super().__init__()
         check_adapter(adapter)
         if (dtype := dtype or torch.get_default_dtype()) not in FLOATS:
-            rule = f"an adapter's dtype must be one of {show_dtypes(*FLOATS)}"
-            raise LoRAError(f"{rule}, got {dtype}")
+            known = show_dtypes(*FLOATS)
+            raise LoRAError(f"an adapter's dtype must be one of {known}, got {dtype}")
         self.__dict__.update(adapter=adapter)
 
     def has_own(self, name: str) -> bool:
@@ -199,8 +199,9 @@ class Delta(Switched):
         except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError):
             said = None
         if not isinstance(said, dict):
-            got = type(state).__name__
-            raise StateDictError(f"must hold a delta's kind and numbers, got {got}")
+            raise StateDictError(
+                f"must hold a delta's kind and numbers, got {type(state).__name__}"
+            )
         rows = None if self.rows is None else str(self.rows)
         for what, own in (("kind", self.kind), ("rows", rows)):
             if (theirs := said.pop(what, None)) != own:
