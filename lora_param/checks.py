@@ -44,9 +44,10 @@ def check_at_hand(walk: Walk, call: str) -> None:
 def check_present(walk: Walk, call: str) -> None:
     """Raise unless the adapters of a model can be seen as they are."""
     check_at_hand(walk, call)
+    merged = {*merged_for_now}
     for module, path in walk.owners.items():
         refusal = f"{path or 'model'}: {call} can't be called"
-        if module in merged_for_now:
+        if module in merged:
             where = "in a lora_merged block, in which there are no adapters"
             raise LoRAError(f"{refusal} {where}; call it after the block")
         for base in type(module).__mro__:

@@ -26,7 +26,7 @@ from .deltas.switching import Switched
 from .errors import LoRAError
 from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
-from .quantised import as_beneath, is_packed
+from .quantised import as_beneath
 from .routing import Routing, routing_of
 from .sharding import in_its_forward, is_sharded, news
 
@@ -273,7 +273,8 @@ def _accept_base_keys(
                 if arrives:
                     delta.to_empty(device=base.device)
                     states |= delta.state_dict(prefix=f"{stem}{index}.", keep_vars=True)
-                rebased = {} if is_packed(base) else delta.rebased(chain.original, base)
+                packed = not (base.is_floating_point() or delta.of_buffers)
+                rebased = {} if packed else delta.rebased(chain.original, base)
                 for part, value in rebased.items():
                     states[f"{stem}{index}.{part}"] = value
         elif not others or said:

@@ -156,7 +156,6 @@ UNLISTED = Layer(nn.Module, tensors=(), view=stack, features=-2, default=False)
 """Any other module: each of its tensors of two or more dimensions, where the caller names it."""
 
 
-@functools.lru_cache(maxsize=1024)
 def layer_of(cls: Any) -> Layer:
     """Return the table's row for a type of module; a subclass has its base's row."""
     return _row_and_type(cls)[0]

@@ -152,9 +152,9 @@ def _fitting(
             else:  # a copy, for the case that it is a view of another delta's tensor
                 copies.append((parameter, value.detach().clone()))
     for prefix, delta in deltas.items():
-        undo.callback(setattr, delta, "numbers", delta.numbers)
+        undo.callback(delta.set_extra_state, before := delta.get_extra_state())
         try:
-            delta.set_extra_state(state_dict.get(prefix + NUMBERS, delta.get_extra_state()))
+            delta.set_extra_state(state_dict.get(prefix + NUMBERS, before))
         except LoRAError as error:
             complaints.append(f"{prefix}{NUMBERS}: {error}")
     if complaints:

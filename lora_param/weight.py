@@ -67,7 +67,7 @@ class Weight:
         is_transposed = getattr(self.module, "is_transposed", False)
         return self.layer.features_of(tuple(self.whole.like.shape), is_transposed)
 
-    @property
+    @cached_property
     def layer(self) -> Layer:
         """Its module's row of the table."""
         return layer_of(type(self.module))

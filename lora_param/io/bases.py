@@ -19,16 +19,7 @@ from ..walk import WRAPPERS
 from ..weight import join
 from .formats import AdapterFile, Deltas, open_adapter
 from .outline import UNKNOWN, Outline, outline_of_tensors
-from .tensors import (
-    AnyPath,
-    Header,
-    OpenFile,
-    check_regular,
-    explained,
-    open_file,
-    shortened,
-    strict_json,
-)
+from .tensors import AnyPath, OpenFile, check_regular, explained, open_file, shortened, strict_json
 
 INDEX = ".index.json"
 FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")
@@ -50,8 +41,8 @@ class Base:
     @property
     def metadata(self) -> Mapping[str, str]:
         """The strings of its first file, of a pickle those that transformers asks for."""
-        header = next(iter(self.files.values())).header if self.files else Header()
-        return {"format": "pt"} if header.fault else header.metadata
+        first = next(iter(self.files.values()), None)
+        return first.header.metadata if first and not first.header.fault else {"format": "pt"}
 
 
 @contextmanager

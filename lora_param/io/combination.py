@@ -197,9 +197,8 @@ def extract_checkpoint(
                 left += [] if old[name].equal(new[name]) else [name]
                 continue
             layer = weight.layer
-            low = layer.default and weight.tensor in listed_tensors(
-                layer, tensor_names(weight.module)
-            )
+            own = listed_tensors(layer, tensor_names(weight.module))
+            low = layer.default and weight.tensor in own
             view = weight.view if low and old[name].ndim > 1 else None
             if (found := difference(name, old[name], new[name], view, rank)) is not None:
                 deltas[name], fit = found

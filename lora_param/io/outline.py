@@ -76,15 +76,6 @@ def is_plain(weight: Weight) -> bool:
     return weight.layer.kind in LINEARS + CONVOLUTIONS
 
 
-def computes_otherwise(module: nn.Module) -> bool:
-    """Say whether it does otherwise than a plain layer of its kind without dilation or padding."""
-    facts, cls = facts_of(module), type_before(module)
-    dilated = any(each != 1 for each in facts.get("dilation", ()))
-    own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
-    own_forward = own_forward and not layer_of(cls).dense
-    return own_forward or dilated or facts.get("padding_mode", "zeros") != "zeros"
-
-
 def drops(weight: Weight) -> bool:
     """Say whether dropout can act on a weight's layer's input."""
     able = weight.layer.drops and weight.layer.run is not None

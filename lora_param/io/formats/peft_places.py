@@ -9,18 +9,10 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from ...chains import type_before
 from ...layers import CONV1D, UNLISTED, Layer, Shape, layer_of
 from ...weight import Weight, join, tensor_names
-from ..outline import (
-    LINEARS,
-    Outline,
-    Unknown,
-    class_name,
-    computes_otherwise,
-    drops,
-    facts_of,
-    is_plain,
-)
+from ..outline import LINEARS, Outline, Unknown, class_name, drops, facts_of, is_plain
 from ..tensors import Config
 
 WRAPPED, OUT_PROJ = ".base_layer", ".base_layer.out_proj"
@@ -137,7 +129,7 @@ def warn(places: Iterable[Place], weights: Outline, twice: str = "", dropout: fl
     reasons: defaultdict[str, list[str]] = defaultdict(list)
     for place in places:
         module, name = place.module, place.weight.name
-        if computes_otherwise(module):
+        if _computes_otherwise(module):
             how = "by other maths: it knows no dilation, padding_mode or forward of a layer's own"
             reasons[how].append(name)
         if place.weight.path in weights.shared:
@@ -150,3 +142,12 @@ def warn(places: Iterable[Place], weights: Outline, twice: str = "", dropout: fl
             reasons["with dropout, and here there is none"].append(name)
     for reason, names in reasons.items():
         warnings.warn(f"PEFT adapts {', '.join(names)} {reason}", stacklevel=5)
+
+
+def _computes_otherwise(module: nn.Module) -> bool:
+    """Say whether it does otherwise than a plain layer of its kind without dilation or padding."""
+    facts, cls = facts_of(module), type_before(module)
+    dilated = any(each != 1 for each in facts.get("dilation", ()))
+    own_forward = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
+    own_forward = own_forward and not layer_of(cls).dense
+    return own_forward or dilated or facts.get("padding_mode", "zeros") != "zeros"
