@@ -176,6 +176,31 @@ def test_a_weight_that_does_not_read_as_its_parameter_is_refused(kind: Any) -> N
     assert torch.equal(layer(x), expected)
 
 
+class HalvedBias(nn.Linear):
+    """A layer whose bias is computed."""
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        return self._parameters["bias"] * 0.5  # type: ignore[operator]
+
+
+class LookedBias(nn.Linear):
+    """A layer that changes the bias it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return value * 0.5 if name == "bias" else value
+
+
+@pytest.mark.parametrize("kind", [HalvedBias, LookedBias])
+def test_a_bias_is_what_reading_it_gives(kind: Any) -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    layer.__class__ = kind
+    expected = layer(x)
+    register_lora(layer, rank=2, target="weight")
+    assert torch.equal(layer(x), expected)
+
+
 class FromTable(nn.Linear):
     """A layer that takes its weight out of torch's table."""
 
