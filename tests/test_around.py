@@ -251,7 +251,7 @@ def test_taking_an_entry_from_an_adapted_dictionary_is_refused_and_keeps_it(take
 def test_a_backward_through_a_forward_before_the_merge_raises(
     layer: nn.Module, shape: tuple[int, ...]
 ) -> None:
-    adapted(layer)
+    adapted(layer, space="activation")
     x = torch.randn(shape, requires_grad=True)
     y = layer(x)
     merge_lora(layer)
