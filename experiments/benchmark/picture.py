@@ -18,8 +18,8 @@ LINES: dict[str, dict[str, Any]] = {
     "loralib": {"color": "0.45", "marker": "^", "mfc": "white", "ls": ":"},
     "parametrize": {"color": "0.45", "marker": "x", "ls": "--"},
 }
-MOST = 4.0
-"""Where the scale ends; a line that leaves it says so by leaving."""
+TICKS, MOST = (1, 16, 128, 1024, 4096), 4.0
+"""What the lower scale says, and where the other one ends; a line beyond leaves the picture."""
 
 
 def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
@@ -38,7 +38,9 @@ def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
                 ]
                 label = None if axes is not panels[0][0] else LABELS.get(way, way)
                 axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
-            axes.set_xscale("log", base=4)
+            axes.set_xscale("log")
+            axes.minorticks_off()
+            axes.set_xticks(TICKS, map(str, TICKS))
             axes.set_ylim(0.9, MOST)
             axes.set_title(f"{measure}, layers {width} wide", fontsize=10)
             axes.grid(axis="y", lw=0.3)
