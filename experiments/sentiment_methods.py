@@ -4,9 +4,9 @@ Reproduces: the question of the LoRA paper's table 2 (arXiv:2106.09685), on a sm
     real ratings: does LoRA reach full fine-tuning with a fraction of the parameters?
 Command: `python -m experiments.sentiment_methods`; `--quick` for one seed of 200 sentences.
 Needs: `pip install -e ".[sentiment]"` for MiniLM.
-Hardware, time: 2 cores of a shared AMD EPYC; 35 minutes beside other work, `--quick` 1.
+Hardware, time: 2 cores of a shared AMD EPYC; 40 minutes beside other work, `--quick` 1.
 Expected: LoRA within a seed's spread of full fine-tuning on all four domains, with 1.5 % of the
-    parameters; BitFit level with both on news and behind elsewhere, the head alone far behind.
+    parameters; BitFit level with both but on film, the head alone far behind.
 
 Each method is tuned alike, on a domain's validation part: three learning rates, each tried once,
 and more of them while the best is at an end. The best is then run with every seed and tested once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +40,13 @@ EXTRA = [
 ]  # fmt: skip
 
 
-ACTIVATION = [case for case in CASES if case.id not in WEIGHT_SPACE] + EXTRA
+BOTH = [case for case in CASES if case.id not in WEIGHT_SPACE] + EXTRA
+
+
+# Attention is in weight space, whatever is said of the layers beside it.
+ACTIVATION = [
+    case if case.id == "transformer layer" else replace(case, space="activation") for case in BOTH
+]
 
 
 each_case = pytest.mark.parametrize("case", ACTIVATION, ids=lambda case: case.id)

@@ -64,6 +64,7 @@ class Case:
         make_input: Builds its arguments.
         names: What `register_lora` returns.
         target: What has to be named for that.
+        space: Where it is computed.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Case:
     make_input: Callable[[], tuple[Tensor, ...]]
     names: tuple[str, ...] = ("weight",)
     target: Any = None
+    space: str = "auto"
 
     def build(
         self, dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -88,6 +90,7 @@ class Case:
     ) -> list[str]:
         row = KINDS[kind]
         options = {"target": self.target, "kind": row.name, **row.options, **options}
+        options = {"space": self.space, **options}
         return register_lora(layer, adapter=adapter, **options)
 
 

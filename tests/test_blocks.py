@@ -46,7 +46,7 @@ def adapt(case: Case, layer: nn.Module, kind: str = "lora", adapter: str = "a") 
     return register_lora(
         layer,
         adapter=adapter,
-        **{**KINDS[kind].options, "target": target, "kind": KINDS[kind].name},
+        **{**KINDS[kind].options, "target": target, "kind": KINDS[kind].name, "space": case.space},
     )
 
 
@@ -181,9 +181,8 @@ def test_all_blocks_of_an_adapter_share_one_product_with_the_input(
     dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x, inputs = fused(), torch.randn(4, 6), []
-    register_lora(
-        layer, rank=2, target=["weight[:3]", "weight[3:6]", "weight[6:]"], dropout=dropout
-    )
+    target = ["weight[:3]", "weight[3:6]", "weight[6:]"]
+    register_lora(layer, rank=2, target=target, dropout=dropout, space="activation")
     shake(layer)
     down = LinearRun.down
     monkeypatch.setattr(LinearRun, "down", lambda self, x, A: inputs.append(x) or down(self, x, A))

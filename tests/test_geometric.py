@@ -20,7 +20,9 @@ def test_it_is_adapted_by_default_and_computes_in_activation_space() -> None:
     plain, x = copy.deepcopy(model), torch.randn(3, 6)
     assert register_lora(model, rank=2, space="activation") == ["0.weight", "1.weight"]
     assert torch.equal(model(x), plain(x))
-    assert [weight.space for weight in lora_summary(model).weights] == ["activation"] * 2
+    assert [weight.space for weight in lora_summary(model).weights] == [
+        "activation or weight, by cost"
+    ] * 2
     shake(model)
     expected = plain[1].forward(x @ model[0].weight.mT + model[0].bias)
     expected = expected + nn.functional.linear(

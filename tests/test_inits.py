@@ -314,7 +314,7 @@ def test_the_summary_counts_what_is_trained() -> None:
     _, model = trained()
     weight = lora_summary(model).weights[0]
     assert (weight.space, weight.adapters[0].rank, weight.adapters[0].parameters) == (
-        "activation",
+        "activation or weight, by cost",
         3,
         3 * (9 + 8),
     )

@@ -61,8 +61,10 @@ def test_off_the_base_has_its_own_statistics(name: str) -> None:
         model(batch)
     model.eval()
     assert torch.equal(model(x), plain(x)) == (name == "synchronised")
+    # Torch 2.6's instance norm gives other last digits by where its input happens to lie.
+    as_before = torch.allclose if name == "instance norm" else torch.equal
     with lora_disabled(model):
-        assert torch.equal(model(x), plain(x))
+        assert as_before(model(x), plain(x))
         for each in BUFFERS:
             read, original = getattr(model[0], each), model[0].parametrizations[each].original
             assert torch.equal(read, original)

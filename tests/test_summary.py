@@ -29,12 +29,12 @@ def test_it_prints_a_line_per_weight_and_the_totals() -> None:
     register_lora(model, rank=8, target="2", adapter="b")
     disable_lora(model, "b")
     assert str(lora_summary(model)).splitlines() == [
-        "weight    shape      space       adapter  kind        rank  alpha  state    parameters",
-        "--------------------------------------------------------------------------------------",
-        "0.weight  1000x784   activation  a        lora           2      4  on            3,568",
-        "1.weight  2000x1000  activation  a        lora           2      4  on            6,000",
-        "2.weight  10x2000    activation  a, b     lora, lora  2, 8   4, 8  on, off      20,100",
-        "--------------------------------------------------------------------------------------",
+        "weight    shape      space                          adapter  kind        rank  alpha  state    parameters",
+        "---------------------------------------------------------------------------------------------------------",
+        "0.weight  1000x784   activation or weight, by cost  a        lora           2      4  on            3,568",
+        "1.weight  2000x1000  activation or weight, by cost  a        lora           2      4  on            6,000",
+        "2.weight  10x2000    activation or weight, by cost  a, b     lora, lora  2, 8   4, 8  on, off      20,100",
+        "---------------------------------------------------------------------------------------------------------",
         "base 2,807,010 + LoRA 29,668 = 2,836,678 parameters; LoRA is 1.057 % of the base; "
         "29,668 trainable",
     ]

@@ -45,7 +45,7 @@ def test_a_delta_on_a_block_of_rows_changes_these_alone(kind: str) -> None:
     assert not torch.equal(expected, plain.weight)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, expected, plain.bias))
-    space = {"lora": "activation", "dense": "weight"}[kind]
+    space = {"lora": "activation or weight, by cost", "dense": "weight"}[kind]
     assert lora_summary(layer).weights[0].space == space
     assert block.name == "weight[2:5]"
     assert [weight.name for weight, _ in Walk(layer).deltas] == ["weight[2:5]"]

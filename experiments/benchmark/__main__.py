@@ -17,10 +17,12 @@ Expected: lora_param over PEFT, training: 0.89 in the geometric mean.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -37,6 +39,8 @@ from .scale import scale
 
 DTYPES = ("float32", "bfloat16")
 MODES = (*DTYPES, *(f"compiled {each}" for each in DTYPES))
+AUTO = "on CUDA all, those compiled in the cells of --quick; else the first"
+PEERS = ("peft", "loralib", "transformers")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Settings:
     cells: str = option("*", "a glob of cells' names, such as 'Linear 64*'")
     scale: bool = option(False, "only how the verbs' time grows with weights and adapters")
     decoder: bool = option(False, "only a decoder of a billion parameters, on CUDA")
-    modes: str = option("auto", f"some of {', '.join(MODES)}; auto: all on CUDA, else the first")
+    modes: str = option("auto", f"some of {', '.join(MODES)}; auto: {AUTO}")
     device: str = option("auto", "cpu, cuda, ...")
     threads: int = option(torch.get_num_threads(), "CPU threads")
     clock: str = option("wall", "wall, or cpu: processor time, on a machine that others use too")
@@ -76,10 +80,8 @@ class Settings:
 def run(settings: Settings) -> None:
     """Measure, or read what was measured; print the tables; write them and a picture."""
     then = read(Path(settings.compare)) if settings.compare else None
-    path = Path(settings.report) if settings.report else None
-    report = read(path) if path else None
-    if path is None or report is None:
-        path, report = measured(settings)
+    path = Path(settings.report) if settings.report else measured(settings)
+    report = read(path)
     print(show(report))
     if report["cells"]:
         draw(report["cells"], path.with_name("speed.png"))
@@ -88,10 +90,10 @@ def run(settings: Settings) -> None:
     print(f"\nin {path.parent}")
 
 
-def measured(settings: Settings) -> tuple[Path, Report]:
-    """Measure what the settings ask for; return the file, and what is in it."""
+def measured(settings: Settings) -> Path:
+    """Measure what the settings ask for; return the file that the figures are in."""
     device = choose_device(settings.device)
-    cuda = device.type == "cuda"
+    cuda, every = device.type == "cuda", settings.cells == "*"
     if settings.clock == "cpu" and device.type != "cpu":
         raise ValueError(f"clock 'cpu' doesn't see what {device} does; take wall")
     if settings.decoder and not cuda:
@@ -101,30 +103,29 @@ def measured(settings: Settings) -> tuple[Path, Report]:
         )
     modes = settings.chosen_modes or (MODES if cuda else MODES[:1])
     torch.set_num_threads(settings.threads)
-    effort = (
-        Effort(0.01, 1.0, 5, clock=settings.clock)
-        if settings.quick
-        else Effort(clock=settings.clock)
-    )
-    whole = not settings.scale and not settings.decoder
+    less: dict[str, Any] = {"turn": 0.01, "budget": 1.0, "least": 5} if settings.quick else {}
+    effort, whole = Effort(**less, clock=settings.clock), not settings.scale | settings.decoder
     work = [
         (cell, mode)
         for mode in modes
         for cell in cells(settings.cells)
-        if cell.quick or not (settings.quick or "compiled" in mode)
+        if cell.quick or not (every and (settings.quick or "compiled" in mode))
     ]
+    for name in PEERS:
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} isn't installed: what needs it is left out", file=sys.stderr)
     path = next_folder(Path(settings.output)) / "benchmark.json"
-    about = environment(device, "peft", "loralib", "transformers") | {"clock": settings.clock}
+    about = environment(device, *PEERS) | {"clock": settings.clock}
     report: Report = {"environment": about, "cells": [], "scale": [], "decoder": []}
     for cell, mode in tqdm(work if whole else [], "cells", disable=None, unit="cell"):
         report["cells"].append(measure(cell, mode, device, effort))
         write_json(path, report)  # each time, so that an interrupted run leaves what it has
-    if settings.scale or (whole and settings.cells == "*"):
+    if settings.scale or (whole and every):
         report["scale"] = scale(settings.quick, CLOCKS[settings.clock])
-    if settings.decoder or (whole and cuda and settings.cells == "*" and not settings.quick):
+    if settings.decoder or (whole and cuda and every and not settings.quick):
         report["decoder"] = decoder(device, modes)
     write_json(path, report)
-    return path, report
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
