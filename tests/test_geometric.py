@@ -18,7 +18,7 @@ geometric = pytest.importorskip("torch_geometric.nn")
 def test_it_is_adapted_by_default_and_computes_in_activation_space() -> None:
     model = nn.Sequential(geometric.Linear(6, 5), nn.Linear(5, 4))
     plain, x = copy.deepcopy(model), torch.randn(3, 6)
-    assert register_lora(model, rank=2, space="activation") == ["0.weight", "1.weight"]
+    assert register_lora(model, rank=2) == ["0.weight", "1.weight"]
     assert torch.equal(model(x), plain(x))
     assert [weight.space for weight in lora_summary(model).weights] == [
         "activation or weight, by cost"
