@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from lora_param import (
     LoRAError,
     LoRAParametrization,
+    TargetError,
     fingerprint,
     lora_disabled,
     lora_parameters,
@@ -227,3 +228,42 @@ def test_reading_inside_a_cache_sees_an_adapter_switched_off() -> None:
 def test_an_adapted_layer_is_a_leaf_of_a_symbolic_trace() -> None:
     graph = torch.fx.symbolic_trace(nn.Sequential(adapted(nn.Linear(6, 5)))).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+class HalvedBias(nn.Linear):
+    """A layer whose bias is computed."""
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        return self._parameters["bias"] * 0.5  # type: ignore[operator]
+
+
+class LookedBias(nn.Linear):
+    """A layer that changes the bias it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return value * 0.5 if name == "bias" else value
+
+
+@pytest.mark.parametrize("kind", [HalvedBias, LookedBias])
+def test_a_bias_is_what_reading_it_gives(kind: Any) -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4)
+    layer.__class__ = kind
+    expected = layer(x)
+    register_lora(layer, rank=2, target="weight")
+    assert torch.equal(layer(x), expected)
+
+
+class FromTable(nn.Linear):
+    """A layer that takes its weight out of torch's table."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self._parameters["weight"].T  # type: ignore[union-attr]
+
+
+def test_a_weight_that_is_taken_out_of_a_table_is_refused() -> None:
+    layer = FromTable(4, 3)
+    with pytest.raises(TargetError, match=r"weight: FromTable\.forward takes it out of _parameter"):
+        register_lora(layer, rank=2)
+    assert register_lora(layer, target=(), train="bias") == ["bias"]
