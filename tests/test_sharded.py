@@ -120,15 +120,21 @@ def test_what_one_rank_refuses_all_do(way: str, ranks: Ranks) -> None:
 # Proof, table, switches
 
 
+def rows(model: nn.Module) -> list[Any]:
+    """Return the table without where each weight is computed, which a sharded one isn't by cost."""
+    table = lora_summary(model)
+    return [(w.name, w.shape, w.adapters) for w in table.weights] + [str(table).splitlines()[-1]]
+
+
 def is_itself(way: str) -> None:
     model = adapted()
     x = torch.randn(2, 6)
-    base, table, output = fingerprint(model), str(lora_summary(model)), model(x)
+    base, table, output = fingerprint(model), rows(model), model(x)
     with lora_disabled(model):
         plain = model(x)
     model = WAYS[way](model)
     assert fingerprint(model) == base
-    assert str(lora_summary(model)) == table
+    assert rows(model) == table
     with base_frozen(model):
         torch.testing.assert_close(model(x), output)
         with lora_disabled(model):
