@@ -95,22 +95,28 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
 
 
 def acts(module: nn.Module, name: str) -> bool:
-    """Say whether a module would compute, or computes, a tensor's deltas in activation space."""
-    return space_of(module, name) != "weight"
+    """Say whether a module can compute a tensor's deltas, and one more, in activation space."""
+    base = type_before(module)
+    layer, chain = layer_of(base), chains_of(module).get(name)
+    if name != "weight" or not layer.run or not computes_as_its_row(base):
+        return False
+    if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
+        return False
+    if chain is None:
+        return True
+    plan = _plan(chain, layer)
+    asked = bool(plan.acting)  # for weight space, which another beside it may change
+    return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
 
 
 def space_of(module: nn.Module, name: str) -> str:
     """Say in which space a module would compute, or computes, a tensor's deltas."""
-    base = type_before(module)
-    layer, chain = layer_of(base), chains_of(module).get(name)
-    if name != "weight" or not layer.run or not computes_as_its_row(base):
+    if not acts(module, name):
         return "weight"
-    if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
-        return "weight"
-    if chain is None:
+    if (chain := chains_of(module).get(name)) is None:
         return "activation"
-    plan, original = _plan(chain, layer), originals_of(chain)[0]
-    if plan.space == "weight" or _is_watched(chain, plan.acting):
+    plan, original = _plan(chain, layer_of(type_before(module))), originals_of(chain)[0]
+    if plan.space == "weight":
         return "weight"
     counted = plan.counted and type(original) in PLAIN and is_exact(original, original)
     return "activation or weight, by cost" if counted else "activation"

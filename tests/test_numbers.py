@@ -151,6 +151,14 @@ def test_a_scale_that_is_no_number_is_refused(value: Any) -> None:
     assert entry.scale == 1.0
 
 
+@pytest.mark.parametrize("value", [4, 0, "2", 2.0, True])
+def test_a_rank_that_its_factors_have_not_is_refused(value: Any) -> None:
+    entry = LoRAParametrization(5, 6, 2)
+    with pytest.raises(LoRAError, match="its rank must be 2, got .*; resize_lora"):
+        entry.rank = value
+    assert (entry.rank, entry.scale) == (2, 1.0)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-1e30, 1e30), st.floats(0, 0.999), st.integers(1, 5), st.sampled_from([1.0, 3.0]))
 def test_any_numbers_come_back_to_the_bit(

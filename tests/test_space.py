@@ -259,6 +259,17 @@ def test_of_two_adapters_the_one_in_activation_space_decides(sums: list[Tensor])
     assert not sums
 
 
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"space": "activation"}])
+def test_beside_what_asks_for_weight_space_another_may_need_activation_space(
+    options: dict[str, Any], sums: list[Tensor]
+) -> None:
+    layer = linear(16, 16, 2, adapter="a", space="weight")
+    register_lora(layer, rank=2, adapter="b", **options)
+    layer(torch.randn(64, 16))
+    assert not sums
+    assert lora_summary(layer).weights[0].space.startswith("activation")
+
+
 def test_in_weight_space_lower_precision_computes_by_the_formula() -> None:
     layer = linear(16, 16, 8, space="weight").bfloat16()
     x = torch.randn(64, 16).bfloat16()

@@ -78,6 +78,9 @@ class Pair(Delta):
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rank" and (type(value) is not int or value != self._kept[1].shape[-1]):
+            rule = f"its rank must be {self._kept[1].shape[-1]}, got {value!r:.40}"
+            raise StateDictError(f"{rule}; resize_lora gives a pair another")
         if name in CHECKS:
             value = CHECKS[name](value, self.rank)
             Switched.switched = object()
@@ -177,9 +180,6 @@ class Pair(Delta):
 
     @numbers.setter
     def numbers(self, numbers: Mapping[str, Any]) -> None:
-        own = self._kept[1].shape[-1]
-        if (rank := numbers.get("rank", own)) != own or type(rank) is not int:
-            raise StateDictError(f"its rank must be {own}, got {rank!r:.40}")
         Delta.numbers.__set__(self, {"scaling": "lora", **numbers})  # type: ignore[attr-defined]
 
     @property
