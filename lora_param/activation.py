@@ -39,8 +39,7 @@ class Plan(NamedTuple):
     in_front: tuple[nn.Module, ...]
     acting: Runs
     space: str  # "weight" too where no other can be
-    counted: tuple[int, int, int] | None = None
-    """Rank of all that acts together, and the weight's entries and sides, if that is the cost."""
+    rank: int = 0  # of all that acts together, where that says what a sum costs
     dropping: tuple[Delta, ...] = ()  # of the input, in training
 
 
@@ -78,7 +77,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)
         at_work.weight, at_work.acting, at_work.routing = weight, plan.acting, routing
-        if in_place and plan.counted and routing is None and _is_summed(plan, weight, at_work):
+        if in_place and plan.rank and routing is None and _is_summed(plan, weight, at_work):
             for delta in itertools.chain(*plan.acting):
                 weight = delta.sum(weight)
             return at_work.result(at_work.base(weight))
@@ -118,7 +117,7 @@ def space_of(module: nn.Module, name: str) -> str:
     plan, original = _plan(chain, layer_of(type_before(module))), originals_of(chain)[0]
     if plan.space == "weight":
         return "weight"
-    counted = plan.counted and type(original) in PLAIN and is_exact(original, original)
+    counted = plan.rank and type(original) in PLAIN and is_exact(original, original)
     return "activation or weight, by cost" if counted else "activation"
 
 
@@ -132,12 +131,13 @@ def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
     """
     if plan.dropping and any(delta.training for delta in plan.dropping):
         return False
-    rank, size, sides = plan.counted or (0, 0, 0)
     if not (positions := run.positions()):
         return False
     if plan.space != "weight":
-        saved = positions * (max(rank, run.narrowest) + PASS) * sides + CALLS
-        saved -= (rank + run.forming) * size
+        size, rows = weight.numel(), weight.shape[0]
+        sides = rows + size // rows
+        saved = positions * (max(plan.rank, run.narrowest) + PASS) * sides + CALLS
+        saved -= (plan.rank + run.forming) * size
         if torch.is_grad_enabled() and not weight.requires_grad:
             saved -= positions * size // 3
             for delta in itertools.chain(*plan.acting):
@@ -212,11 +212,10 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     space = min((delta.space for delta in acting), key=SPACES.index, default="auto")
     dropping = tuple(delta for delta in acting if delta.numbers.get("dropout"))
     space = "auto" if dropping and space == "weight" else space  # in which nothing can be dropped
-    counted = None
+    rank = 0
     if space != "activation" and layer.run.forming and all(delta.width for delta in acting):
-        rows, columns = layer.view(tuple(logical(originals_of(chain)[0]).shape))
-        counted = sum(delta.width for delta in acting), rows * columns, rows + columns
-    return Plan(switched, entries, entries[:first], tuple(runs), space, counted, dropping)
+        rank = sum(delta.width for delta in acting)
+    return Plan(switched, entries, entries[:first], tuple(runs), space, rank, dropping)
 
 
 def _is_on(delta: Delta, routing: Routing | None) -> bool:

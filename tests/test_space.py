@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
@@ -83,6 +84,18 @@ def test_a_sum_is_formed_where_counting_says_so(case: str, sums: list[Tensor]) -
     del sums[:]
     layer(x)
     assert bool(sums) == in_training
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])  # of the lengths, its first original
+def test_the_weight_counts_that_others_parametrizations_make(
+    dim: int | None, sums: list[Tensor]
+) -> None:
+    for width, pays in ((64, True), (1024, False)):
+        layer, x = weight_norm(nn.Linear(width, width), dim=dim), torch.randn(1, width)
+        register_lora(layer, rank=4)
+        del sums[:]
+        layer(x)
+        assert bool(sums) == pays
 
 
 def test_the_ranks_of_all_that_acts_count(sums: list[Tensor]) -> None:
