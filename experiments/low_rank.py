@@ -166,14 +166,7 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line.
-
-    Args:
-        argv: Arguments; those of the process if `None`.
-
-    Returns:
-        The exit status.
-    """
+    """Run from the command line, whose arguments are `argv`; return the exit status."""
     return call(run, Settings, argv, "experiments.low_rank", __doc__)
 
 

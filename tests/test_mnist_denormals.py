@@ -43,7 +43,9 @@ def denormal(*shape: int) -> torch.Tensor:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command, one = [sys.executable, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    # Numpy 1 warns of processes that flush.
+    quiet = ["-W", "ignore:The value of the smallest subnormal:UserWarning"]
+    command, one = [sys.executable, *quiet, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True, check=False)
 
 
