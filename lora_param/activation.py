@@ -170,7 +170,9 @@ def _acting(
             routing.plans[chain] = plan
         elif record and not traced:
             record.plan = plan
-    if not plan.acting and (traced or routing is not None or plan.space == "weight"):
+    if not plan.acting and (traced or routing is not None):
+        return None
+    if plan.space == "weight" and not plan.rank:
         return None
     if _is_watched(chain, plan.acting):
         return None
@@ -212,8 +214,9 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     space = min((delta.space for delta in acting), key=SPACES.index, default="auto")
     dropping = tuple(delta for delta in acting if delta.numbers.get("dropout"))
     space = "auto" if dropping and space == "weight" else space  # in which nothing can be dropped
-    rank = 0
-    if space != "activation" and layer.run.forming and all(delta.width for delta in acting):
+    rank, counted = 0, all(delta.width for delta in acting)
+    # What is in front runs once in a forward, of which some move a state of theirs.
+    if counted and layer.run.forming and space in (("auto",) if first else ("auto", "weight")):
         rank = sum(delta.width for delta in acting)
     return Plan(switched, entries, entries[:first], tuple(runs), space, rank, dropping)
 

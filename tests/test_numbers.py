@@ -154,7 +154,7 @@ def test_a_scale_that_is_no_number_is_refused(value: Any) -> None:
 @pytest.mark.parametrize("value", [4, 0, "2", 2.0, True])
 def test_a_rank_that_its_factors_have_not_is_refused(value: Any) -> None:
     entry = LoRAParametrization(5, 6, 2)
-    with pytest.raises(LoRAError, match="its rank must be 2, got .*; resize_lora"):
+    with pytest.raises(LoRAError, match=r"its rank must be 2, got .*; resize_lora"):
         entry.rank = value
     assert (entry.rank, entry.scale) == (2, 1.0)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
@@ -281,6 +281,17 @@ def test_beside_what_asks_for_weight_space_another_may_need_activation_space(
     layer(torch.randn(64, 16))
     assert not sums
     assert lora_summary(layer).weights[0].space.startswith("activation")
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("shape", [(6,), (40, 6)])
+def test_what_is_in_front_runs_once(space: str, shape: tuple[int, ...]) -> None:
+    layer, x = spectral_norm(nn.Linear(6, 5)), torch.randn(shape)
+    plain = copy.deepcopy(layer)
+    register_lora(layer, rank=2, space=space)
+    plain(x), layer(x)
+    for own, want in zip(layer.parametrizations.weight[0].buffers(), plain.buffers(), strict=True):
+        assert torch.equal(own, want)
 
 
 def test_in_weight_space_lower_precision_computes_by_the_formula() -> None:
