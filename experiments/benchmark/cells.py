@@ -69,7 +69,7 @@ class Called(nn.Module):
 
 def lookup(module: Any, x: Tensor) -> Tensor:
     """Round numbers, `[tokens]`, to words; the gradient reaches at least their embeddings."""
-    y: Tensor = module[0]((x.detach().abs() * 1e4).long() % len(module[0].weight))
+    y: Tensor = module[0]((x.detach().abs() * 1e4).long() % module[0].num_embeddings)
     y = y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
     result: Tensor = module[1](y)
     return result
