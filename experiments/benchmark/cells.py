@@ -67,9 +67,12 @@ class Called(nn.Module):
         return self.call(self.module, x)
 
 
+VOCABULARY = 50_000
+
+
 def lookup(module: Any, x: Tensor) -> Tensor:
     """Round numbers, `[tokens]`, to words; the gradient reaches at least their embeddings."""
-    y: Tensor = module[0]((x.detach().abs() * 1e4).long() % module[0].num_embeddings)
+    y: Tensor = module[0]((x.detach().abs() * 1e4).long() % VOCABULARY)
     y = y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
     result: Tensor = module[1](y)
     return result
@@ -78,7 +81,7 @@ def lookup(module: Any, x: Tensor) -> Tensor:
 def embedding() -> nn.Module:
     """Put a large vocabulary in front of two layers."""
     head = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256))
-    return Called(nn.Sequential(nn.Embedding(50_000, 256), head), lookup)
+    return Called(nn.Sequential(nn.Embedding(VOCABULARY, 256), head), lookup)
 
 
 def attention() -> nn.Module:
