@@ -3,7 +3,7 @@
 Reproduces: what the papers of rsLoRA (arXiv:2312.03732), PiSSA (2404.02948), DoRA (2402.09353) and
     LoRA+ (2402.12354) claim of theirs, on two small tasks: that it learns more than plain LoRA.
 Command: `python -m experiments.kinds_compared`; `--quick` for one seed, rate and few examples.
-Hardware, time: one thread of a shared AMD EPYC, 30 minutes beside other work; `--quick` 1.
+Hardware, time: 2 cores of a shared AMD EPYC, 6 minutes; `--quick` 1.
 Expected: no method ahead by more than a seed's spread; best learning rates 3 to 10 times apart.
 
 Each method has the same rank, alpha and steps, and is tried once at each of the same learning rates
