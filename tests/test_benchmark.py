@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 import lora_param as lp
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import decoder as decoding
 from experiments.benchmark import scale as scaling
-from experiments.benchmark.cells import Cell, blocks, cells, linears
+from experiments.benchmark.cells import Cell, blocks, cells, embedding, linears
 from experiments.benchmark.measuring import Effort, kept, measure, trainer
 from experiments.benchmark.picture import draw
 from experiments.benchmark.report import compare, read, show, summary, table
@@ -275,3 +276,12 @@ def test_peers_are_compared_where_they_are_installed() -> None:
 def test_the_largest_layers_are_named_by_what_the_picture_looks_for() -> None:
     assert len(cells("Linear *, rank 8")) == 18
     assert isinstance(cells("Conv2d 16, 32 x 32*")[0].make()[0], nn.Conv2d)
+
+
+def test_the_embeddings_cell_looks_words_up_and_reads_no_adapted_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = embedding()
+    lp.register_lora(model, rank=2, target="module.0")
+    monkeypatch.delattr(ParametrizationList, "forward")
+    assert model(torch.randn(4)).shape == (4, 256)
