@@ -129,7 +129,7 @@ def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
         return False
     if plan.space != "weight":
         trained = torch.is_grad_enabled() and not weight.requires_grad
-        once, each = _saved(weight.shape, plan.rank, type(run), trained)
+        once, each = _saved(weight.shape, plan.rank, run.__class__, trained)
         if once + positions * each <= 0:
             return False
         for delta in itertools.chain(*plan.acting) if trained else ():
