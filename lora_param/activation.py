@@ -188,19 +188,6 @@ def _acting(
     return weight, plan
 
 
-def formed(module: nn.Module, name: str, chain: nn.Module, routed: bool) -> Any:
-    """Return a weight as its chain makes it; deltas that are off, however many, cost nothing."""
-    record = module.__dict__.get("_lora")
-    if routed or not record or torch.compiler.is_compiling() or _is_watched(chain, ()):
-        return chain()
-    switched, entries = Switched.switched, tuple(chain._modules.values())
-    known = record.on.get(name)
-    if not known or known[0] is not switched or known[1] != entries:
-        on = [each for each in entries if not isinstance(each, Delta) or each.enabled]
-        known = record.on[name] = switched, entries, on
-    return run_through(known[2], originals_of(chain))
-
-
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:
     """Say whether a hook, or a forward of its own, would see a chain or an acting delta called."""
     for module in (chain, *itertools.chain(*acting)):
