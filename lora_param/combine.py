@@ -85,8 +85,6 @@ def combine_lora(
         LoRAError: An option is out of range.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora, select_lora
         >>> model = torch.nn.Linear(8, 8)
         >>> for name in ("a", "b"):
         ...     _ = register_lora(model, rank=2, adapter=name)
@@ -244,8 +242,6 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(8, 8)
         >>> _ = register_lora(model, rank=2)
         >>> resize_lora(model, 4)

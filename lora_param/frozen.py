@@ -111,7 +111,6 @@ def fingerprint(model: nn.Module, *, buffers: bool = True) -> dict[str, str]:
         LoRAError: A tensor has no bytes of its own: on the meta device, sharded, wrapped.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Linear(3, 2)
         >>> before = fingerprint(model)
         >>> sorted(before), len(before["weight"])
@@ -133,7 +132,6 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         LoRAError: The fingerprint is empty, or none.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Linear(3, 2)
         >>> before = fingerprint(model)
         >>> assert_frozen(model, before)
@@ -177,8 +175,6 @@ def base_frozen(
             through instead.
 
     Example:
-        >>> import torch
-        >>> from lora_param import lora_parameters, register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)

@@ -38,8 +38,6 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
         TargetError: A weight's Parameter has been tied to another module since.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> merge_lora(model)
@@ -84,8 +82,6 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
         LoRAError: The model is wrapped or sharded.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> with lora_merged(model):

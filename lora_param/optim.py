@@ -48,8 +48,6 @@ def lora_parameter_groups(
         LoRAError: A number isn't finite, or is negative, or `ratio` isn't positive.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
         >>> _ = register_lora(model, rank=1)
         >>> groups = lora_parameter_groups(model, 1e-3, factors={"1": 0.5})

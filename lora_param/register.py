@@ -105,7 +105,6 @@ def register_lora(
         AdapterError: The adapter's name is unusable, or taken on one of the weights.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Linear(10, 4))
         >>> register_lora(model, rank=2)
         ['0.weight', '1.weight']
@@ -213,7 +212,6 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         LoRAError: The model is wrapped or sharded, or the call is made in `torch.inference_mode`.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> remove_lora(model)

@@ -42,8 +42,6 @@ def select_lora(
         LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> for name in ("language", "task"):
         ...     _ = register_lora(model, rank=1, adapter=name)
@@ -66,8 +64,6 @@ def lora_selected(
     the block's end, and gradients of what wasn't trained in it. Raises what `select_lora` does.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> with lora_selected(model, {"default": 0.5}):
@@ -84,8 +80,6 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> disable_lora(model)
@@ -101,8 +95,6 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> disable_lora(model)
@@ -123,8 +115,6 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> with lora_disabled(model):

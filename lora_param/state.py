@@ -32,8 +32,6 @@ def named_lora_parameters(
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> [(name, tuple(p.shape)) for name, p in named_lora_parameters(model)]
@@ -51,8 +49,6 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
@@ -75,8 +71,6 @@ def lora_state_dict(
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> list(lora_state_dict(model))
@@ -103,8 +97,6 @@ def load_lora_state_dict(
             floating-point tensor, and numbers of another kind or rank.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> saved = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
@@ -187,8 +179,6 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> list(model.state_dict())[:2], list(base_state_dict(model))

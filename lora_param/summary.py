@@ -115,8 +115,6 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         AdapterError: The model has no adapters.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(20, 10)
         >>> _ = register_lora(model, rank=2)
         >>> print(lora_summary(model))
