@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_model, check_weights, deltas_called
+from .checks import Need, check_weights, deltas_called, walk
 from .deltas import Delta, DenseDelta, LoRAParametrization
 from .deltas.numbers import SCALINGS, check_rank
 from .deltas.protocol import Shape, check_adapter
@@ -30,7 +30,6 @@ from .lowrank import (
 from .register import install
 from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
-from .walk import walk
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -95,8 +94,7 @@ def combine_lora(
     Source:
         arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
     """
-    found = walk(model, "combine_lora")
-    check_model(found, "combine_lora")
+    found = walk(model, "combine_lora", Need.CHANGE)
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
@@ -247,8 +245,7 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         >>> resize_lora(model, 4)
         [Fit(weight='weight', rank=4, error=0.0)]
     """
-    found = walk(model, "resize_lora")
-    check_model(found, "resize_lora")
+    found = walk(model, "resize_lora", Need.CHANGE)
     check_rank_or_share(rank)
     pairs = deltas_called(found, adapter)
     changed = [(w, d, *resized(w.name, d, w.view, rank)) for w, d in pairs if "rank" in d.numbers]

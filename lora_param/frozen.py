@@ -12,13 +12,14 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from .checks import walk
 from .deltas.protocol import Delta
 from .errors import FrozenError, LoRAError, TargetError
 from .quantised import parts_of
 from .sharding import whole
 from .targets import matches
 from .undo import keep_entries, set_flags
-from .walk import Walk, walk
+from .walk import Walk
 from .weight import Weight
 
 FROZEN = "_lora_frozen"

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from .chains import chains_of, run_through
-from .checks import check_model, check_structure, check_unshared, deltas_called
+from .checks import Need, check_unshared, deltas_called, walk
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .quantised import is_quantised, parts_of
 from .register import take_off
 from .sharding import is_sharded, own_piece, whole
 from .undo import all_or_nothing, keep_entries
-from .walk import Walk, walk
+from .walk import Walk
 from .weight import Weight, merged_for_now, without_side_effects
 
 
@@ -47,8 +47,7 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
     Source:
         Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
     """
-    found = walk(model, "merge_lora")
-    check_model(found, "merge_lora")
+    found = walk(model, "merge_lora", Need.CHANGE)
     pairs = deltas_called(found, adapter)
     for weight, delta in pairs:
         if not delta.enabled:
@@ -91,8 +90,7 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
     Source:
         Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
     """
-    found = walk(model, "lora_merged")
-    check_structure(found, "lora_merged")
+    found = walk(model, "lora_merged", Need.STRUCTURE)
     weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
     _check_dense(weights, dequantize)
     values = [_as_others(weight.value, weight.originals[0], found) for weight in weights]

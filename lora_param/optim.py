@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .checks import deltas_called
+from .checks import deltas_called, walk
 from .errors import LoRAError
 from .targets import matches, number_for_each
-from .walk import walk
 
 
 def lora_parameter_groups(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import checks
-from .checks import check_model, deltas_called
+from .checks import Need, deltas_called, walk
 from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
 from .deltas.inits import DRAWS, Init
 from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
@@ -22,7 +22,7 @@ from .frozen import hold_frozen, is_over, let_go, thaw
 from .quantised import dense, is_packed
 from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
-from .walk import Walk, walk
+from .walk import Walk
 from .watch import watch
 from .weight import Weight
 from .words import in_our_words
@@ -117,8 +117,7 @@ def register_lora(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
         section 4.
     """
-    found = walk(model, "register_lora")
-    check_model(found, "register_lora")
+    found = walk(model, "register_lora", Need.CHANGE)
     checks.check_ready(found)
     check_adapter(adapter)
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
@@ -218,7 +217,7 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
-    check_model(found := walk(model, "remove_lora"), "remove_lora")
+    found = walk(model, "remove_lora", Need.CHANGE)
     with all_or_nothing() as undo:
         # The adapters may have gone with a submodule, or torch may have taken them off.
         gone = adapter is None and not found.deltas and is_over(found)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .chains import chains_of
-from .checks import check_structure, deltas_called
+from .checks import Need, deltas_called, walk
 from .errors import AdapterError, LoRAError, TargetError
 from .groups import run_by_groups
 from .places import Place, Places
 from .routing import Routing, routed_here
 from .targets import matches
-from .walk import Walk, walk
+from .walk import Walk
 from .weight import Weight
 
 Setting = str | Mapping[str, float] | None
@@ -78,8 +78,7 @@ def lora_routed(
         ...     model(torch.ones(3, 3)).shape
         torch.Size([3, 2])
     """
-    found = walk(model, "lora_routed")
-    check_structure(found, "lora_routed")
+    found = walk(model, "lora_routed", Need.STRUCTURE)
     weights, chosen = _weights(adapters, names)
     for name in chosen:
         deltas_called(found, name)

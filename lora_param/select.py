@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from .checks import deltas_called
+from .checks import deltas_called, walk
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .routing import Switch, unrouted
 from .undo import all_or_nothing
-from .walk import Walk, walk
+from .walk import Walk
 
 Selection = str | Iterable[str] | Mapping[str, float] | None
 """One adapter's name, several, names with strengths, or `None` for none."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_at_hand, check_present, deltas_called
+from .checks import Need, deltas_called, walk
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
 from .sharding import alike, mesh_of, own_piece, spread, whole
 from .undo import all_or_nothing
-from .walk import Walk, walk
+from .walk import Walk
 
 NUMBERS = "_extra_state"
 """What torch calls the part of a state dict that holds no parameter: a delta's kind and numbers."""
@@ -76,7 +76,7 @@ def lora_state_dict(
         >>> list(lora_state_dict(model))
         ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
-    check_at_hand(found := walk(model, "lora_state_dict"), "lora_state_dict")
+    found = walk(model, "lora_state_dict", Need.TENSORS)
     state: dict[str, Tensor] = {}
     for weight, delta in deltas_called(found, adapter):
         state |= delta.state_dict(prefix=f"{weight.name}.{delta.adapter}.")
@@ -104,8 +104,7 @@ def load_lora_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
-    check_at_hand(found := walk(model, "load_lora_state_dict"), "load_lora_state_dict")
-    pairs = deltas_called(found, adapter)
+    pairs = deltas_called(walk(model, "load_lora_state_dict", Need.TENSORS), adapter)
     with all_or_nothing() as undo:
         load_deltas({f"{w.name}.{d.adapter}.": d for w, d in pairs}, state_dict, undo)
 
@@ -184,7 +183,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
-    check_present(walk(model, "base_state_dict"), "base_state_dict")
+    walk(model, "base_state_dict", Need.ADAPTERS)
     twin = _twin(model, {})
     with ExitStack() as undo:
         for weight, delta in Walk(twin).deltas:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .activation import space_of
-from .checks import deltas_called
+from .checks import deltas_called, walk
 from .deltas import Delta
-from .walk import walk
 from .weight import Weight
 
 NUMERIC = ("rank", "alpha", "parameters")

@@ -142,13 +142,6 @@ class Walk:
         return self.shared.get(weight.whole.name, [])
 
 
-def walk(model: object, call: str) -> Walk:
-    """Walk a model once, or raise if it is no module."""
-    if not isinstance(model, nn.Module):
-        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; pass a model")
-    return Walk(model)
-
-
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Return where a tensor's bytes begin and end; of one without bytes, what is its alone."""
     start = 0
