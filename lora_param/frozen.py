@@ -46,20 +46,16 @@ class Hold:
 
 def freeze(walk: Walk, undo: ExitStack) -> None:
     """Freeze the base and clear its gradients, which an optimizer built earlier would apply."""
-    hold = Hold()
-    flagged: dict[nn.Module, dict[str, Hold]] = {}
-    for weight, tensor in walk.parameters:
-        if tensor.requires_grad:
-            flagged.setdefault(weight.module, {})[weight.tensor] = hold
-    for module, holds in flagged.items():
-        _note(module, _holds(module) | holds, undo)
+    hold, flagged = Hold(), [weight for weight, each in walk.parameters if each.requires_grad]
+    keep_entries(undo, *((weight.module.__dict__, [FROZEN]) for weight in flagged))
+    for weight in flagged:
+        weight.module.__dict__[FROZEN] = _holds(weight.module) | {weight.tensor: hold}
     set_flags(undo, [tensor for _, tensor in walk.parameters], False)
 
 
 def hold_frozen(walk: Walk, deltas: Iterable[Delta]) -> None:
     """Let deltas keep frozen what is frozen."""
-    noted = [module.__dict__[FROZEN] for module in walk.owners if FROZEN in module.__dict__]
-    holds = {hold for each in noted for hold in each.values()}
+    holds = {hold for module in walk.owners for hold in _holds(module).values()}
     for delta in deltas:
         delta.__dict__["_holds"] = holds
         for hold in holds:
@@ -83,20 +79,16 @@ def thaw(walk: Walk, undo: ExitStack) -> None:
     for module, path in walk.owners.items():
         holds = _holds(module)
         if free := [name for name, hold in holds.items() if hold.is_over]:
-            _note(module, {name: holds[name] for name in holds if name not in free}, undo)
+            keep_entries(undo, (module.__dict__, [FROZEN]))
+            del module.__dict__[FROZEN]
+            if held := {name: holds[name] for name in holds if name not in free}:
+                module.__dict__[FROZEN] = held
             originals = [Weight(path, module, name).original for name in free]
             set_flags(undo, [tensor for tensor in originals if tensor is not None], True)
 
 
 def _holds(module: nn.Module) -> dict[str, Hold]:
     return module.__dict__.get(FROZEN, {})  # type: ignore[no-any-return]
-
-
-def _note(module: nn.Module, holds: dict[str, Hold], undo: ExitStack) -> None:
-    keep_entries(undo, (module.__dict__, [FROZEN]))
-    module.__dict__.pop(FROZEN, None)
-    if holds:
-        module.__dict__[FROZEN] = holds
 
 
 def fingerprint(model: nn.Module, *, buffers: bool = True) -> dict[str, str]:
@@ -147,13 +139,13 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         raise LoRAError(f"{rule}, got nothing to compare")
     now = {weight.name: each for weight, each in walk(model, "assert_frozen").tensors}
     gone = [name for name in fingerprint if name not in now]
-    there = {name: digest for name, digest in fingerprint.items() if name in now}
-    changed = [name for name, digest in there.items() if digest_of(name, now[name]) != digest]
-    complaints = []
-    for what, names in (("changed", changed), ("are gone", gone)):
-        if names:
-            listing = ", ".join(names)
-            complaints.append(f"{len(names)} of {len(fingerprint)} originals {what}: {listing}")
+    there = [name for name in fingerprint if name in now]
+    changed = [name for name in there if digest_of(name, now[name]) != fingerprint[name]]
+    complaints = [
+        f"{len(names)} of {len(fingerprint)} originals {what}: {', '.join(names)}"
+        for what, names in (("changed", changed), ("are gone", gone))
+        if names
+    ]
     if moved := [name for name in changed if not isinstance(now[name], nn.Parameter)]:
         fix = "keep them in eval mode, or leave these out (exclude=, buffers=False)"
         complaints.append(f"{moved[0]} is a buffer, which its module may move in training; {fix}")
