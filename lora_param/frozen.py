@@ -49,13 +49,14 @@ def freeze(walk: Walk, undo: ExitStack) -> None:
     hold, flagged = Hold(), [weight for weight, each in walk.parameters if each.requires_grad]
     keep_entries(undo, *((weight.module.__dict__, [FROZEN]) for weight in flagged))
     for weight in flagged:
-        weight.module.__dict__[FROZEN] = _holds(weight.module) | {weight.tensor: hold}
+        notes = weight.module.__dict__
+        notes[FROZEN] = {**notes.get(FROZEN, {}), weight.tensor: hold}
     set_flags(undo, [tensor for _, tensor in walk.parameters], False)
 
 
 def hold_frozen(walk: Walk, deltas: Iterable[Delta]) -> None:
     """Let deltas keep frozen what is frozen."""
-    holds = {hold for module in walk.owners for hold in _holds(module).values()}
+    holds = {hold for each in walk.owners for hold in each.__dict__.get(FROZEN, {}).values()}
     for delta in deltas:
         delta.__dict__["_holds"] = holds
         for hold in holds:
@@ -71,13 +72,14 @@ def let_go(delta: Delta, undo: ExitStack) -> None:
 
 def is_over(walk: Walk) -> bool:
     """Say whether `thaw` would give anything back."""
-    return any(hold.is_over for module in walk.owners for hold in _holds(module).values())
+    holds = (hold for each in walk.owners for hold in each.__dict__.get(FROZEN, {}).values())
+    return any(hold.is_over for hold in holds)
 
 
 def thaw(walk: Walk, undo: ExitStack) -> None:
     """Give every parameter that nothing holds frozen any more its flag back."""
     for module, path in walk.owners.items():
-        holds = _holds(module)
+        holds: dict[str, Hold] = module.__dict__.get(FROZEN, {})
         if free := [name for name, hold in holds.items() if hold.is_over]:
             keep_entries(undo, (module.__dict__, [FROZEN]))
             del module.__dict__[FROZEN]
@@ -85,10 +87,6 @@ def thaw(walk: Walk, undo: ExitStack) -> None:
                 module.__dict__[FROZEN] = held
             originals = [Weight(path, module, name).original for name in free]
             set_flags(undo, [tensor for tensor in originals if tensor is not None], True)
-
-
-def _holds(module: nn.Module) -> dict[str, Hold]:
-    return module.__dict__.get(FROZEN, {})  # type: ignore[no-any-return]
 
 
 def fingerprint(model: nn.Module, *, buffers: bool = True) -> dict[str, str]:

@@ -130,37 +130,27 @@ def register_lora(
     checks.check_trainable(found)
     if target is None:
         weights = checks.without_tied(found, weights)
-    divisor = SCALINGS[check_scaling(scaling)]
+    check_scaling(scaling)
     if check_dropout(dropout):
         checks.check_droppable(weights)
     checks.check_space(space, dropout, cls, weights)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
-    deltas: dict[str, Delta] = {}
+    pairs: list[tuple[Weight, Delta]] = []
     for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
-        view, own = weight.view, given | {"rank": own_rank, "alpha": own_alpha}
-        own["transposed"] = weight.layer.transposed
-        own = {name: own[name] for name in cls.options}
-        beneath = weight.like
-        if cls.of_values or given["init"] not in [*DRAWS]:
-            values = weight.original if is_packed(weight.original) else beneath
-            beneath = dense(weight.value if cls.of_values else values)
+        own = given | {"rank": own_rank, "alpha": own_alpha}
         try:
-            if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
-                own["rank"] = min(view[-2:])
-                own["alpha"] = check_alpha(own_alpha, rank) / divisor(rank) * divisor(own["rank"])
-            deltas[weight.name] = cls.make(beneath, view, adapter=adapter, **own)
+            delta = _fresh(weight, cls, own, lowered=type(rank) is int, adapter=adapter)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
-        deltas[weight.name].__dict__["space"] = space
-    for weight in whole:
-        deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
+        delta.__dict__["space"] = space
+        pairs.append((weight, delta))
+    pairs += [(w, DenseDelta.make(w.like, (), adapter=adapter, dtype=dtype)) for w in whole]
     if whole:
         order = {weight.name: place for place, weight in enumerate(found.weights)}
-        weights = sorted([*weights, *whole], key=lambda weight: order[weight.whole.name])
-    pairs: list[tuple[Weight, Delta]] = [(weight, deltas[weight.name]) for weight in weights]
+        pairs.sort(key=lambda pair: order[pair[0].whole.name])
     if freeze:
-        checks.warn_of_thawed(found, {weight.whole.name for weight in weights})
+        checks.warn_of_thawed(found, {weight.whole.name for weight, _ in pairs})
         moving = checks.moving_without(found, adapter, statistics)
         if statistics:
             pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
@@ -198,6 +188,21 @@ def _kind(kind: str, given: Mapping[str, Any]) -> type[Delta]:
         if type(given[name]) is not type(default) or given[name] != default:
             raise LoRAError(f"a {kind} delta takes no {name}, got {given[name]!r:.60}; drop it")
     return KINDS[kind]
+
+
+def _fresh(
+    weight: Weight, cls: type[Delta], given: Mapping[str, Any], lowered: bool, adapter: str
+) -> Delta:
+    """Make a fresh delta of a weight, with a rank that is `lowered` to what the weight can have."""
+    own, view, beneath = {**given, "transposed": weight.layer.transposed}, weight.view, weight.like
+    if cls.of_values or own["init"] not in [*DRAWS]:
+        values = weight.original if is_packed(weight.original) else beneath
+        beneath = dense(weight.value if cls.of_values else values)
+    own = {name: own[name] for name in cls.options}
+    if lowered and "rank" in own and (rank := own["rank"]) > (most := min(view[-2:])):
+        scale = check_alpha(own["alpha"], rank) / SCALINGS[own["scaling"]](rank)
+        own |= {"rank": most, "alpha": scale * SCALINGS[own["scaling"]](most)}
+    return cls.make(beneath, view, adapter=adapter, **own)
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
