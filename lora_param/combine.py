@@ -61,8 +61,7 @@ def combine_lora(
 ) -> list[Fit]:
     """Register a combination of adapters as a new one beside them, which is off until selected.
 
-    It is one of the updates themselves, `sum(strength * scale * B A)`, never of the factors, and
-    doesn't depend on what is selected at present.
+    It is one of the updates, `sum(strength * scale * B A)`, whatever is selected at present.
 
     Args:
         model: An adapted model.
@@ -221,10 +220,9 @@ def _dtype(terms: Terms) -> torch.dtype:
 def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> list[Fit]:
     """Give an adapter's pairs another rank, in place: the nearest update of a lower one, or room.
 
-    A lower rank keeps the largest singular values. A higher one keeps the update, with new columns
-    of zeros in `lora_B` and rows of `lora_A` drawn as fresh ones are, so that training goes on with
-    more capacity. The scale stays what it was. The factors are new Parameters: build the optimizer
-    anew. Dense deltas and statistics stay as they are.
+    A lower rank keeps the largest singular values. A higher one keeps the update, with columns of
+    zeros in `lora_B` and rows of `lora_A` drawn as fresh ones are. The scale stays what it was. The
+    factors are new Parameters: build the optimizer anew. Dense deltas and statistics stay.
 
     Args:
         model: An adapted model.

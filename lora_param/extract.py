@@ -22,11 +22,7 @@ from .weight import Weight
 def difference(
     name: str, base: Tensor, tuned: Tensor, view: Shape | None, rank: Rank
 ) -> tuple[Delta, Fit] | None:
-    """Return what turns a base's weight into a tuned one's; `None` where nothing does.
-
-    With a matrix view a pair of a rank, without one a dense delta. In float32 at least, so that
-    the rounded sum is the tuned weight's.
-    """
+    """Return what turns a base's weight into a tuned one's: a pair, or without a view dense."""
     tuned = tuned.detach().to(base.device)
     if torch.equal(base, tuned.to(base.dtype)) and base.dtype == tuned.dtype:
         return None

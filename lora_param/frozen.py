@@ -27,16 +27,13 @@ FROZEN = "_lora_frozen"
 
 
 class Hold:
-    """What keeps parameters frozen until the last of its deltas has gone, in whichever module.
-
-    A copy holds what it was copied with: its deltas join it by themselves.
-    """
+    """What keeps parameters frozen until the last of its deltas has gone, in whichever module."""
 
     def __init__(self) -> None:
         self.deltas: set[ref[Delta]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Hold, ()
+        return Hold, ()  # the deltas of a copy join it by themselves
 
     @property
     def is_over(self) -> bool:
@@ -92,23 +89,17 @@ def thaw(walk: Walk, undo: ExitStack) -> None:
 def fingerprint(model: nn.Module, *, buffers: bool = True) -> dict[str, str]:
     """Return the SHA-256 digest of each original, over its bytes, dtype and shape.
 
-    Of all that the plain model's state dict has; `buffers=False` leaves its buffers out. Adapters
-    don't count: it is the same before `register_lora`, after it and after `remove_lora`.
+    Adapters don't count: it is the same before `register_lora` and after it.
 
     Returns:
-        Hexadecimal digests by the originals' names in the plain model, `"linear1.weight"`.
+        Hexadecimal digests by name in the plain model's state dict, with or without `buffers`.
 
     Raises:
         LoRAError: A tensor has no bytes of its own: on the meta device, sharded, wrapped.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> before = fingerprint(model)
-        >>> sorted(before), len(before["weight"])
-        (['bias', 'weight'], 64)
-
-    Source:
-        FIPS 180-4 for SHA-256.
+        >>> {name: len(digest) for name, digest in fingerprint(torch.nn.Linear(3, 2)).items()}
+        {'weight': 64, 'bias': 64}
     """
     tensors = walk(model, "fingerprint").tensors
     kept = [(w.name, each) for w, each in tensors if buffers or isinstance(each, nn.Parameter)]
@@ -155,15 +146,14 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
 def base_frozen(
     model: nn.Module, *, buffers: bool = True, exclude: str | Sequence[str] = ()
 ) -> Iterator[None]:
-    """Check that a block leaves every original as it was, to the bit.
+    """Check that a block leaves every original as it was, to the bit, unless it raises.
 
     The model may gain or lose adapters in the block. `buffers=False` leaves its buffers out, and
     `exclude`, of one pattern or several as `register_lora` takes them, what these match.
 
     Raises:
         TargetError: A pattern matches nothing.
-        FrozenError: Names every original that changed. An exception of the block's own passes
-            through instead.
+        FrozenError: Names every original that changed.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -186,11 +176,7 @@ def base_frozen(
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:
-    """Return a tensor's bytes, to hash or write, without a copy, and without numpy.
-
-    Raises:
-        LoRAError: It has none of its own.
-    """
+    """Return a tensor's bytes, to hash or write, without a copy, or raise if it has none."""
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
     # As DeepSpeed and FSDP mark what they leave a part of, or nothing, in its place.
     plain = plain and getattr(tensor, "ds_shape", tensor.shape) == tensor.shape

@@ -57,8 +57,6 @@ def recompressed(A: Tensor, B: Tensor, rank: Rank) -> Product:
 def factorised(matrix: Tensor, rank: Rank) -> Product:
     """Return the product nearest to a matrix of a rank; of a large one by its range, within 1 %.
 
-    Its error is the true one in either case, because what is left out is orthogonal to the rest.
-
     Source:
         Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53 (2011),
         algorithms 4.4 and 5.1.

@@ -25,10 +25,8 @@ from .weight import Weight, merged_for_now, without_side_effects
 def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool = False) -> None:
     """Fold adapters into their weights for good, and take them off.
 
-    The new weight is what reading the weight gave, rounded once to its dtype; where only some of a
-    weight's adapters are merged, within rounding. Statistics that a merged adapter's hid behind its
-    own become the same.
-
+    The new weight is what reading the weight gave; where only some of a weight's adapters are
+    merged, within rounding. Statistics that a merged adapter's hid behind its own become the same.
     A quantised weight becomes dense by `dequantize`: quantising the sum anew would change it.
 
     Raises:
@@ -69,12 +67,9 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
 def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]:
     """Run a block at the base's own speed: inside, each weight is plain and has its present value.
 
-    After the block, also one that raises, every module has its originals and adapters back, the
-    same objects with the same bits. For inference: in the block other verbs raise a `LoRAError`,
-    and what is done to the merged weights, which take memory of their own, is lost. Disabled
-    adapters stay out.
-
-    With `dequantize`, quantised weights are dense in the block.
+    After the block every module has its originals and adapters back, the same objects with the same
+    bits. In it other verbs raise a `LoRAError`, and what is done to the merged weights, which take
+    memory of their own, is lost. With `dequantize`, quantised weights are dense there.
 
     Raises:
         AdapterError: The model has no adapters.
@@ -86,9 +81,6 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
         >>> with lora_merged(model):
         ...     type(model), model(torch.ones(1, 3)).shape
         (<class 'torch.nn.modules.linear.Linear'>, torch.Size([1, 2]))
-
-    Source:
-        Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
     """
     found = walk(model, "lora_merged", Need.STRUCTURE)
     weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()

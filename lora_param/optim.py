@@ -32,10 +32,9 @@ def lora_parameter_groups(
         model: An adapted model.
         lr: The learning rate, as it was before there was a ratio.
         ratio: A positive number; 1 for equal rates.
-        weight_decay: What an optimizer does with it; a pair that started from its weight (`init`)
-            and a dense delta decay towards the base.
-        factors: What multiplies the rates of some weights, by patterns as `register_lora` takes
-            them, of which the first that matches decides; of other weights the factor is 1.
+        weight_decay: Towards the base, also of a pair that started from its weight (`init`).
+        factors: What multiplies the rates of some weights, by pattern, of which the first that
+            matches decides; of other weights the factor is 1.
         adapter: The adapter's name; `None` means all.
 
     Returns:

@@ -62,25 +62,22 @@ def register_lora(
         alpha: A finite number or a mapping from pattern to number; `None` means `rank`.
         target: What to adapt: a glob over a parameter's full name, its module's path, or a dotted
             suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a predicate
-            `(module's path, module) -> bool`; or several of these. `None` means every weight that
-            multiplies activations: of linear, convolution, bilinear, attention and recurrent
-            layers. Embeddings and other parameters are adapted only when named. A glob may end in
-            rows, `"*.c_attn[0:768]"`, and so adapts a block of output features with a pair of its
-            own, whichever way round the layer stores its matrix; of an embedding, tokens. Rows are
-            `[start:stop]`, `[start:stop:step]` or, as for the queries of heads,
-            `[start:stop:step+width]`. The pair `(selector, rows)` does the same for any selector,
-            where rows are such a text, a slice, numbers, or a function from how many there are.
+            `(module's path, module) -> bool`; or several of these. `None` means every weight of
+            linear, convolution, bilinear, attention and recurrent layers. A glob may end in rows,
+            `"*.c_attn[0:768]"`, for a block of output features, of an embedding tokens, with a pair
+            of its own. Rows are `[start:stop]`, `[start:stop:step]` or, as for the queries of
+            heads, `[start:stop:step+width]`. The pair `(selector, rows)` does the same for any
+            selector, where rows are such a text, a slice, numbers, or a function from how many
+            there are.
         exclude: The same, for what is left out of `target`, or with `target=()` out of `train`.
         train: What to train whole, as `W + D` (`DenseDelta`): parameters of any dimensions. A
             module's path, type or predicate means all below it. `target=()` trains nothing else;
             what both name is trained whole.
         adapter: The adapter's name, without dots. Several adapters on one weight add up.
-        freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
-            gives the flags back. Warns of those in a frozen model that had been thawed, a new head
-            perhaps, and aren't trained now. `False` leaves them as they are.
+        freeze: Freeze every parameter that is no adapter's and clear its `.grad`, with a warning of
+            those in a frozen model that had been thawed; `remove_lora` gives the flags back.
         statistics: With `freeze`, give each buffer that training moves, a batch norm's statistics,
-            a copy of the adapter's own to move (`StatisticsDelta`), so that off the base has its
-            own again. `False` lets training move the base's, and warns.
+            a copy of the adapter's own to move. `False` lets training move the base's, and warns.
         kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
         scaling: What `alpha` is divided by: the rank, or with `"rslora"` its square root.
         dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
@@ -206,10 +203,9 @@ def _fresh(
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Take adapters off; without its last adapter the model is as it was before `register_lora`.
+    """Take adapters off: without the last one class, order, flags, keys and bits are as before.
 
-    Class, parameters and their order, `requires_grad`, state-dict keys and bits are what they were;
-    others' parametrizations stay.
+    Others' parametrizations stay.
 
     Raises:
         AdapterError: There is no such adapter.

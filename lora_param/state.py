@@ -112,11 +112,7 @@ def load_lora_state_dict(
 def load_deltas(
     deltas: Mapping[str, Delta], state_dict: Mapping[str, Any], undo: ExitStack
 ) -> None:
-    """Load deltas from their states, by prefix, or raise an error that lists all that doesn't fit.
-
-    Raises:
-        StateDictError: Nothing was loaded.
-    """
+    """Load deltas from their states, by prefix, or raise one error of all that doesn't fit."""
     tensors = [tensor for delta in deltas.values() for tensor in delta.parameters()]
     with alike(mesh_of(tensors)):
         copies = _fitting(deltas, state_dict, undo)

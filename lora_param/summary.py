@@ -38,10 +38,9 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One adapted weight, by its name in the plain model, with its adapters in their order.
+    """One adapted weight, with its adapters in their order.
 
-    Its space is `"activation"` where its layer never forms the adapted weight, `"weight"` where it
-    always does, or `"activation or weight, by cost"` of each input.
+    Its space is `"activation"`, `"weight"`, or `"activation or weight, by cost"` of each input.
     """
 
     name: str
@@ -59,9 +58,7 @@ class WeightSummary:
 class LoRASummary:
     """What `lora_summary` returns; `print` it for the table.
 
-    The adapted weights in model order, the buffers that are moved in copies, and numbers of
-    elements: of the model without adapters, shared tensors once; of all adapters; and of all that
-    requires a gradient.
+    `statistics` are the buffers that are moved in copies. The base's shared tensors count once.
     """
 
     weights: tuple[WeightSummary, ...]

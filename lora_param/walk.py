@@ -117,10 +117,7 @@ class Walk:
 
     @cached_property
     def shared(self) -> dict[str, list[Weight]]:
-        """What has its memory in common with others, whole or in part, by name with these.
-
-        Of the parameters and of the buffers that training moves.
-        """
+        """Parameters and moving buffers that have memory in common with others, with these."""
         moving: Any = [(weight, weight.original) for weight in self.moving]
         tensors = enumerate([*self.parameters, *moving])
         spans = sorted((*_span(tensor), index, weight) for index, (weight, tensor) in tensors)
