@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .checks import Need, check_weights, deltas_called, walk
 from .deltas import Delta, DenseDelta, LoRAParametrization
 from .deltas.numbers import SCALINGS, check_rank
-from .deltas.protocol import Shape, check_adapter
+from .deltas.protocol import Shape, check_adapter, tensors_of
 from .errors import AdapterError, LoRAError
 from .lowrank import (
     Product,
@@ -147,69 +147,62 @@ def combined(
     generator: torch.Generator | None = None,
 ) -> tuple[Delta, Fit]:
     """Combine the deltas on one weight of a shape and matrix view, at strength 1 each."""
-    first = terms[0][0]
-    if len(terms) == 1 and first.of_buffers:
-        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
-        return first.made_of(tensors, first.numbers), Fit(name, None, 0.0)
-    if odd := [delta for delta, _ in terms if not delta.adds]:
+    first, strengths, error = terms[0][0], [strength for _, strength in terms], 0.0
+    odd = [delta for delta, _ in terms if not delta.adds]
+    if odd and not (len(terms) == 1 and first.of_buffers):
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
         raise AdapterError(f"{name}: adapter {odd[0].adapter!r}: {reason}")
+    made: Delta
     with torch.no_grad():
-        if method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
-            return _product_sum(name, cast("Any", terms), view, rank)
-        updates, strengths = [_update(each, shape) for each, _ in terms], [s for _, s in terms]
-        if method == "ties":
-            total = ties(updates, strengths, density or 1)
-        elif method == "dare":
-            total = dare(updates, strengths, density or 1, generator)
+        if odd:
+            made = _copied(first, first.numbers)
+        elif method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
+            made, error = _product_sum(cast("Any", terms), view, rank)
         else:
-            total = sum(u * s for u, s in zip(updates, strengths, strict=True))  # type: ignore[assignment]
-        if rank is not None and len(view) > 1:
-            return pair_of(factorised(total.reshape(view), rank), name, _dtype(terms), first)
-        dense = DenseDelta.restore({"D": total.to(_dtype(terms))}, {})
-        return _alike(first, dense), Fit(name, None, 0.0)
+            updates = [_update(delta, shape) for delta, _ in terms]
+            if method == "ties":
+                total = ties(updates, strengths, density or 1)
+            elif method == "dare":
+                total = dare(updates, strengths, density or 1, generator)
+            else:
+                total = sum(u * s for u, s in zip(updates, strengths, strict=True))  # type: ignore[assignment]
+            if rank is not None and len(view) > 1:
+                product = factorised(total.reshape(view), rank)
+                made, error = pair_of(product, _dtype(terms)), product.error
+            else:
+                made = DenseDelta.restore({"D": total.to(_dtype(terms))}, {})
+    made.rows, made.dim = first.rows, first.dim
+    return made, Fit(name, made.numbers.get("rank"), error)
 
 
 def _product_sum(
-    name: str, terms: Sequence[tuple[LoRAParametrization, float]], view: Shape, rank: Rank | None
-) -> tuple[Delta, Fit]:
+    terms: Sequence[tuple[LoRAParametrization, float]], view: Shape, rank: Rank | None
+) -> tuple[Delta, float]:
     first, limit = terms[0][0], min(view[-2:])
     if len(terms) == 1 and rank is None:  # keeps its factors' bits
-        numbers = first.numbers | {"alpha": first.alpha * terms[0][1], "dropout": 0.0}
-        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
-        return _alike(first, first.restore(tensors, numbers)), Fit(name, first.rank, 0.0)
+        alpha = first.alpha * terms[0][1]
+        return _copied(first, first.numbers | {"alpha": alpha, "dropout": 0.0}), 0.0
     product = summed([(d.lora_A.double(), d.lora_B.double(), d.scale * s) for d, s in terms])
     if rank is not None or product.A.shape[-2] > limit:
         product = recompressed(product.A, product.B, limit if rank is None else rank)
-    return pair_of(product, name, _dtype(terms), first)
+    return pair_of(product, _dtype(terms)), product.error
 
 
-def pair_of(
-    product: Product, name: str, dtype: torch.dtype, like: Delta | None = None
-) -> tuple[Delta, Fit]:
-    """Make a pair of a product, on the same rows as another delta."""
+def pair_of(product: Product, dtype: torch.dtype) -> Delta:
+    """Make a pair of a product."""
     A, B, rank = product.A.to(dtype), product.B.to(dtype), product.A.shape[-2]
     numbers = {"rank": rank, "alpha": float(rank), "scaling": "lora", "dropout": 0.0}
-    pair = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
-    return _alike(like or pair, pair), Fit(name, rank, product.error)
+    return LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
 
 
-def _alike(like: Delta, delta: Delta) -> Delta:
-    """Put a delta on the rows that another one has."""
-    delta.rows, delta.dim = like.rows, like.dim
-    return delta
+def _copied(delta: Delta, numbers: Mapping[str, Any]) -> Delta:
+    return delta.restore({name: each.clone() for name, each in tensors_of(delta).items()}, numbers)
 
 
 def _update(delta: Delta, shape: Shape) -> Tensor:
     """Return what a delta adds to a weight of a shape at strength 1, in float64."""
     zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
-    return _alike(delta, delta.restore(_tensors(delta), delta.numbers)).value(zeros)
-
-
-def _tensors(delta: Delta) -> dict[str, Tensor]:
-    return {
-        name: each.detach() for name, each in (*delta.named_parameters(), *delta.named_buffers())
-    }
+    return delta.restore(tensors_of(delta), delta.numbers).value(zeros)
 
 
 def _dtype(terms: Terms) -> torch.dtype:

@@ -228,6 +228,12 @@ class Delta(Switched):
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
 
 
+def tensors_of(delta: Delta) -> dict[str, Tensor]:
+    """Return a delta's parameters and buffers by name, without a graph."""
+    own = (*delta.named_parameters(), *delta.named_buffers())
+    return {name: tensor.detach() for name, tensor in own}
+
+
 def check_adapter(adapter: object) -> None:
     """Raise unless `adapter` can be an adapter's name."""
     if not isinstance(adapter, str) or not adapter or "." in adapter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..chains import type_before
 from ..deltas import Delta, StatisticsDelta
-from ..deltas.protocol import check_adapter
+from ..deltas.protocol import check_adapter, tensors_of
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
 from ..register import install
@@ -24,7 +24,6 @@ from ..walk import Walk
 from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
-from .formats.native import tensors_of
 from .outline import Outline, outline_of_model
 from .progress import progress
 from .tensors import About, AnyPath, check_strings, shortened
