@@ -132,9 +132,12 @@ def test_statistics_that_moved_are_extracted() -> None:
     with torch.no_grad():
         tuned[0].weight += 1
         tuned(torch.randn(8, 4).double())
+    twin = copy.deepcopy(model)
     extract_lora(model, tuned)
     x = torch.randn(3, 4).double()
     torch.testing.assert_close(model.eval()(x), tuned.eval()(x), rtol=0, atol=1e-10)
+    with pytest.warns(UserWarning, match=r"not extracted: 1\.running_mean, 1\.running_var, 1\.num"):
+        extract_lora(twin, tuned, target="0")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +212,18 @@ def test_files_are_combined_as_strong_as_they_were_saved(tmp_path: Path) -> None
     select_lora(model, {"a": -1.5})
     want = model(X)
     torch.testing.assert_close(outputs(model, tmp_path / "alone.safetensors"), want)
+
+
+def test_files_of_blocks_are_combined_on_their_rows(tmp_path: Path) -> None:
+    model, _ = twins()
+    files = {tmp_path / f"{name}.safetensors": 1.0 for name in "ab"}
+    for path in files:
+        register_lora(model, rank=1, target="first[1:3]", adapter=path.stem)
+        shake(model, path.stem)
+        save_lora(model, path, path.stem)
+    combine_files(files, tmp_path / "ab.safetensors")
+    want = model(X)
+    torch.testing.assert_close(outputs(model, tmp_path / "ab.safetensors"), want)
 
 
 def test_the_command_line_resizes_files(tmp_path: Path, capsys: Any) -> None:
