@@ -30,6 +30,7 @@ from .lowrank import (
 from .register import install
 from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
+from .weight import Weight
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -99,27 +100,23 @@ def combine_lora(
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
     strengths = strengths_of(found, adapters)
     check_options(method, rank, density)
-    options: dict[str, Any] = {"method": method, "rank": rank, "density": density}
-    terms: defaultdict[str, list[tuple[Delta, float]]] = defaultdict(list)
-    weights = {}
+    options: Any = {"method": method, "rank": rank, "density": density, "generator": generator}
+    terms: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
     for weight, delta in found.deltas:
         if delta.adapter in adapters:
-            weights[weight.name] = weight
             delta.check_strength(1 if delta.of_buffers else adapters[delta.adapter])
-            terms[weight.name].append((delta, strengths.get(delta.adapter, 0.0)))
-    check_weights([weight for weight in weights.values() if not weight.is_buffer], adapter)
-    for weight in weights.values():
-        for other in weights.values() if weight.rows is not None else ():
+            terms[weight].append((delta, strengths.get(delta.adapter, 0.0)))
+    check_weights([weight for weight in terms if not weight.is_buffer], adapter)
+    for weight in terms:
+        for other in terms if weight.rows is not None else ():
             if other.whole == weight.whole and other != weight and weight.overlaps(other.rows):
                 fix = "combine adapters of the same blocks"
                 raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
-    made = {}
-    for name, own in terms.items():
-        shape, view = tuple(weights[name].like.shape), weights[name].view
-        made[name] = combined(name, own, shape, view, generator=generator, **options)
-        made[name][0].adapter, made[name][0].enabled = adapter, False
-    install(found, [(weights[name], delta) for name, (delta, _) in made.items()], freeze=False)
-    return [fit for delta, fit in made.values() if not delta.of_buffers]
+    made = [combined(weight, own, **options) for weight, own in terms.items()]
+    for delta, _ in made:
+        delta.adapter, delta.enabled = adapter, False
+    install(found, [(w, delta) for w, (delta, _) in zip(terms, made, strict=True)], freeze=False)
+    return [fit for delta, fit in made if not delta.of_buffers]
 
 
 def check_options(method: object, rank: Rank | None, density: float | None) -> None:
@@ -136,43 +133,49 @@ def check_options(method: object, rank: Rank | None, density: float | None) -> N
 
 
 def combined(
-    name: str,
+    weight: Weight,
     terms: Terms,
-    shape: Shape,
-    view: Shape,
     *,
     method: Method = "sum",
     rank: Rank | None = None,
     density: float | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Delta, Fit]:
-    """Combine the deltas on one weight of a shape and matrix view, at strength 1 each."""
-    first, strengths, error = terms[0][0], [strength for _, strength in terms], 0.0
-    odd = [delta for delta, _ in terms if not delta.adds]
+    """Combine the deltas on one weight, at strength 1 each."""
+    first, odd = terms[0][0], [delta for delta, _ in terms if not delta.adds]
     if odd and not (len(terms) == 1 and first.of_buffers):
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
-        raise AdapterError(f"{name}: adapter {odd[0].adapter!r}: {reason}")
-    made: Delta
+        raise AdapterError(f"{weight.name}: adapter {odd[0].adapter!r}: {reason}")
+    made, error, view = first, 0.0, weight.view
     with torch.no_grad():
         if odd:
             made = _copied(first, first.numbers)
         elif method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
             made, error = _product_sum(cast("Any", terms), view, rank)
         else:
-            updates = [_update(delta, shape) for delta, _ in terms]
-            if method == "ties":
-                total = ties(updates, strengths, density or 1)
-            elif method == "dare":
-                total = dare(updates, strengths, density or 1, generator)
-            else:
-                total = sum(u * s for u, s in zip(updates, strengths, strict=True))  # type: ignore[assignment]
+            total = _total(terms, tuple(weight.like.shape), method, density or 1, generator)
             if rank is not None and len(view) > 1:
                 product = factorised(total.reshape(view), rank)
                 made, error = pair_of(product, _dtype(terms)), product.error
             else:
                 made = DenseDelta.restore({"D": total.to(_dtype(terms))}, {})
     made.rows, made.dim = first.rows, first.dim
-    return made, Fit(name, made.numbers.get("rank"), error)
+    return made, Fit(weight.name, made.numbers.get("rank"), error)
+
+
+def _total(
+    terms: Terms, shape: Shape, method: str, density: float, generator: torch.Generator | None
+) -> Tensor:
+    """Form the combination of updates of a shape, in float64."""
+    updates, strengths = [], [strength for _, strength in terms]
+    for delta, _ in terms:
+        zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
+        updates.append(delta.restore(tensors_of(delta), delta.numbers).value(zeros))
+    if method == "ties":
+        return ties(updates, strengths, density)
+    if method == "dare":
+        return dare(updates, strengths, density, generator)
+    return cast("Tensor", sum(u * s for u, s in zip(updates, strengths, strict=True)))
 
 
 def _product_sum(
@@ -197,12 +200,6 @@ def pair_of(product: Product, dtype: torch.dtype) -> Delta:
 
 def _copied(delta: Delta, numbers: Mapping[str, Any]) -> Delta:
     return delta.restore({name: each.clone() for name, each in tensors_of(delta).items()}, numbers)
-
-
-def _update(delta: Delta, shape: Shape) -> Tensor:
-    """Return what a delta adds to a weight of a shape at strength 1, in float64."""
-    zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
-    return delta.restore(tensors_of(delta), delta.numbers).value(zeros)
 
 
 def _dtype(terms: Terms) -> torch.dtype:
@@ -239,21 +236,21 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
     found = walk(model, "resize_lora", Need.CHANGE)
     check_rank_or_share(rank)
     pairs = deltas_called(found, adapter)
-    changed = [(w, d, *resized(w.name, d, w.view, rank)) for w, d in pairs if "rank" in d.numbers]
+    changed = [(delta, *resized(w, delta, rank)) for w, delta in pairs if "rank" in delta.numbers]
     if not changed:
         raise AdapterError("there is no pair of factors to resize; its deltas are dense")
     with all_or_nothing() as undo:
-        for _, delta, new, _ in changed:
+        for delta, new, _ in changed:
             _become(delta, new, undo)
     return [fit for *_, fit in changed]
 
 
-def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fit]:
+def resized(weight: Weight, delta: Delta, rank: Rank) -> tuple[Delta, Fit]:
     """Return a pair of another rank, with the same scale, and what it misses."""
     if not isinstance(delta, LoRAParametrization):
         reason = f"a {delta.kind} delta is no sum, so that none of a lower rank is the nearest"
-        raise AdapterError(f"{name}: adapter {delta.adapter!r}: {reason}")
-    A, B = delta.lora_A.detach(), delta.lora_B.detach()
+        raise AdapterError(f"{weight.name}: adapter {delta.adapter!r}: {reason}")
+    view, A, B = weight.view, delta.lora_A.detach(), delta.lora_B.detach()
     if isinstance(rank, int):
         rank = min(rank, min(view[-2:]))
     if isinstance(rank, int) and rank > A.shape[-2]:
@@ -265,7 +262,7 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
     found = check_rank(product.A.shape[-2], *view[-2:])
     numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
     tensors = {"lora_A": product.A.to(A.dtype), "lora_B": product.B.to(A.dtype)}
-    return delta.made_of(tensors, delta.numbers | numbers), Fit(name, found, product.error)
+    return delta.made_of(tensors, delta.numbers | numbers), Fit(weight.name, found, product.error)
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:

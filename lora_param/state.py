@@ -132,18 +132,16 @@ def _fitting(
     for prefix, delta in deltas.items():
         for name, parameter in delta.state_dict(prefix=prefix, keep_vars=True).items():
             value = state_dict.get(name, parameter)
-            if name.endswith(NUMBERS):
-                continue
-            if fault := _fault(value, parameter):
+            if name == prefix + NUMBERS:
+                undo.callback(delta.set_extra_state, parameter)
+                try:
+                    delta.set_extra_state(value)
+                except LoRAError as error:
+                    complaints.append(f"{name}: {error}")
+            elif fault := _fault(value, parameter):
                 complaints.append(fault.format(name))
             else:  # a copy, for the case that it is a view of another delta's tensor
                 copies.append((parameter, value.detach().clone()))
-    for prefix, delta in deltas.items():
-        undo.callback(delta.set_extra_state, before := delta.get_extra_state())
-        try:
-            delta.set_extra_state(state_dict.get(prefix + NUMBERS, before))
-        except LoRAError as error:
-            complaints.append(f"{prefix}{NUMBERS}: {error}")
     if complaints:
         listing = "; ".join(complaints)
         raise StateDictError(f"the state dict doesn't fit, nothing was loaded: {listing}")

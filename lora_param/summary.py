@@ -123,13 +123,11 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         60
     """
     found = walk(model, "lora_summary")
-    pairs = deltas_called(found, None)
-    deltas: defaultdict[str, list[Delta]] = defaultdict(list)
-    for weight, delta in pairs:
-        deltas[weight.name].append(delta)
-    adapted = {weight.name: weight for weight, _ in pairs}.values()
+    adapted: defaultdict[Weight, list[Delta]] = defaultdict(list)
+    for weight, delta in deltas_called(found, None):
+        adapted[weight].append(delta)
     weights, statistics = (
-        tuple(_summarised(w, deltas[w.name]) for w in adapted if w.is_buffer == buffers)
+        tuple(_summarised(w, deltas) for w, deltas in adapted.items() if w.is_buffer == buffers)
         for buffers in (False, True)
     )
     base = {id(tensor): tensor.numel() for _, tensor in found.parameters}

@@ -122,8 +122,7 @@ def combine_files(
         deltas, fits = dict[str, Delta](), list[Fit]()
         for name, own in progress(list(terms.items()), "combining"):
             weight = cast("Weight", weights.weight(name))  # of the files' own outlines
-            place = name, own, tuple(weight.like.shape), weight.view
-            deltas[name], fit = combined(*place, method=method, rank=rank, density=density)
+            deltas[name], fit = combined(weight, own, method=method, rank=rank, density=density)
             fits += [] if deltas[name].of_buffers else [fit]
         write_adapter("native", Path(out), deltas, weights, about)
     return fits
@@ -161,8 +160,7 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
         deltas, fits = file.fit(weights), list[Fit]()
         for name, delta in progress(list(deltas.items()), "resizing"):
             if "rank" in delta.numbers:
-                view = cast("Weight", weights.weight(name)).view
-                deltas[name], fit = resized(name, delta, view, rank)
+                deltas[name], fit = resized(cast("Weight", weights.weight(name)), delta, rank)
                 fits.append(fit)
         if not fits:
             raise LoRAError(f"{path}: there is no pair of factors to resize")
