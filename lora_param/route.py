@@ -141,6 +141,9 @@ def _check_rows(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
                 delta.check_strength(strength)
             except LoRAError as error:
                 raise LoRAError(f"{weight.name}: {error}") from None
+        if weights.requires_grad and name in columns and not (delta.adds or delta.of_buffers):
+            reason = f"strengths of a {delta.kind} delta, of adapter {name!r}, can't be learned"
+            raise LoRAError(f"{weight.name}: {reason}; detach the tensor, or leave it out")
         for row, strength in enumerate(columns.get(name, ())) if delta.of_buffers else ():
             if strength and (other := movers.setdefault((weight.name, row), name)) != name:
                 reason = "have statistics of their own here, of which a row can have one's"
@@ -158,17 +161,14 @@ def _places(
     for each in [dim, *(dims or {}).values()]:
         if each is not None and (type(each) is not int or each < 0):
             raise LoRAError(f"a dimension must be an integer from 0 up, got {each!r:.40}")
-    flags, known, unused = dict[str | None, Place](), dict[nn.Module, Place](), {*(dims or ())}
+    known, unused = dict[nn.Module, Place](), {*(dims or ())}
+    flags: dict[str | None, tuple[int, int]] = {None: (dim or 0, dim is not None)}
     for path, module in walk.modules:
         own = module._modules.get("self_attn") or module  # says it for its layer
         first = own.__dict__.get("batch_first")
-        above = flags.get(
-            path.rpartition(".")[0] if path else None, Place(dim or 0, dim is not None)
-        )
-        flags[path] = (
-            Place(*above[:2], path) if first is None else Place(0 if first else 1, 1, path)
-        )
-        known[module] = flags[path]
+        above = flags.get(path.rpartition(".")[0] if path else None, flags[None])
+        flags[path] = above if first is None else (int(not first), 1)
+        known[module] = Place(*flags[path], path)
         for pattern, said in (dims or {}).items():
             if matches(pattern, Weight(path, module, "weight")):
                 known[module] = Place(said, 2, path)

@@ -43,7 +43,7 @@ class Routing:
     def __init__(self, weights: Tensor, columns: dict[Any, int], places: Places, run: Any) -> None:
         self.weights, self.columns, self.places = weights, columns, places
         self.run = run  # runs a module by groups of rows, past any compiler
-        self.rows = len(weights)
+        self.rows, self.alone = len(weights), all(sum(map(bool, r)) < 2 for r in weights.tolist())
         self.plans: dict[Any, Any] = {}
         self._tables: dict[Any, Tensor] = {}
 
@@ -63,11 +63,20 @@ class Routing:
         strength: Any = self.weights[0, column]
         if not strength.requires_grad:
             strength = self._settings[0][column]
-        return Switch(bool(strength != 0) or isinstance(strength, Tensor), strength)
+        learned = isinstance(strength, Tensor) and delta.adds
+        return Switch(bool(strength != 0 or learned), strength)
 
     def separates(self, module: nn.Module) -> bool:
         """Say whether rows differ in what acts on them in a module, or a chain."""
         return self.rows > 1 and self.columns[module] >= 0
+
+    def mixes(self, delta: nn.Module, others: Sequence[nn.Module]) -> bool:
+        """Say whether a row has a delta and another adapter's of these, or that isn't known."""
+        own = self.columns[delta]
+        rest = {self.columns[each] for each in others} - {own}
+        if not rest or self.alone:
+            return False
+        return is_traced() or any(r[own] and any(r[c] for c in rest) for r in self._settings)
 
     @cached_property
     def _settings(self) -> list[list[float]]:

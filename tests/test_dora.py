@@ -239,21 +239,6 @@ def test_nothing_of_the_weights_size_is_kept(frozen: bool) -> None:
     assert kind._lengths[delta_of(layer)][1].numel() == 400
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(9, 8), lambda: Conv1D(8, 9)])
-def test_dropout_drops_from_all_but_the_base(make: Callable[[], Any], path: str) -> None:
-    layer, x = make().double(), torch.randn(5, 9).double()
-    plain = copy.deepcopy(layer)
-    dora(layer, dropout=0.5).train()
-    torch.manual_seed(0)
-    got = layer(x)
-    torch.manual_seed(0)
-    dropped = F.dropout(x, 0.5)
-    with torch.no_grad():
-        difference = layer.eval().weight - original_of(layer)
-    difference = difference.T if isinstance(layer, Conv1D) else difference
-    torch.testing.assert_close(got, plain(x) + F.linear(dropped, difference))
-
-
 def test_strengths_are_refused() -> None:
     layer = dora(nn.Linear(9, 8))
     select_lora(layer, {"default": 1.0})

@@ -77,6 +77,21 @@ def test_a_mixture_can_be_learned(kind: str) -> None:
     close(run(mixture), want[0])
 
 
+def test_a_learned_strength_of_zero_leaves_an_adapters_statistics_off() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double()
+    for name, spread in (("a", 1.0), ("b", 3.0)):
+        register_lora(model, rank=2, adapter=name, target="0")
+        with lora_selected(model, name):
+            model(torch.randn(9, 6).double() * spread)
+    shake(model.eval())
+    x, weights = torch.randn(3, 6).double(), torch.tensor([[1.0, 0], [0, 1], [0, 0]]).double()
+    with lora_routed(model, weights.requires_grad_(), names=["a", "b"]):
+        got = model(x)
+    case = Case("", lambda: model, lambda: (x,))
+    close(got, one_by_one(model, case, (x,), [{"a": 1.0}, {"b": 1.0}, {}])[0])
+
+
 def test_adapters_may_differ_in_rank_dtype_and_alpha() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(6, 5)

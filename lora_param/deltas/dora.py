@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from ..ops import autocasts
 from ..quantised import dense
-from .pair import Pair
+from .pair import Pair, joined
 from .protocol import Shape
 
 SMALL = 1 << 16
@@ -118,33 +118,59 @@ class DoRA(Pair):
             divisor = length.where(length > 0, 1)
         return (m - length) / divisor
 
+    def routes(self, routing: Any, before: Sequence[Any], transposed: bool) -> bool:
+        """Say whether it acts on outputs, and on its rows nothing in front of it does."""
+        return not (self._is_of_inputs(transposed) or routing.mixes(self, before))
+
+    def _is_of_inputs(self, transposed: bool) -> bool:
+        m, of_tokens = self.magnitude, self.rows is not None and self.dim != transposed
+        return of_tokens or m.numel() > m.shape[transposed]
+
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[DoRA]) -> Any:
         """Scale a layer's output by the lengths, and add the pair's part scaled alike."""
-        for delta in (self, *others):
-            y = delta._act(y, x, run)
+        deltas, routing = (self, *others), run.routing
+        if routing is None or routing.rows == 1:
+            for delta in deltas:
+                y = delta._act(y, x, run)
+            return y
+        weight, alike = dense(run.weight), cast("dict[float, list[DoRA]]", {})
+        for delta in deltas:
+            alike.setdefault(delta.dropout if delta.training else 0.0, []).append(delta)
+        for dropout, own in alike.items():  # of which a row has one, or blocks of one adapter
+            kept = F.dropout(x, dropout) if dropout else x
+            base = run.product(kept, weight) if dropout else run.unbiased(y)
+            changes, As, Bs = zip(*(each._gated(weight, run, True) for each in own), strict=True)
+            here = routing.table(own, [1] * len(own), y).t()[:, :, None]  # [deltas, rows, 1]
+            change = sum(map(torch.mul, here, changes))  # [rows, out]
+            y = joined(y + run.by_row(base, change), kept, run, own, As, Bs)
         return y
 
     def _act(self, y: Tensor, x: Tensor, run: Any) -> Tensor:
         before = [delta for each in run.acting for delta in each]
         before = before[: before.index(self)]
+        dropping, of_inputs = self.dropout and self.training, self._is_of_inputs(run.transposed)
         weight = dense(run.weight)
-        for delta in before:
-            weight = delta(weight)
-        dropping = bool(self.dropout) and self.training
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(dropping or of_inputs)):
+            for delta in before:
+                weight = delta(weight)
         x = F.dropout(x, self.dropout) if dropping else x
-        of_inputs = self.rows is not None and self.dim != run.transposed  # an embedding's tokens
-        if of_inputs or self.magnitude.numel() > self.magnitude.shape[run.transposed]:
+        if of_inputs:
             return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
-        change = self._change(self._length_of(weight, run, alone=not before))
+        change, A, B = self._gated(weight, run, alone=not before)
         base = run.product(x, weight) if dropping else run.unbiased(y)
+        inner, outer = run.factors(A, B)
+        y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
+        return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))
+
+    def _gated(self, weight: Tensor, run: Any, alone: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `m / |V| - 1`, `[out]`, and both factors, of which one is scaled."""
+        change = self._change(self._length_of(weight, run, alone))
         gate, A, B = (1 + change) * self.scale, self.lora_A, self.lora_B
         A, B = (A * gate, B) if run.transposed else (A, B * gate[:, None])
         if self.rows is not None:
             change = self.rows.spread(change, 0, run.shape[self.dim])
             A, B = run.whole(A, B, self.rows, self.dim)
-        inner, outer = run.factors(A, B)
-        y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
-        return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))
+        return change, A, B
 
     @torch.no_grad()
     def _length_of(self, weight: Tensor, run: Any, alone: bool) -> Tensor:

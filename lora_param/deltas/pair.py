@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -263,3 +263,27 @@ class Pair(Delta):
         sides = self.lora_A.mT, self.lora_B
         A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
         return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale * self.strength))
+
+
+def joined(
+    y: Tensor,
+    x: Tensor,
+    run: Any,
+    pairs: Sequence[Pair],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+) -> Tensor:
+    """Add what pairs of these factors make of one input, as one product.
+
+    Where rows differ, with the low columns weighed by row,
+    `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`, or by each row's own pair.
+    """
+    routed = run.routing is not None and run.routing.rows > 1
+    if routed and (chosen := run.chosen(pairs, As)) is not None:
+        return cast("Tensor", run.gathered(y, x, As, Bs, *chosen))
+    # [sum of ranks, fan_in] and [fan_out, the same]
+    inner, outer = run.factors(torch.cat([*As]), torch.cat([*Bs], 1))
+    low = run.down(x, inner)
+    if routed:
+        low = run.by_row(low, run.routing.table(pairs, [len(A) for A in As], low))
+    return cast("Tensor", run.up(y, low, outer, 1.0))
