@@ -132,19 +132,18 @@ def _weights(
 def _check_rows(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
     """Raise for strengths or statistics that a row can't have, and for what would mix rows."""
     columns = dict(zip(chosen, weights.detach().t().tolist(), strict=True))
-    different = {name: {strength or 1.0 for strength in own} for name, own in columns.items()}
     movers = dict[tuple[str, int], str]()
     for weight, delta in walk.deltas:
-        name = delta.adapter
-        for strength in () if delta.of_buffers else different.get(name, ()):
+        name, own = delta.adapter, columns.get(delta.adapter, ())
+        for strength in () if delta.of_buffers else {*own} - {0.0}:
             try:
                 delta.check_strength(strength)
             except LoRAError as error:
                 raise LoRAError(f"{weight.name}: {error}") from None
-        if weights.requires_grad and name in columns and not (delta.adds or delta.of_buffers):
+        if weights.requires_grad and own and not (delta.adds or delta.of_buffers):
             reason = f"strengths of a {delta.kind} delta, of adapter {name!r}, can't be learned"
             raise LoRAError(f"{weight.name}: {reason}; detach the tensor, or leave it out")
-        for row, strength in enumerate(columns.get(name, ())) if delta.of_buffers else ():
+        for row, strength in enumerate(own if delta.of_buffers else ()):
             if strength and (other := movers.setdefault((weight.name, row), name)) != name:
                 reason = "have statistics of their own here, of which a row can have one's"
                 raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
