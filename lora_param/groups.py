@@ -80,9 +80,8 @@ def _in_groups(routing: Routing, module: nn.Module, call: Any, named: Any, dims:
     results = []
     for rows, one in routing.groups:
         with routed_here(one):
-            bound = inspect.signature(call).bind_partial()
-            for name, value in named.items():
-                bound.arguments[name] = tree_map(functools.partial(take, name, rows), value)
+            own = {n: tree_map(functools.partial(take, n, rows), v) for n, v in named.items()}
+            bound = inspect.BoundArguments(inspect.signature(call), own)
             results.append(call(*bound.args, **bound.kwargs))
     flat, structures = zip(*map(tree_flatten, results), strict=True)
     tops = results[0] if isinstance(results[0], tuple) else (results[0],)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,8 +88,7 @@ def lora_routed(
         column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
         for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
             columns[module] = max(columns.get(module, -1), column)
-    modules = [module for _, module in found.modules]
-    own = {*itertools.chain(*([*m._parameters.values(), *m._buffers.values()] for m in modules))}
+    own = {t for _, m in found.modules for t in (*m._parameters.values(), *m._buffers.values())}
     run: Any = run_by_groups
     if "torch._dynamo" in sys.modules:
         run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]

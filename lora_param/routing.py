@@ -63,11 +63,9 @@ class Routing:
                 "a weight is read while each row of the batch has adapters of its own "
                 "(lora_routed); call its module on the batch, or do this outside of the block"
             )
-        strength: Any = self.weights[0, column]
-        if not strength.requires_grad:
-            strength = self.settings[0][column]
-        learned = isinstance(strength, Tensor) and delta.adds
-        return Switch(bool(strength != 0 or learned), strength)
+        learned, number = self.weights.requires_grad, self.settings[0][column]
+        on = number != 0 or (learned and delta.adds)
+        return Switch(bool(on), self.weights[0, column] if learned else number)
 
     def separates(self, module: nn.Module) -> bool:
         """Say whether rows differ in what acts on them in a module, or a chain."""
@@ -75,12 +73,11 @@ class Routing:
 
     def mixes(self, delta: nn.Module, others: Sequence[nn.Module]) -> bool:
         """Say whether a row has a delta and another adapter's of these, or that isn't known."""
+        if not self.mixed or is_traced():
+            return self.mixed and bool(others)
         own = self.columns[delta]
         rest = {self.columns[each] for each in others} - {own}
-        mixed = self.mixed and bool(rest)
-        return mixed and (
-            is_traced() or any(r[own] and any(r[c] for c in rest) for r in self.settings)
-        )
+        return any(row[own] and any(row[c] for c in rest) for row in self.settings)
 
     @cached_property
     def groups(self) -> list[tuple[list[int], Routing]]:

@@ -22,6 +22,7 @@ from lora_param.deltas import dora as kind
 from .activation_cases import WEIGHT_SPACE
 from .cases import CASES, Case, shake
 from .test_route import build, check_against_one_by_one, close
+from .test_route_around import newer
 
 CASE = {case.id: case for case in CASES}
 ONE_WEIGHT = [c for c in CASES if c.id not in WEIGHT_SPACE and c.names == ("weight",)]
@@ -201,6 +202,7 @@ def test_no_strength_but_one_and_none_can_be_had(learned: bool) -> None:
         lora_routed(layer, [{"a": 0.5}, None]).__enter__()
 
 
+@newer
 def test_compiled_code_stays_the_same_when_the_rows_change() -> None:
     layer, x, graphs = dora("a", "b"), torch.randn(3, 6).double(), []
     compiled = torch.compile(
@@ -212,6 +214,7 @@ def test_compiled_code_stays_the_same_when_the_rows_change() -> None:
     assert len(graphs) == 1
 
 
+@newer
 @pytest.mark.parametrize("entry", ["b", {"a": 1.0, "b": 1.0}], ids=["apart", "mixed"])
 def test_compiled_code_gives_the_same_gradients(entry: Any) -> None:
     layer, x = dora("a", "b"), torch.randn(3, 6).double()

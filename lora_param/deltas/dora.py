@@ -86,10 +86,6 @@ class DoRA(Pair):
             self.magnitude.detach().fill_(torch.nan)
             self.__dict__["_waits"] = True
 
-    def along(self, name: str, dim: int) -> int | None:
-        """Return of the magnitude the same dimension."""
-        return dim if name == "magnitude" else super().along(name, dim)
-
     def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
         """Return the lengths of a new base, if training has not moved those of the old one."""
         own = self.magnitude.detach()
@@ -139,10 +135,10 @@ class DoRA(Pair):
         for dropout, own in alike.items():  # of which a row has one, or blocks of one adapter
             kept = F.dropout(x, dropout) if dropout else x
             base = run.product(kept, weight) if dropout else run.unbiased(y)
-            changes, As, Bs = zip(*(each._gated(weight, run, True) for each in own), strict=True)
+            changes, factors = zip(*(each._gated(weight, run, True) for each in own), strict=True)
             here = routing.table(own, [1] * len(own), y).t()[:, :, None]  # [deltas, rows, 1]
             change = sum(map(torch.mul, here, changes))  # [rows, out]
-            y = joined(y + run.by_row(base, change), kept, run, own, As, Bs)
+            y = joined(y + run.by_row(base, change), kept, run, own, factors)
         return y
 
     def _act(self, y: Tensor, x: Tensor, run: Any) -> Tensor:
@@ -156,21 +152,20 @@ class DoRA(Pair):
         x = F.dropout(x, self.dropout) if dropping else x
         if of_inputs:
             return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
-        change, A, B = self._gated(weight, run, alone=not before)
+        change, factors = self._gated(weight, run, alone=not before)
         base = run.product(x, weight) if dropping else run.unbiased(y)
-        inner, outer = run.factors(A, B)
+        inner, outer = run.factors(*factors)
         y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
         return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))
 
-    def _gated(self, weight: Tensor, run: Any, alone: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _gated(self, weight: Tensor, run: Any, alone: bool) -> tuple[Tensor, Any]:
         """Return `m / |V| - 1`, `[out]`, and both factors, of which one is scaled."""
         change = self._change(self._length_of(weight, run, alone))
         gate, A, B = (1 + change) * self.scale, self.lora_A, self.lora_B
         A, B = (A * gate, B) if run.transposed else (A, B * gate[:, None])
         if self.rows is not None:
             change = self.rows.spread(change, 0, run.shape[self.dim])
-            A, B = run.whole(A, B, self.rows, self.dim)
-        return change, A, B
+        return change, run.whole(A, B, self.rows, self.dim)
 
     @torch.no_grad()
     def _length_of(self, weight: Tensor, run: Any, alone: bool) -> Tensor:

@@ -119,14 +119,9 @@ class LoRAParametrization(Pair):
                 pair
             )
         for (_, dropout), pairs in meeting.items():
-            As, Bs = zip(
-                *(
-                    run.whole(
-                        p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim
-                    )
-                    for p in pairs
-                ),
-                strict=True,
-            )
-            y = joined(y, F.dropout(x, dropout) if dropout else x, run, pairs, As, Bs)
+            factors = [
+                run.whole(p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim)
+                for p in pairs
+            ]
+            y = joined(y, F.dropout(x, dropout) if dropout else x, run, pairs, factors)
         return y

@@ -201,9 +201,9 @@ class Pair(Delta):
         return cast("tuple[Tensor, Tensor]", both)
 
     def along(self, name: str, dim: int) -> int | None:
-        """Return a stack's dimension in both, the rows' in what ends in B, the columns' in A."""
+        """Return the rows' in what ends in B, the columns' in A, and else the same dimension."""
         batch, side = self._kept[0].ndim - 2, name[-2:]
-        if dim < batch:
+        if dim < batch or side not in ("_A", "_B"):
             return dim
         return {("_A", False): batch + 1, ("_B", True): batch}.get((side, dim == batch))
 
@@ -265,24 +265,16 @@ class Pair(Delta):
         return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale * self.strength))
 
 
-def joined(
-    y: Tensor,
-    x: Tensor,
-    run: Any,
-    pairs: Sequence[Pair],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-) -> Tensor:
-    """Add what pairs of these factors make of one input, as one product.
+def joined(y: Tensor, x: Tensor, run: Any, pairs: Sequence[Pair], factors: Any) -> Tensor:
+    """Add the product with all pairs' factors `(A, B)` at once; where rows differ, weighed by row.
 
-    Where rows differ, with the low columns weighed by row,
-    `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`, or by each row's own pair.
+    `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`, or with those of each row alone.
     """
-    routed = run.routing is not None and run.routing.rows > 1
+    routed, (As, Bs) = run.routing is not None and run.routing.rows > 1, zip(*factors, strict=True)
     if routed and (chosen := run.chosen(pairs, As)) is not None:
         return cast("Tensor", run.gathered(y, x, As, Bs, *chosen))
     # [sum of ranks, fan_in] and [fan_out, the same]
-    inner, outer = run.factors(torch.cat([*As]), torch.cat([*Bs], 1))
+    inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
     low = run.down(x, inner)
     if routed:
         low = run.by_row(low, run.routing.table(pairs, [len(A) for A in As], low))
