@@ -123,40 +123,38 @@ class DoRA(Pair):
         return of_tokens or m.numel() > m.shape[transposed]
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[DoRA]) -> Any:
-        """Scale a layer's output by the lengths, and add the pair's part scaled alike."""
-        deltas, routing = (self, *others), run.routing
-        if routing is None or routing.rows == 1:
-            for delta in deltas:
-                y = delta._act(y, x, run)
-            return y
-        weight, alike = dense(run.weight), cast("dict[float, list[DoRA]]", {})
-        for delta in deltas:
-            alike.setdefault(delta.dropout if delta.training else 0.0, []).append(delta)
-        for dropout, own in alike.items():  # of which a row has one, or blocks of one adapter
-            kept = F.dropout(x, dropout) if dropout else x
-            base = run.product(kept, weight) if dropout else run.unbiased(y)
-            changes, factors = zip(*(each._gated(weight, run, True) for each in own), strict=True)
-            here = routing.table(own, [1] * len(own), y).t()[:, :, None]  # [deltas, rows, 1]
-            change = sum(map(torch.mul, here, changes))  # [rows, out]
-            y = joined(y + run.by_row(base, change), kept, run, own, factors)
-        return y
+        """Scale a layer's output by the lengths, and add the pair's part scaled alike.
 
-    def _act(self, y: Tensor, x: Tensor, run: Any) -> Tensor:
-        before = [delta for each in run.acting for delta in each]
-        before = before[: before.index(self)]
-        dropping, of_inputs = self.dropout and self.training, self._is_of_inputs(run.transposed)
-        weight = dense(run.weight)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(dropping or of_inputs)):
+        Those that never meet are one product: blocks of one adapter, or what each row has.
+        """
+        routed, own, rest = run.routing is not None and run.routing.rows > 1, [self], [*others]
+        while rest and rest[0]._turn(routed) == self._turn(routed):
+            own.append(rest.pop(0))
+        y = self._act(y, x, run, own, routed)
+        return rest[0].act(y, x, run, rest[1:]) if rest else y
+
+    def _turn(self, routed: bool) -> tuple[str, float]:
+        return "" if routed else self.adapter, self.dropout if self.training else 0.0
+
+    def _act(self, y: Tensor, x: Tensor, run: Any, own: Sequence[DoRA], routed: bool) -> Any:
+        weight, before = dense(run.weight), [delta for each in run.acting for delta in each]
+        before = [] if routed else before[: before.index(self)]
+        (_, dropout), of_inputs = self._turn(routed), self._is_of_inputs(run.transposed)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(dropout or of_inputs)):
             for delta in before:
                 weight = delta(weight)
-        x = F.dropout(x, self.dropout) if dropping else x
+        x = F.dropout(x, dropout) if dropout else x
         if of_inputs:
-            return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
-        change, factors = self._gated(weight, run, alone=not before)
-        base = run.product(x, weight) if dropping else run.unbiased(y)
-        inner, outer = run.factors(*factors)
-        y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
-        return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))
+            return y + sum(run.product(x, each(weight) - weight) for each in own)
+        base = run.product(x, weight) if dropout else run.unbiased(y)
+        changes, factors = zip(*(each._gated(weight, run, not before) for each in own), strict=True)
+        if routed:
+            here = run.routing.table(own, [1] * len(own), y).t()[:, :, None]  # [deltas, rows, 1]
+            y = y + run.by_row(base, sum(map(torch.mul, here, changes)))  # by [rows, out]
+        else:
+            change = sum(changes[1:], changes[0])  # [out]
+            y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
+        return joined(y, x, run, own, factors)
 
     def _gated(self, weight: Tensor, run: Any, alone: bool) -> tuple[Tensor, Any]:
         """Return `m / |V| - 1`, `[out]`, and both factors, of which one is scaled."""

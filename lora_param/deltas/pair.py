@@ -274,7 +274,8 @@ def joined(y: Tensor, x: Tensor, run: Any, pairs: Sequence[Pair], factors: Any) 
     if routed and (chosen := run.chosen(pairs, As)) is not None:
         return cast("Tensor", run.gathered(y, x, As, Bs, *chosen))
     # [sum of ranks, fan_in] and [fan_out, the same]
-    inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
+    A, B = (torch.cat(As), torch.cat(Bs, 1)) if len(As) > 1 else (*As, *Bs)
+    inner, outer = run.factors(A, B)
     low = run.down(x, inner)
     if routed:
         low = run.by_row(low, run.routing.table(pairs, [len(A) for A in As], low))
