@@ -217,8 +217,9 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
         can_act = isinstance(each, Delta) and each.has_own("act")
-        if routing is not None and routing.rows > 1:
-            can_act = can_act and each.has_own("routes")
+        if can_act and routing is not None and routing.rows > 1:
+            before = [*itertools.chain(*runs)]
+            can_act = each.has_own("routes") and each.routes(routing, before, layer.transposed)
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             return Plan(switched, entries, entries[:first], (), "weight")
         if runs and type(runs[-1][0]) is type(each):

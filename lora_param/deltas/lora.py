@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
-from .pair import Pair
+from .pair import Pair, joined
 
 
 class LoRAParametrization(Pair):
@@ -65,7 +65,6 @@ class LoRAParametrization(Pair):
 
     kind = "lora"
     adds = True
-    routes = True
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -92,12 +91,15 @@ class LoRAParametrization(Pair):
         value = torch.addmm(matrix, B, A, alpha=factor)
         return value if flat else value.view(weight.shape)
 
+    def routes(self, *how: Any) -> bool:
+        """Say that rows may differ in any way."""
+        return True
+
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
 
         Those of `others` that meet the same input are one product: all that drop nothing of it, and
-        the blocks of one adapter; where rows differ, with the low columns weighed by row,
-        `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`.
+        the blocks of one adapter; where rows differ, all that drop as much.
         """
         routing = run.routing
         if routing is None and not others:
@@ -117,23 +119,9 @@ class LoRAParametrization(Pair):
                 pair
             )
         for (_, dropout), pairs in meeting.items():
-            As, Bs = zip(
-                *(
-                    run.whole(
-                        p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim
-                    )
-                    for p in pairs
-                ),
-                strict=True,
-            )
-            kept = F.dropout(x, dropout) if dropout else x
-            if routed and (chosen := run.chosen(pairs, As)) is not None:
-                y = run.gathered(y, kept, As, Bs, *chosen)
-                continue
-            # [sum of ranks, fan_in] and [fan_out, the same]
-            inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
-            low = run.down(kept, inner)
-            if routed:
-                low = run.by_row(low, routing.table(pairs, [len(A) for A in As], low))
-            y = run.up(y, low, outer, 1.0)
+            factors = [
+                run.whole(p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim)
+                for p in pairs
+            ]
+            y = joined(y, F.dropout(x, dropout) if dropout else x, run, pairs, factors)
         return y

@@ -47,8 +47,11 @@ class Delta(Switched):
     act: ClassVar[Any] = None
     """`(y, x, run, others)` to a layer's output for the input `x`, which was `y` so far and may be
     changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
-    `run`, of `ops`, is all that is known of the layer; `routes = True` says that `act` heeds its
-    `routing`, of rows that differ in what acts on them."""
+    `run`, of `ops`, is all that is known of the layer."""
+
+    routes: ClassVar[Any] = None
+    """`(routing, before, transposed)` to whether `act` heeds a routing, of rows that differ in what
+    acts on them, behind these deltas and on a weight stored so; `None` where it never does."""
 
     sum: ClassVar[Any] = None
     """`(weight)` to its value within rounding, quicker, where a `width` is all that this costs."""
