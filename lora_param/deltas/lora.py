@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
+from ..ops import is_unseen
 from .pair import Pair, joined
 
 
@@ -76,10 +77,14 @@ class LoRAParametrization(Pair):
 
         In bfloat16 that rounding loses what is smaller than about 1/256 of the weight's entry.
         """
-        dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
-        update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        value: Tensor = weight + update.view_as(weight) * self._factor()
-        return value.to(weight.dtype)
+        A, B = self._both
+        dtype, factor = torch.promote_types(weight.dtype, A.dtype), self._factor()
+        update = B.to(dtype) @ A.to(dtype)
+        if type(factor) is float and weight.is_contiguous() and is_unseen(weight):
+            value = update.mul_(factor).add_(weight.view_as(update))  # with the same bits
+        else:
+            value = weight + update.view_as(weight) * factor
+        return value.view_as(weight).to(weight.dtype)
 
     def sum(self, weight: Tensor) -> Tensor:
         """Return the same within rounding, of float32 or float64 in one pass."""
@@ -87,9 +92,9 @@ class LoRAParametrization(Pair):
         if self.rows is not None or A.dtype != weight.dtype or not weight.is_contiguous():
             return cast("Tensor", self(weight))
         factor, flat = self.scale * self._places[-1].switch.strength, weight.dim() == 2
-        matrix = weight if flat else weight.view(weight.shape[0], -1)
+        matrix = weight if flat else weight.flatten(1)
         value = torch.addmm(matrix, B, A, alpha=factor)
-        return value if flat else value.view(weight.shape)
+        return value if flat else value.view_as(weight)
 
     def routes(self, *how: Any) -> bool:
         """Say that rows may differ in any way."""
