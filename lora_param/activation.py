@@ -98,7 +98,7 @@ def acts(module: nn.Module, name: str) -> bool:
         return False
     if chain is None:
         return True
-    plan = _plan(chain, layer)
+    plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
     return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
 
@@ -109,7 +109,8 @@ def space_of(module: nn.Module, name: str) -> str:
         return "weight"
     if (chain := chains_of(module).get(name)) is None:
         return "activation"
-    plan, original = _plan(chain, layer_of(type_before(module))), originals_of(chain)[0]
+    original = originals_of(chain)[0]
+    plan = _plan(chain, layer_of(type_before(module)), tuple(chain._modules.values()))
     if plan.space == "weight":
         return "weight"
     counted = plan.rank and type(original) in PLAIN and is_exact(original, original)
@@ -160,9 +161,10 @@ def _acting(
     plan: Plan | None = None if traced or not record else record.plan
     if routing is not None:
         plan = None if traced else routing.plans.get(chain)
-    entries = tuple(chain._modules.values())
+    entries = chain.__dict__.get("acting") if routing is None else None
+    entries = tuple(chain._modules.values()) if entries is None else entries
     if not plan or plan.switched is not Switched.switched or plan.entries != entries:
-        plan = _plan(chain, layer, routing)
+        plan = _plan(chain, layer, entries, routing)
         if routing is not None:
             routing.plans[chain] = plan
         elif record and not traced:
@@ -202,9 +204,8 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
     return False
 
 
-def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
+def _plan(chain: Any, layer: Layer, entries: Any, routing: Routing | None = None) -> Plan:
     switched = Switched.switched  # before any switch is looked at, which may change meanwhile
-    entries = tuple(chain._modules.values())
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []

@@ -91,7 +91,7 @@ class LoRAParametrization(Pair):
         A, B = self._both
         if self.rows is not None or A.dtype != weight.dtype or not weight.is_contiguous():
             return cast("Tensor", self(weight))
-        factor, flat = self.scale * self._places[-1].switch.strength, weight.dim() == 2
+        factor, flat = self.scale * self._switch.strength, weight.dim() == 2
         matrix = weight if flat else weight.flatten(1)
         value = torch.addmm(matrix, B, A, alpha=factor)
         return value if flat else value.view_as(weight)
@@ -113,7 +113,7 @@ class LoRAParametrization(Pair):
             inner, outer = run.factors(
                 *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
             )
-            factor = self.scale * self._places[-1].switch.strength  # without a call more
+            factor = self.scale * self._switch.strength  # without a call more
             return run.up(y, run.down(x, inner), outer, factor)
         routed = routing is not None and routing.rows > 1
         mixing = not routed or routing.choices is None  # else those that drop alike never meet
