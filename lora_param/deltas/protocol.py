@@ -126,7 +126,10 @@ class Delta(Switched):
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why it can't be a weight's of this shape and matrix view; `None` if it can."""
-        raise NotImplementedError
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            if (got := tuple(own.shape)) != shape:
+                return f"its {name} is {got}, should be {shape}"
+        return None
 
     def value(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype."""
@@ -141,8 +144,8 @@ class Delta(Switched):
         return {}
 
     def singular_values(self, shape: Shape) -> Tensor:
-        """Return those of what is added to a weight of this shape, `[*batch, count]`."""
-        raise NotImplementedError
+        """Return those of what is added to a weight of this shape, `[*batch, count]`, if any is."""
+        return torch.zeros(0)
 
     def along(self, name: str, dim: int) -> int | None:
         """Return which dimension of a tensor of its lies along one of the weight's, if any does."""
