@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,13 @@ FROZEN = "_lora_frozen"
 """Where a module keeps the holds on its parameters that `freeze` has frozen, by their names."""
 
 
-class Hold:
-    """What keeps parameters frozen until the last of its deltas has gone, in whichever module."""
+class Hold(WeakSet[Delta]):
+    """The deltas that keep parameters frozen until the last one has gone, in whichever module."""
 
-    def __init__(self) -> None:
-        self.deltas: set[ref[Delta]] = set()
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hold, ()  # the deltas of a copy join it by themselves
-
-    @property
-    def is_over(self) -> bool:
-        """Whether none of its deltas is left."""
-        return all(delta() is None for delta in self.deltas)
 
 
 def freeze(walk: Walk, undo: ExitStack) -> None:
@@ -57,27 +51,26 @@ def hold_frozen(walk: Walk, deltas: Iterable[Delta]) -> None:
     for delta in deltas:
         delta.__dict__["_holds"] = holds
         for hold in holds:
-            hold.deltas.add(ref(delta))
+            hold.add(delta)
 
 
 def let_go(delta: Delta, undo: ExitStack) -> None:
     """Let a delta keep nothing frozen any more."""
     for hold in delta._holds:
-        undo.callback(hold.deltas.add, ref(delta))
-        hold.deltas.discard(ref(delta))
+        undo.callback(hold.add, delta)
+        hold.discard(delta)
 
 
 def is_over(walk: Walk) -> bool:
     """Say whether `thaw` would give anything back."""
-    holds = (hold for each in walk.owners for hold in each.__dict__.get(FROZEN, {}).values())
-    return any(hold.is_over for hold in holds)
+    return not all(h for each in walk.owners for h in each.__dict__.get(FROZEN, {}).values())
 
 
 def thaw(walk: Walk, undo: ExitStack) -> None:
     """Give every parameter that nothing holds frozen any more its flag back."""
     for module, path in walk.owners.items():
         holds: dict[str, Hold] = module.__dict__.get(FROZEN, {})
-        if free := [name for name, hold in holds.items() if hold.is_over]:
+        if free := [name for name, hold in holds.items() if not hold]:
             keep_entries(undo, (module.__dict__, [FROZEN]))
             del module.__dict__[FROZEN]
             if held := {name: holds[name] for name in holds if name not in free}:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -219,7 +218,7 @@ class Delta(Switched):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for hold in self._holds:  # a copy's
-            hold.deltas.add(ref(self))
+            hold.add(self)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         try:
