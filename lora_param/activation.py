@@ -16,12 +16,9 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
-from .ops import is_exact
+from .ops import PLAIN, is_exact, is_unseen
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
-
-PLAIN = (Tensor, nn.Parameter)
-"""Types whose results can be changed in place whatever the change is."""
 
 PASS, CALLS = 8, 200_000
 """How many multiplications a pass over an element of an input or output costs, on a CPU, and the
@@ -72,9 +69,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         weight, plan = found
         if routing is not None and routing.rows > 1:
             x = routing.places.spread(self, x)
-        # A transform, or a mode that keeps results, must see no result change.
-        seen = traced or torch._C._are_functorch_transforms_active()
-        in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
+        in_place = is_unseen(weight)
         at_work = run(self, x, layer.transposed, in_place)
         at_work.weight, at_work.acting, at_work.routing = weight, plan.acting, routing
         if in_place and plan.rank and routing is None and _is_summed(plan, weight, at_work):
@@ -205,8 +200,9 @@ def _plan(chain: Any, layer: Layer, entries: Any, routing: Routing | None = None
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
         can_act = isinstance(each, Delta) and each.has_own("act")
-        if routing is not None and routing.rows > 1:
-            can_act = can_act and each.has_own("routes")
+        if can_act and routing is not None and routing.rows > 1:
+            before = [*itertools.chain(*runs)]
+            can_act = each.has_own("routes") and each.routes(routing, before, layer.transposed)
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             return Plan(switched, entries, entries[:first], (), "weight")
         if runs and type(runs[-1][0]) is type(each):
