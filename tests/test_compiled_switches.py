@@ -29,7 +29,7 @@ from lora_param import (
     select_lora,
 )
 from lora_param.undo import all_or_nothing
-from lora_param.walk import walk
+from lora_param.walk import Walk
 
 from .cases import shake
 
@@ -238,7 +238,7 @@ def test_a_refused_change_of_a_chain_leaves_what_acts(model: nn.Module) -> None:
     x = torch.randn(3, 2, 6)
     expected = model(x)
     with contextlib.suppress(LoRAError), all_or_nothing() as undo:
-        for weight, delta in walk(model, "a test").deltas:
+        for weight, delta in Walk(model).deltas:
             weight.detach({delta}, undo)
         raise LoRAError("a fault behind them")
     assert torch.equal(model(x), expected)
