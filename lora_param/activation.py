@@ -16,6 +16,7 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
+from .offloaded import brought_in, is_hooked
 from .ops import PLAIN, is_exact, is_unseen
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
@@ -65,6 +66,9 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
             return in_weight_space(self, *args, **kwargs)
         if not (found := _acting(self, layer, traced, routing)):
+            if not traced and (hooked := _hooked(self, routing)):
+                with brought_in(hooked):
+                    return forward(self, *args, **kwargs)
             return in_weight_space(self, *args, **kwargs)
         weight, plan = found
         if routing is not None and routing.rows > 1:
@@ -94,13 +98,15 @@ def acts(module: nn.Module, name: str) -> bool:
     layer, chain = layer_of(base), chains_of(module).get(name)
     if name != "weight" or not layer.run or not computes_as_its_row(base):
         return False
-    if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
+    patched = "forward" in module.__dict__ and not is_hooked(module)
+    if patched or (layer.suits is not None and not layer.suits(module)):
         return False
     if chain is None:
         return True
     plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
-    return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
+    seen = not _hooked(module, None) and _is_watched(chain, plan.acting)
+    return (plan.space != "weight" or asked) and not seen
 
 
 def space_of(module: nn.Module, name: str) -> str:
@@ -181,6 +187,15 @@ def _acting(
         if any(_misfits(delta, weight, layer) for run in plan.acting for delta in run):
             return None
     return weight, plan
+
+
+def _hooked(module: nn.Module, routing: Routing | None) -> list[nn.Module]:
+    """List a weight's chain and deltas that act, as far as accelerate's hooks bring them in."""
+    chain = chains_of(module).get("weight")
+    if chain is None or not is_hooked(chain):
+        return []
+    ours = (each for each in chain._modules.values() if isinstance(each, Delta))
+    return [chain, *(each for each in ours if is_hooked(each) and _is_on(each, routing))]
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:
