@@ -66,7 +66,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
             return in_weight_space(self, *args, **kwargs)
         if not (found := _acting(self, layer, traced, routing)):
-            if not traced and (hooked := _hooked(self, routing)):
+            if not traced and (hooked := _hooked(self)):
                 with brought_in(hooked):
                     return forward(self, *args, **kwargs)
             return in_weight_space(self, *args, **kwargs)
@@ -105,7 +105,7 @@ def acts(module: nn.Module, name: str) -> bool:
         return True
     plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
-    seen = not _hooked(module, None) and _is_watched(chain, plan.acting)
+    seen = not _hooked(module) and _is_watched(chain, plan.acting)
     return (plan.space != "weight" or asked) and not seen
 
 
@@ -189,13 +189,11 @@ def _acting(
     return weight, plan
 
 
-def _hooked(module: nn.Module, routing: Routing | None) -> list[nn.Module]:
-    """List a weight's chain and deltas that act, as far as accelerate's hooks bring them in."""
-    chain = chains_of(module).get("weight")
-    if chain is None or not is_hooked(chain):
-        return []
-    ours = (each for each in chain._modules.values() if isinstance(each, Delta))
-    return [chain, *(each for each in ours if is_hooked(each) and _is_on(each, routing))]
+def _hooked(module: nn.Module) -> list[nn.Module]:
+    """List a weight's chain and what acts in it, as far as accelerate's hooks bring them in."""
+    chain: Any = chains_of(module).get("weight")
+    found = () if chain is None else (chain, *chain.__dict__.get("acting", ()))
+    return [each for each in found if is_hooked(each)]
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:

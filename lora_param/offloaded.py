@@ -11,11 +11,10 @@ from torch import nn
 
 def is_hooked(module: nn.Module) -> bool:
     """Say whether accelerate has replaced the forward of a module's class, and nobody else."""
-    own, hook = module.__dict__.get("forward"), module.__dict__.get("_hf_hook")
-    behind = getattr(module.__dict__.get("_old_forward"), "__func__", None)
-    maker = getattr(getattr(own, "func", None), "__module__", "")
-    aligns = maker == "accelerate.hooks" and type(hook).__name__ == "AlignDevicesHook"
-    return aligns and behind is type(module).forward
+    marks, behind = module.__dict__, getattr(module.__dict__.get("_old_forward"), "__func__", None)
+    maker = getattr(getattr(marks.get("forward"), "func", None), "__module__", "")
+    aligns = type(marks.get("_hf_hook")).__name__ == "AlignDevicesHook"
+    return aligns and maker == "accelerate.hooks" and behind is type(module).forward
 
 
 @contextmanager
