@@ -97,6 +97,15 @@ def test_an_error_is_the_best_there_is(rank: int | float) -> None:
     assert got.item() == pytest.approx(best, rel=1e-9)
 
 
+def test_equal_weights_are_left_out_in_another_dtype_and_where_they_are_not_finite() -> None:
+    model, tuned = nn.Linear(4, 3), nn.Linear(4, 3)
+    model.weight.data.copy_(model.weight.bfloat16())
+    model.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]))
+    weights = {"weight": model.weight.bfloat16(), "bias": tuned.bias, "mask": model.mask}
+    fits = extract_lora(model, {name: each.detach() for name, each in weights.items()})
+    assert [fit.weight for fit in fits] == ["bias"]
+
+
 def test_a_half_precision_change_comes_back_to_the_bit_where_it_is_dense() -> None:
     model, tuned = twins(torch.bfloat16)
     extract_lora(model, tuned, rank=4)
