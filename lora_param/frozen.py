@@ -38,7 +38,7 @@ class Hold(WeakSet[Delta]):
 def freeze(walk: Walk, undo: ExitStack) -> None:
     """Freeze the base and clear its gradients, which an optimizer built earlier would apply."""
     hold, flagged = Hold(), [weight for weight, each in walk.parameters if each.requires_grad]
-    keep_entries(undo, *((weight.module.__dict__, [FROZEN]) for weight in flagged))
+    keep_entries(undo, *[(weight.module.__dict__, [FROZEN]) for weight in flagged])
     for weight in flagged:
         notes = weight.module.__dict__
         notes[FROZEN] = {**notes.get(FROZEN, {}), weight.tensor: hold}
@@ -149,8 +149,6 @@ def base_frozen(
         FrozenError: Names every original that changed.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
         >>> with base_frozen(model):
         ...     model(torch.ones(1, 3)).sum().backward()

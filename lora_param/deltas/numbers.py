@@ -31,7 +31,7 @@ def check_alpha(alpha: object, rank: int, name: str = "alpha") -> float:
     """Return `alpha` as a finite float, `rank` for `None`, or raise."""
     if alpha is None and name == "alpha":
         return float(rank)
-    if not math.isfinite(value := _real(alpha)):
+    if not math.isfinite(value := real(alpha)):
         rule = "a finite number" + (", or None for the rank" if name == "alpha" else "")
         raise LoRAError(f"{name} must be {rule}, got {alpha!r:.40}; give a number")
     return value
@@ -46,15 +46,15 @@ def check_scaling(scaling: object) -> str:
 
 def check_dropout(dropout: object) -> float:
     """Return `dropout` as a float, or raise."""
-    if not 0 <= (value := _real(dropout)) < 1:
+    if not 0 <= (value := real(dropout)) < 1:
         raise LoRAError(f"dropout must satisfy 0 <= dropout < 1, got {dropout!r}")
     return value
 
 
-def _real(value: object) -> float:
+def real(value: object) -> float:
     """Return a real number as a float, and anything else as NaN."""
-    real = isinstance(value, (float, Real)) and not isinstance(value, bool)
+    known = isinstance(value, (float, Real)) and not isinstance(value, bool)
     try:
-        return float(cast(Any, value)) if real else math.nan
+        return float(cast(Any, value)) if known else math.nan
     except OverflowError:
         return math.inf
