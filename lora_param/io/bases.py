@@ -77,8 +77,7 @@ def open_both(
             names = _renamed(plain.names, prefix, lambda: _adapted(file, options))
             found = Base(plain.files, _each_once(Path(base), names))
             weights = outline_of_tensors(found.tensors, file.about.layers)
-        read = file.parse if weights.unknown else file.fit
-        yield file, found, weights, read(weights, **options)
+        yield file, found, weights, file.fit(weights, **options)
 
 
 def _each_once(path: Path, names: dict[str, str]) -> dict[str, str]:

@@ -106,8 +106,8 @@ def merge_checkpoint(
         check_apart(Path(out), *(opened.path for opened in {*checkpoint.files.values()}))
         names = checkpoint.names
         deltas: defaultdict[str, list[Delta]] = defaultdict(list)
-        for name, delta in found.items():
-            deltas[name.rpartition("[")[0] if delta.rows else name].append(delta)
+        for weight, delta in found.items():
+            deltas[weight.whole.name].append(delta)
         hidden = {name for key, name in names.items() if "parametrizations." in key}
         if hidden := hidden & deltas.keys():
             listed = shortened(sorted(hidden))
@@ -172,7 +172,7 @@ def convert_file(
             fix = "give the checkpoint that it was trained on with --base"
             raise FileError(f"{file.unsaid}; {fix}")
         write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
-    return list(deltas)
+    return [weight.name for weight in deltas]
 
 
 def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> list[str]:

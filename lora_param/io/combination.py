@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from ..targets import Target
 from ..walk import walk
 from ..weight import Weight, tensor_names
 from .bases import open_checkpoint, plain_name
-from .formats import AdapterFile, open_adapter, write_adapter
+from .formats import AdapterFile, Deltas, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
 from .progress import progress
 from .tensors import About, AnyPath, check_apart, shortened
@@ -116,17 +116,16 @@ def combine_files(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(Path(path))) for path in files]
         weights, about = _common(opened)
-        terms: dict[str, list[tuple[Delta, float]]] = {}
+        terms: dict[Weight, list[tuple[Delta, float]]] = {}
         for file, strength in zip(opened, files.values(), strict=True):
-            for name, delta in file.fit(file.outline).items():
+            for weight, delta in file.fit(weights).items():
                 delta.check_strength(1 if delta.of_buffers else strength)
-                terms.setdefault(name, []).append((delta, strength * delta.strength))
-        deltas, fits = dict[str, Delta](), list[Fit]()
-        for name, own in progress(list(terms.items()), "combining"):
-            weight = cast("Weight", weights.weight(name))  # of the files' own outlines
-            place = name, own, tuple(weight.like.shape), weight.view
-            deltas[name], fit = combined(*place, method=method, rank=rank, density=density)
-            fits += [] if deltas[name].of_buffers else [fit]
+                terms.setdefault(weight, []).append((delta, strength * delta.strength))
+        deltas, fits = Deltas(), list[Fit]()
+        for weight, own in progress(list(terms.items()), "combining"):
+            place = weight.name, own, tuple(weight.like.shape), weight.view
+            deltas[weight], fit = combined(*place, method=method, rank=rank, density=density)
+            fits += [] if deltas[weight].of_buffers else [fit]
         write_adapter("native", Path(out), deltas, weights, about)
     return fits
 
@@ -161,10 +160,9 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
     with open_adapter(Path(path)) as file:
         weights, _ = _common([file])
         deltas, fits = file.fit(weights), list[Fit]()
-        for name, delta in progress(list(deltas.items()), "resizing"):
+        for weight, delta in progress(list(deltas.items()), "resizing"):
             if "rank" in delta.numbers:
-                view = cast("Weight", weights.weight(name)).view
-                deltas[name], fit = resized(name, delta, view, rank)
+                deltas[weight], fit = resized(weight.name, delta, weight.view, rank)
                 fits.append(fit)
         if not fits:
             raise LoRAError(f"{path}: there is no pair of factors to resize")
@@ -191,7 +189,7 @@ def extract_checkpoint(
         if other := [name for name in {**old, **new} if len({s.get(name) for s in shapes}) > 1]:
             raise FileError(f"{tuned}: has other tensors than {base}: {shortened(other)}")
         outline = outline_of_tensors(old, {})
-        deltas, fits, left = dict[str, Delta](), list[Fit](), list[str]()
+        deltas, fits, left = Deltas(), list[Fit](), list[str]()
         for name, weight in progress(list(outline.weights.items()), "extracting"):
             if old[name].dtype not in FLOATS or not old[name].ndim:
                 left += [] if old[name].equal(new[name]) else [name]
@@ -201,7 +199,7 @@ def extract_checkpoint(
             low = layer.default and weight.tensor in own
             view = weight.view if low and old[name].ndim > 1 else None
             if (found := difference(name, old[name], new[name], view, rank)) is not None:
-                deltas[name], fit = found
+                deltas[weight], fit = found
                 fits.append(fit)
         if left:
             raise FileError(f"{tuned}: no adapter can hold the change of {shortened(left)}")

@@ -73,12 +73,11 @@ def file_summary(
     Source:
         Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
     """
-    with open_both(path, base, base_prefix, options) as (file, _, weights, deltas):
+    with open_both(path, base, base_prefix, options) as (file, _, _, deltas):
         about, updates = file.about, []
-        for name, delta in progress(list(deltas.items()), "measuring"):
-            weight = weights.weight(name)
-            norm = weight.like.double().norm().item() if base is not None and weight else None
-            updates.append(_measured(name, delta, weight.shape if weight else None, norm))
+        for weight, delta in progress(list(deltas.items()), "measuring"):
+            norm = None if base is None else weight.like.double().norm().item()
+            updates.append(_measured(weight.name, delta, weight.shape, norm))
     return FileSummary(
         file.format.name, about.base_name, about.adapter, dict(about.metadata), tuple(updates)
     )

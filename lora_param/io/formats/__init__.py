@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ...checks import check_weights
 from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
-from ...deltas.protocol import FLOATS, Shape, show_dtypes
+from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError
 from ...sharding import whole
 from ...state import NUMBERS
@@ -29,8 +29,8 @@ from . import diffusers, kohya, loralib, native, peft
 from .blocks import joined
 from .factors import warn_of_statistics
 
-Deltas = dict[str, Delta]
-"""An adapter: its deltas by their weights' names."""
+Deltas = dict[Weight, Delta]
+"""An adapter: its deltas by their weights."""
 
 
 class Format(NamedTuple):
@@ -87,8 +87,8 @@ class AdapterFile:
         """What to say where that is nothing."""
         return f"{self.path}: the format {self.format.name} doesn't say what its weights are"
 
-    def parse(self, weights: Outline, /, **options: Any) -> Deltas:
-        """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
+    def parse(self, weights: Outline, /, **options: Any) -> dict[str, Delta]:
+        """Read the deltas by name; each is whole in itself, whether it fits isn't known."""
         _check_options(self.format.name, self.format.module.parse, options)
         tensors = self.file.tensors
         try:
@@ -112,7 +112,7 @@ class AdapterFile:
         return dict(pairs)
 
     def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
-        """Read the deltas and hold them against a model's weights, in model order.
+        """Read the deltas and hold them against a model's weights, if known, in model order.
 
         None of those returned has a higher rank than its weight's smaller side. `adapter` is the
         name of the adapter that they are going to be.
@@ -127,18 +127,24 @@ class AdapterFile:
                 f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
                 f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
+        if weights.unknown:
+            return {found[name]: delta for name, delta in deltas.items()}
         deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
         check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        fitting, faults = Deltas(), list[str](_overlaps(found))
-        rows = {name: weight.rows.parts if weight.rows else () for name, weight in found.items()}
-        for name in sorted(found, key=lambda name: (order[found[name].whole.name], rows[name])):
-            if fault := _misfit(deltas[name], found[name]):
+        fitting, lowered, faults = Deltas(), dict[str, Delta](), list[str](_overlaps(found))
+        places = {
+            n: (order[w.whole.name], w.rows.parts if w.rows else ()) for n, w in found.items()
+        }
+        for name in sorted(found, key=lambda name: places[name]):
+            weight, delta = found[name], deltas[name]
+            if fault := _misfit(delta, weight):
                 faults.append(f"{name}: {fault}")
-            else:
-                fitting[name] = _within_rank(deltas[name], found[name].view)
-                fitting[name].rows, fitting[name].dim = found[name].rows, found[name].dim
-        lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
+                continue
+            if isinstance(delta, Pair) and delta.rank > (limit := min(weight.view[-2:])):
+                delta = lowered[name] = delta.lowered(limit)
+            delta.rows, delta.dim = weight.rows, weight.dim
+            fitting[weight] = delta
         if lowered and not faults:
             faults += faults_of(lowered)
         if faults:
@@ -194,17 +200,17 @@ def write_adapter(
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
-    if left := [n for n, d in deltas.items() if d.of_buffers and d.kind not in row.kinds]:
-        warn_of_statistics(format.capitalize(), left)
-        deltas = {name: delta for name, delta in deltas.items() if name not in left}
+    if left := [w for w, d in deltas.items() if d.of_buffers and d.kind not in row.kinds]:
+        warn_of_statistics(format.capitalize(), [weight.name for weight in left])
+        deltas = {weight: delta for weight, delta in deltas.items() if weight not in left}
     if not row.any_kind:
-        deltas = joined(format, deltas, weights)
-    for name, delta in deltas.items():
+        deltas = joined(format, deltas)
+    for weight, delta in deltas.items():
         able = delta.rows is None or row.any_kind or delta.kind in row.blocks
         if delta.kind not in row.kinds or not able:
             what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
-            raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
-    strong = [name for name, delta in deltas.items() if delta.strength != 1]
+            raise FileError(f"{path}: {weight.name}: the format {format} has no place for {what}")
+    strong = [weight.name for weight, delta in deltas.items() if delta.strength != 1]
     if strong and not row.any_kind:
         reason = f"the format {format} has no place for a strength, and these are saved without"
         warnings.warn(f"{path}: {reason}: {shortened(strong)}", stacklevel=4)
@@ -264,11 +270,3 @@ def _overlaps(found: Mapping[str, Weight]) -> Iterator[str]:
     for one, other in (pair for own in blocks.values() for pair in combinations(own, 2)):
         if one.overlaps(other.rows):
             yield f"{one.name} and {other.name} overlap"
-
-
-def _within_rank(delta: Delta, view: Shape) -> Delta:
-    """Return a delta, or one of the same update whose rank is the weight's smaller side."""
-    limit = min(view[-2:], default=0)
-    if isinstance(delta, Pair) and delta.rank > limit:
-        return delta.lowered(limit)
-    return delta

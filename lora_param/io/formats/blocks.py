@@ -13,35 +13,34 @@ from torch import Tensor
 from ...deltas import Delta, LoRAParametrization
 from ...deltas.pair import Pair
 from ...layers import Shape
-from ..outline import Outline
+from ...weight import Weight
 from ..tensors import shortened
 from .factors import low_rank
 
 
-def joined(format: str, deltas: Mapping[str, Delta], weights: Outline) -> dict[str, Delta]:
+def joined(format: str, deltas: Mapping[Weight, Delta]) -> dict[Weight, Delta]:
     """Return deltas with a weight's low-rank blocks as one pair of all of it, and warn of its size.
 
     What can't be one, a dense block or one whose features are no side of the matrix, stays.
     """
-    blocks, result = defaultdict[str, list[LoRAParametrization]](list), dict[str, Delta]()
-    for name, delta in deltas.items():
-        weight = weights.weight(name)
-        if weight and delta.rows and isinstance(delta, LoRAParametrization):
-            whole = weight.whole
-            if delta.dim == 0 or whole.view == whole.shape:
-                name = whole.name
-                blocks[name].append(delta)
-        result[name] = delta
-    pairs = {name: _pair(weights.weights[name].shape or (), own) for name, own in blocks.items()}
-    for name, own in blocks.items():
+    blocks, result = defaultdict[Weight, list[LoRAParametrization]](list), dict[Weight, Delta]()
+    for weight, delta in deltas.items():
+        whole = weight.whole
+        joins = weight.rows and (delta.dim == 0 or whole.view == whole.shape)
+        if joins and isinstance(delta, LoRAParametrization):
+            blocks[weight := whole].append(delta)
+        result[weight] = delta
+    pairs = {whole: _pair(whole.shape or (), own) for whole, own in blocks.items()}
+    for whole, own in blocks.items():
         if len({delta.dropout for delta in own}) > 1:
-            reason = f"its blocks differ in dropout, and are written with {pairs[name].dropout:g}"
-            warnings.warn(f"{name}: {reason}", stacklevel=5)
+            reason = f"its blocks differ in dropout, and are written with {pairs[whole].dropout:g}"
+            warnings.warn(f"{whole.name}: {reason}", stacklevel=5)
     if pairs:
         both = chain(*blocks.values()), pairs.values()
+        listed = shortened([whole.name for whole in pairs])
         kept, size = (sum(p.lora_A.numel() + p.lora_B.numel() for p in own) for own in both)
         warnings.warn(
-            f"the format {format} has no blocks of rows: those of {shortened([*pairs])} are "
+            f"the format {format} has no blocks of rows: those of {listed} are "
             f"written as one pair each, of their ranks' sum, with {size:,} numbers for {kept:,}; "
             "where these are trained on, the zeros among them won't stay zero",
             stacklevel=5,

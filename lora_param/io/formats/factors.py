@@ -21,7 +21,6 @@ from ..outline import Outline, Unknown, class_name, is_plain
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
 
-LoRADeltas = Mapping[str, LowRank]
 Pair = tuple[str, LowRank]
 AnyPair = tuple[str, Delta]
 Reader = Callable[[Weight, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]

@@ -17,6 +17,7 @@ from ...errors import FileError
 from ...frozen import digest_of
 from ...rows import Rows
 from ...state import NUMBERS
+from ...weight import Weight
 from ..outline import Outline, facts_of
 from ..progress import progress
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
@@ -132,7 +133,7 @@ def tensors_of(delta: Delta) -> dict[str, Tensor]:
 
 
 def render(
-    deltas: Mapping[str, Delta],
+    deltas: Mapping[Weight, Delta],
     weights: Outline,
     about: About,
     *,
@@ -147,7 +148,8 @@ def render(
     from ... import __version__  # the package imports this module
 
     specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
-    for name, delta in deltas.items():
+    for weight, delta in deltas.items():
+        name = weight.name
         spec: dict[str, Any] = {"kind": delta.kind, "numbers": delta.numbers}
         if delta.strength != 1:
             spec["strength"] = delta.strength
@@ -157,8 +159,7 @@ def render(
                 name = f"{name.removesuffix(f'[{delta.rows}]')}[{len(specs)}]"
         specs[name] = spec
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
-    adapted = [weight for name in deltas if (weight := weights.weight(name))]
-    layers = {weight.path: facts_of(weight.module) for weight in adapted}
+    layers = {weight.path: facts_of(weight.module) for weight in deltas}
     record = {
         "version": VERSION,
         "library": __version__,

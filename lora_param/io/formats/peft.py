@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ...deltas import Delta, DoRA
 from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
-from ...weight import join, tensor_names
+from ...weight import Weight, join, tensor_names
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
@@ -23,7 +23,7 @@ from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_whole
 
-Placed = Sequence[tuple[Place, Pair]]
+Placed = tuple[Place, Pair]
 
 PREFIX = "base_model.model."
 KEYS = (
@@ -150,15 +150,20 @@ def _magnitude(
     return magnitude.reshape(sizes)
 
 
-def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Content:
+def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
-    pairs = {name: d for name, d in deltas.items() if isinstance(d, Pair)}
-    whole = {name: delta for name, delta in deltas.items() if name not in pairs}
-    shared.refuse(_lengths_without_place(pairs, weights), "written")
-    pairs = _with_whole_attentions(_plain(pairs), weights)
-    places = list(_places(pairs, weights).values())
-    placed = list(zip(places, pairs.values(), strict=True))
-    complaints = [fault for place in places for fault in refusals(place, written=True)]
+    pairs = {weight: delta for weight, delta in deltas.items() if isinstance(delta, Pair)}
+    whole = {weight: delta for weight, delta in deltas.items() if weight not in pairs}
+    parameters = [weight.name for weight in pairs if weight.layer is UNLISTED]
+    mixed = len({pair.scaling for pair in pairs.values()}) > 1
+    placed: list[Placed] = [
+        (place_of_weight(weight, weights, parameters), pair.plain("lora" if mixed else None))
+        for weight, pair in pairs.items()
+    ]
+    complaints = [*_lengths_without_place(placed)]
+    placed = [*_with_whole_attentions(placed, weights)]
+    places = [place for place, _ in placed]
+    complaints += [fault for place in places for fault in refusals(place, written=True)]
     shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
     warn(places, weights, "the file holds half of it")
     wrapped = {place.weight.path: place.kind == "layer" for place in places}
@@ -187,13 +192,7 @@ def _card(base: str) -> str:
     return f"---\n{fields}---\n\n# LoRA adapter{' of ' * bool(base)}{base}\n"
 
 
-def _places(names: Collection[str], weights: Outline) -> dict[str, Place]:
-    found = {name: weights.weights[name] for name in names}
-    parameters = [name for name in names if found[name].layer is UNLISTED]
-    return {name: place_of_weight(each, weights, parameters) for name, each in found.items()}
-
-
-def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
+def _unsayable(placed: Sequence[Placed], weights: Outline) -> Iterator[str]:
     """Yield what PEFT's config can't say."""
     targets = {place.weight.name for place, _ in placed if place.kind == "parameter"}
     for path, module in weights.modules.items() if targets else ():
@@ -209,17 +208,19 @@ def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
             yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
 
 
-def _lengths_without_place(deltas: shared.LoRADeltas, weights: Outline) -> Iterator[str]:
+def _lengths_without_place(placed: Sequence[Placed]) -> Iterator[str]:
     """Yield which DoRA PEFT has no place for."""
-    doras = {name: delta for name, delta in deltas.items() if isinstance(delta, DoRA)}
-    if doras and len(doras) < len(deltas):
-        yield f"{min(deltas.keys() - doras.keys())}: PEFT has one use_dora for all"
-    for name, place in _places(doras, weights).items():
-        shape = doras[name].magnitude.shape
+    others = [place.weight.name for place, delta in placed if not isinstance(delta, DoRA)]
+    if others and len(others) < len(placed):
+        yield f"{others[0]}: PEFT has one use_dora for all"
+    for place, delta in placed:
+        if not isinstance(delta, DoRA):
+            continue
+        shape = delta.magnitude.shape
         if place.kind != "layer":
-            yield f"{name}: PEFT has no DoRA but of layers"
+            yield f"{place.weight.name}: PEFT has no DoRA but of layers"
         elif shape[place.layer.transposed] != shape.numel():
-            yield f"{name}: PEFT has lengths of outputs, not of inputs"
+            yield f"{place.weight.name}: PEFT has lengths of outputs, not of inputs"
 
 
 def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool | None:
@@ -250,29 +251,22 @@ def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
-def _plain(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
-    """Return the deltas as factors alone, of one scaling."""
-    mixed = len({delta.scaling for delta in deltas.values()}) > 1
-    return {name: delta.plain("lora" if mixed else None) for name, delta in deltas.items()}
-
-
-def _with_whole_attentions(deltas: shared.LoRADeltas, weights: Outline) -> dict[str, Pair]:
+def _with_whole_attentions(placed: Sequence[Placed], weights: Outline) -> Iterator[Placed]:
     """Halve what PEFT applies twice, and add zeros for the part of an attention that is left."""
-    result = dict(deltas)
-    for name, place in _places(deltas, weights).items():
-        delta = deltas[name]
+    held = {place.weight for place, _ in placed}
+    for place, delta in placed:
         A, B = delta.lora_A.detach(), delta.lora_B.detach()
-        if place.kind == "out_proj":
-            result |= [shared.low_rank(name, A, B * 0.5, **delta.numbers)]
+        halved = place.kind == "out_proj"
+        yield place, shared.low_rank("", A, B * 0.5, **delta.numbers)[1] if halved else delta
         other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)
         partner = weights.weight(join(place.key, other)) if other else None
-        if partner is not None and partner.name not in result and partner.shape:
+        if partner is not None and partner not in held and partner.shape:
             zeros = B.new_zeros(partner.shape[0], delta.rank)
-            result |= [shared.low_rank(partner.name, A, zeros, **delta.numbers)]
-    return result
+            idle = shared.low_rank("", A, zeros, **delta.numbers)[1]
+            yield place_of_weight(partner, weights, ()), idle
 
 
-def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
+def _config(placed: Sequence[Placed], weights: Outline) -> dict[str, Any]:
     numbers = {place.key: (delta.rank, delta.alpha) for place, delta in placed}
     [((rank, alpha), _)] = Counter(numbers.values()).most_common(1) or [((8, 8.0), 0)]
     targets = {place.key for place, _ in placed if place.kind != "parameter"}
@@ -296,7 +290,7 @@ def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
     }
 
 
-def _common_dropout(placed: Placed) -> float:
+def _common_dropout(placed: Sequence[Placed]) -> float:
     """Return the one dropout that PEFT has for all layers; where it can't be one, warn."""
     dropouts = {delta.dropout for _, delta in placed}
     if len(dropouts) == 1 and all(place.kind == "layer" for place, _ in placed):

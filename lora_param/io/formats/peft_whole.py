@@ -115,20 +115,20 @@ def _has_tokens(weight: Weight, weights: Outline) -> bool:
 
 
 def _render_tokens(
-    deltas: Mapping[str, Delta], weights: Outline, wrapped: Collection[str]
+    deltas: Mapping[Weight, Delta], weights: Outline, wrapped: Collection[str]
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas on blocks of rows, none of them of what is `wrapped` otherwise."""
     tokens, values = defaultdict[str, list[int]](list), defaultdict[str, list[Tensor]](list)
     complaints = []
-    for name, delta in deltas.items():
-        weight = weights.weight(name)
-        if weight is None or not weight.path or not _has_tokens(weight, weights):
-            complaints.append(f"{name}: {OF_TOKENS}")
+    for weight, delta in deltas.items():
+        if not weight.path or not _has_tokens(weight, weights):
+            complaints.append(f"{weight.name}: {OF_TOKENS}")
         elif weight.path in wrapped:
-            complaints.append(f"{name}: PEFT has no rows of tokens of a layer that it adapts too")
+            reason = "PEFT has no rows of tokens of a layer that it adapts too"
+            complaints.append(f"{weight.name}: {reason}")
         else:
-            tokens[weight.path] += delta.rows or ()
-            values[weight.path].append(_value(name, delta, weights))
+            tokens[weight.path] += weight.rows or ()
+            values[weight.path].append(_value(weight, delta))
     shared.refuse([*complaints, *_ambiguous(tokens, weights)], "written")
     tensors = {f"{path}.{TOKENS}": torch.cat(own) for path, own in values.items()}
     return tensors, {"trainable_token_indices": dict(tokens)} if tokens else {}
@@ -155,22 +155,22 @@ def add_biases(
 
 
 def render_whole(
-    deltas: Mapping[str, Delta], weights: Outline, wrapped: Mapping[str, bool], about: About
+    deltas: Mapping[Weight, Delta], weights: Outline, wrapped: Mapping[str, bool], about: About
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas and statistics; `wrapped` are paths, with whether each is a layer."""
-    blocks = {name: delta for name, delta in deltas.items() if delta.rows}
+    blocks = {weight: delta for weight, delta in deltas.items() if weight.rows}
     rows, tokens = _render_tokens(blocks, weights, wrapped)
-    deltas = {name: delta for name, delta in deltas.items() if name not in blocks}
-    new = {n: _value(n, delta, weights) for n, delta in deltas.items() if not delta.of_buffers}
+    whole = {weight.name: (weight, delta) for weight, delta in deltas.items() if not weight.rows}
+    moving = {name: pair for name, pair in whole.items() if pair[1].of_buffers}
+    new = {name: _value(*pair) for name, pair in whole.items() if name not in moving}
     modules = list(_whole_modules(new, weights))
     inside = tuple(f"{path}." for path in modules)
     saved = [name for name in weights.tensors if name.startswith(inside or " ")]
-    new |= {n: _value(n, deltas[n], weights) for n in saved if n in deltas and n not in new}
+    new |= {name: _value(*moving[name]) for name in saved if name in moving}
     tensors = {name: new.get(name, weights.tensors[name]) for name in saved}
-    left = sorted(deltas.keys() - tensors.keys())
-    if moving := [name for name in left if deltas[name].of_buffers]:
-        shared.warn_of_statistics("PEFT", moving)
-    biases = [name for name in left if name not in moving]
+    if left := sorted(moving.keys() - tensors.keys()):
+        shared.warn_of_statistics("PEFT", left)
+    biases = sorted(new.keys() - tensors.keys())
     shared.refuse([*_ambiguous(modules, weights), *_homeless(biases, wrapped)], "written")
     paths = {name: name.removesuffix(".bias") for name in biases}
     for name, path in paths.items():
@@ -195,13 +195,11 @@ def _homeless(names: Collection[str], wrapped: Mapping[str, bool]) -> Iterator[s
             yield f"{name}: PEFT trains biases and whole modules; train all of {path}"
 
 
-def _value(name: str, delta: Delta, weights: Outline) -> Tensor:
+def _value(weight: Weight, delta: Delta) -> Tensor:
     """Return what a tensor becomes."""
-    weight = weights.weight(name)
-    if weight is None or (tensor := weight.like).is_meta or is_sharded(tensor):
-        raise FileError(
-            f"{name}: PEFT keeps its new values; convert a native file with the base, by --base"
-        )
+    if (tensor := weight.like).is_meta or is_sharded(tensor):
+        fix = "convert a native file with the base, by --base"
+        raise FileError(f"{weight.name}: PEFT keeps its new values; {fix}")
     full = delta.made_of(native.tensors_of(delta), delta.numbers)
     full.strength = 1.0  # as the pairs beside it are written
     return full.value(tensor.detach()).detach()
