@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -27,10 +27,12 @@ from .lowrank import (
     summed,
     ties,
 )
+from .progress import progress
 from .register import install
 from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
 from .walk import walk
+from .weight import Weight
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -102,32 +104,43 @@ def combine_lora(
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
-    strengths = strengths_of(found, adapters)
-    check_options(method, rank, density)
-    options: dict[str, Any] = {"method": method, "rank": rank, "density": density}
-    terms: defaultdict[str, list[tuple[Delta, float]]] = defaultdict(list)
-    weights = {}
-    for weight, delta in found.deltas:
-        if delta.adapter in adapters:
-            weights[weight.name] = weight
-            delta.check_strength(1 if delta.of_buffers else adapters[delta.adapter])
-            terms[weight.name].append((delta, strengths.get(delta.adapter, 0.0)))
-    check_weights([weight for weight in weights.values() if not weight.is_buffer], adapter)
-    for weight in weights.values():
-        for other in weights.values() if weight.rows is not None else ():
+    strengths_of(found, adapters)  # raises for names that there aren't
+    pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
+    check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
+    terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
+    made, fits = combine(terms, method, rank, density, generator)
+    for delta in made.values():
+        delta.adapter, delta.enabled = adapter, False
+    install(found, list(made.items()), freeze=False)
+    return fits
+
+
+def combine(
+    terms: Iterable[tuple[Weight, Delta, float]],
+    method: Method = "sum",
+    rank: Rank | None = None,
+    density: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[Weight, Delta], list[Fit]]:
+    """Combine each weight's deltas, at these strengths, and say what the results miss."""
+    _check_options(method, rank, density)
+    own: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
+    for weight, delta, strength in terms:
+        delta.check_strength(1 if delta.of_buffers else strength)
+        own[weight].append((delta, strength))
+    for weight in own:
+        for other in own if weight.rows is not None else ():
             if other.whole == weight.whole and other != weight and weight.overlaps(other.rows):
                 fix = "combine adapters of the same blocks"
                 raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
-    made = {}
-    for name, own in terms.items():
-        shape, view = tuple(weights[name].like.shape), weights[name].view
-        made[name] = combined(name, own, shape, view, generator=generator, **options)
-        made[name][0].adapter, made[name][0].enabled = adapter, False
-    install(found, [(weights[name], delta) for name, (delta, _) in made.items()], freeze=False)
-    return [fit for delta, fit in made.values() if not delta.of_buffers]
+    made, fits = dict[Weight, Delta](), list[Fit]()
+    for weight, deltas in progress(list(own.items()), "combining"):
+        made[weight], fit = _combined(weight, deltas, method, rank, density, generator)
+        fits += [] if weight.is_buffer else [fit]
+    return made, fits
 
 
-def check_options(method: object, rank: Rank | None, density: float | None) -> None:
+def _check_options(method: object, rank: Rank | None, density: float | None) -> None:
     """Raise for options of a combination that are out of range."""
     if method not in ("sum", "ties", "dare"):
         raise LoRAError(f'method must be "sum", "ties" or "dare", got {method!r}')
@@ -140,19 +153,15 @@ def check_options(method: object, rank: Rank | None, density: float | None) -> N
         raise LoRAError(f'density {rule} with method="{method}", got {density!r}')
 
 
-def combined(
-    name: str,
+def _combined(
+    weight: Weight,
     terms: Terms,
-    shape: Shape,
-    view: Shape,
-    *,
-    method: Method = "sum",
-    rank: Rank | None = None,
-    density: float | None = None,
-    generator: torch.Generator | None = None,
+    method: Method,
+    rank: Rank | None,
+    density: float | None,
+    generator: torch.Generator | None,
 ) -> tuple[Delta, Fit]:
-    """Combine the deltas on one weight of a shape and matrix view, at strength 1 each."""
-    first = terms[0][0]
+    first, name, view = terms[0][0], weight.name, weight.view
     if len(terms) == 1 and first.of_buffers:
         tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
         return first.made_of(tensors, first.numbers), Fit(name, None, 0.0)
@@ -162,7 +171,8 @@ def combined(
     with torch.no_grad():
         if method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
             return _product_sum(name, cast("Any", terms), view, rank)
-        updates, strengths = [_update(each, shape) for each, _ in terms], [s for _, s in terms]
+        shape, strengths = tuple(weight.like.shape), [strength for _, strength in terms]
+        updates = [_update(each, shape) for each, _ in terms]
         if method == "ties":
             total = ties(updates, strengths, density or 1)
         elif method == "dare":

@@ -27,7 +27,7 @@ from lora_param import (
     save_lora,
     select_lora,
 )
-from lora_param.io import combine_files
+from lora_param.io import combine_files, extract_checkpoint
 from lora_param.io.cli import main
 
 from .cases import describe, shake
@@ -232,6 +232,50 @@ def test_the_command_line_extracts_checkpoints(tmp_path: Path, capsys: Any) -> N
     assert main([*command, "--out", str(out)]) == 0
     assert "norm.bias             -" in capsys.readouterr().out
     torch.testing.assert_close(outputs(model, out), tuned(X), rtol=0, atol=1e-10)
+
+
+def test_statistics_of_a_tuned_checkpoint_are_extracted(tmp_path: Path, capsys: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).double()
+    tuned = copy.deepcopy(model)
+    tuned(torch.randn(8, 4).double())
+    paths = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors", "out")]
+    for each, path in zip((model, tuned), paths, strict=False):
+        save_file(each.state_dict(), path)
+    names = [f"{path}" for path in paths]
+    command = ["extract", "--base", names[0], "--tuned", names[1], "--rank", "2"]
+    assert main([*command, "--out", names[2]]) == 0
+    assert "0 weights" in capsys.readouterr().out
+    load_lora(model, paths[2], base="require")
+    x = torch.randn(3, 4).double()
+    torch.testing.assert_close(model.eval()(x), tuned.eval()(x), rtol=0, atol=1e-12)
+
+
+def test_what_no_adapter_can_hold_of_a_tuned_checkpoint_is_named(tmp_path: Path) -> None:
+    base = {"0.weight": torch.randn(4, 4), "steps": torch.tensor(1)}
+    tuned = {"0.weight": torch.randn(4, 4), "steps": torch.tensor(2)}
+    paths = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors", "out")]
+    save_file(base, paths[0])
+    for change, message in (
+        ({}, "there is no difference"),
+        ({"a": torch.ones(1)}, "unexpected: a"),
+    ):
+        save_file(base | change, paths[1])
+        with pytest.raises(FileError, match=f"tuned.safetensors: held against .*{message}"):
+            extract_checkpoint(*paths)
+    save_file(tuned, paths[1])
+    with pytest.warns(UserWarning, match="changed, and not extracted: steps"):
+        assert [fit.weight for fit in extract_checkpoint(*paths)] == ["0.weight"]
+
+
+def test_blocks_that_overlap_are_not_combined(tmp_path: Path) -> None:
+    files = {}
+    for rows in ("0:4", "2:6"):
+        register_lora(model := nn.Sequential(nn.Linear(8, 8)), rank=1, target=f"0[{rows}]")
+        shake(model)
+        save_lora(model, tmp_path / f"{rows[0]}.safetensors", base={})
+        files[tmp_path / f"{rows[0]}.safetensors"] = 1.0
+    with pytest.raises(AdapterError, match=r"\[0:4\]: overlaps 0.weight\[2:6\] in part"):
+        combine_files(files, tmp_path / "out.safetensors")
 
 
 def test_files_of_different_bases_are_refused(tmp_path: Path, capsys: Any) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
+from ..progress import progress
 from ..rows import Rows
 from .bases import open_both
 from .formats import write_adapter
-from .progress import progress
 from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
 
 BLOCK = 2**22

@@ -124,7 +124,7 @@ def _rank(said: str | None) -> Any:
 
 
 def _print_fits(out: Path, fits: Sequence[Fit]) -> None:
-    width = max(len(_name(fit.weight)) for fit in fits)
+    width = max((len(_name(fit.weight)) for fit in fits), default=0)
     print("{:{}}  {:>5}  {:>10}".format("weight", width, "rank", "rel. error"))
     for fit in fits:
         rank = "-" if fit.rank is None else str(fit.rank)

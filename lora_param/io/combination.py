@@ -10,21 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import check_model
-from ..combine import Fit, Method, check_options, combined, resized
-from ..deltas import Delta
-from ..deltas.protocol import FLOATS, check_adapter
+from ..combine import Fit, Method, combine, resized
+from ..deltas.protocol import check_adapter
 from ..errors import FileError, LoRAError
-from ..extract import difference, differences
-from ..layers import listed_tensors
+from ..extract import differences
 from ..lowrank import Rank, check_rank_or_share
+from ..progress import progress
 from ..register import install
 from ..targets import Target
-from ..walk import walk
-from ..weight import Weight, tensor_names
+from ..walk import Walk, walk
 from .bases import open_checkpoint, plain_name
-from .formats import AdapterFile, Deltas, open_adapter, write_adapter
+from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
-from .progress import progress
 from .tensors import About, AnyPath, check_apart, shortened
 
 
@@ -111,21 +108,16 @@ def combine_files(
         AdapterError: A kind doesn't add.
         LoRAError: An option is out of range.
     """
-    check_options(method, rank, density)
     check_apart(Path(out), *map(Path, files))
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(Path(path))) for path in files]
         weights, about = _common(opened)
-        terms: dict[Weight, list[tuple[Delta, float]]] = {}
-        for file, strength in zip(opened, files.values(), strict=True):
-            for weight, delta in file.fit(weights).items():
-                delta.check_strength(1 if delta.of_buffers else strength)
-                terms.setdefault(weight, []).append((delta, strength * delta.strength))
-        deltas, fits = Deltas(), list[Fit]()
-        for weight, own in progress(list(terms.items()), "combining"):
-            place = weight.name, own, tuple(weight.like.shape), weight.view
-            deltas[weight], fit = combined(*place, method=method, rank=rank, density=density)
-            fits += [] if deltas[weight].of_buffers else [fit]
+        terms = [
+            (weight, delta, strength * delta.strength)
+            for file, strength in zip(opened, files.values(), strict=True)
+            for weight, delta in file.fit(weights).items()
+        ]
+        deltas, fits = combine(terms, method, rank, density)
         write_adapter("native", Path(out), deltas, weights, about)
     return fits
 
@@ -176,34 +168,19 @@ def extract_checkpoint(
     """Write what turns a checkpoint into a tuned one as an adapter's file, a tensor at a time.
 
     What a layer is, is told from names and shapes: a matrix called `weight` is a linear layer's.
+    What has changed and no adapter can hold is named in a warning.
 
     Raises:
-        FileError: A checkpoint can't be read, or they aren't of one model.
-        LoRAError: The rank is out of range, or nothing has changed.
+        FileError: A checkpoint can't be read, they aren't of one model, or nothing has changed.
+        LoRAError: The rank is out of range.
     """
     check_rank_or_share(rank)
     check_apart(Path(out), Path(base), Path(tuned))
     with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
-        old, new = first.tensors, second.tensors
-        shapes = [{name: each.shape for name, each in side.items()} for side in (old, new)]
-        if other := [name for name in {**old, **new} if len({s.get(name) for s in shapes}) > 1]:
-            raise FileError(f"{tuned}: has other tensors than {base}: {shortened(other)}")
-        outline = outline_of_tensors(old, {})
-        deltas, fits, left = Deltas(), list[Fit](), list[str]()
-        for name, weight in progress(list(outline.weights.items()), "extracting"):
-            if old[name].dtype not in FLOATS or not old[name].ndim:
-                left += [] if old[name].equal(new[name]) else [name]
-                continue
-            layer = weight.layer
-            own = listed_tensors(layer, tensor_names(weight.module))
-            low = layer.default and weight.tensor in own
-            view = weight.view if low and old[name].ndim > 1 else None
-            if (found := difference(name, old[name], new[name], view, rank)) is not None:
-                deltas[weight], fit = found
-                fits.append(fit)
-        if left:
-            raise FileError(f"{tuned}: no adapter can hold the change of {shortened(left)}")
-        if not deltas:
-            raise LoRAError(f"{tuned}: has the tensors of {base}, to the bit")
-        write_adapter("native", Path(out), deltas, outline, About())
+        outline = outline_of_tensors(first.tensors, {})
+        try:
+            pairs, fits = differences(Walk(outline.modules[""]), second.tensors, rank)
+        except LoRAError as error:
+            raise FileError(f"{tuned}: held against {base}: {error}") from None
+        write_adapter("native", Path(out), dict(pairs), outline, About())
     return fits

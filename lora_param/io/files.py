@@ -16,6 +16,7 @@ from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
+from ..progress import progress
 from ..register import install
 from ..sharding import alike, mesh_of
 from ..state import load_deltas
@@ -26,7 +27,6 @@ from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .formats.native import tensors_of
 from .outline import Outline, outline_of_model
-from .progress import progress
 from .tensors import About, AnyPath, check_strings, shortened
 
 

@@ -155,6 +155,7 @@ def outline_of_tensors(
         value = said if isinstance(said, Tensor) else torch.empty(said, device="meta")
         own[path][tensor] = value
     modules = {path: _stand_in(path, inside, facts) for path, inside in own.items()}
+    modules[""]._modules.update({path: each for path, each in modules.items() if path})
     weights = {
         join(path, tensor): Weight(path, modules[path], tensor)
         for path, inside in own.items()

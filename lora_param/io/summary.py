@@ -10,9 +10,9 @@ import torch
 from ..deltas import Delta
 from ..errors import FileError
 from ..layers import Shape
+from ..progress import progress
 from .bases import open_both
 from .formats.native import tensors_of
-from .progress import progress
 from .tensors import AnyPath
 
 

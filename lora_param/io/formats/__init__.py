@@ -18,11 +18,11 @@ from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError
+from ...progress import progress
 from ...sharding import whole
 from ...state import NUMBERS
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, outline_of_tensors
-from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from ..values import NewValues
 from . import diffusers, kohya, loralib, native, peft

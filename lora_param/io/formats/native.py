@@ -15,11 +15,11 @@ from torch import Tensor
 from ...deltas import KINDS, Delta
 from ...errors import FileError
 from ...frozen import digest_of
+from ...progress import progress
 from ...rows import Rows
 from ...state import NUMBERS
 from ...weight import Weight
 from ..outline import Outline, facts_of
-from ..progress import progress
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
 
 KEY, VERSION = "lora_param", 1
