@@ -133,7 +133,9 @@ def test_a_pattern_of_many_alternatives_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
     base, _ = trained_in_peft(LINEAR, tmp_path)
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(FileError, match=r"adapter_config.json: no (JSON|config of PEFT's)"):
+    with pytest.raises(
+        FileError, match=r"adapter_config.json: (can't be read as JSON|no config of PEFT's)"
+    ):
         load_lora(base, tmp_path)
 
 
@@ -141,7 +143,7 @@ def test_tensors_without_a_config_are_refused(tmp_path: Path) -> None:
     base, _ = trained_in_peft(LINEAR, tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        with pytest.raises(FileError, match=r"adapter_config\.json can't be read"):
+        with pytest.raises(FileError, match=r"adapter_config\.json isn't there"):
             load_lora(base, path)
 
 

@@ -19,7 +19,7 @@ from ..walk import WRAPPERS
 from ..weight import join
 from .formats import AdapterFile, Deltas, open_adapter
 from .outline import UNKNOWN, Outline, outline_of_tensors
-from .tensors import AnyPath, OpenFile, check_regular, explained, open_file, shortened, strict_json
+from .tensors import AnyPath, OpenFile, open_file, read_json, shortened
 
 INDEX = ".index.json"
 FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")
@@ -42,7 +42,7 @@ class Base:
     def metadata(self) -> Mapping[str, str]:
         """The strings of its first file, of a pickle those that transformers asks for."""
         first = next(iter(self.files.values()), None)
-        return first.header.metadata if first and not first.header.fault else {"format": "pt"}
+        return first.metadata if first and not first.fault else {"format": "pt"}
 
 
 @contextmanager
@@ -105,10 +105,7 @@ def _shards(path: Path) -> list[Path]:
         path = found[0]
     if not path.name.endswith(INDEX):
         return [path]
-    check_regular(path)
-    with explained(f"{path}: can't be read"):
-        content = strict_json(path.read_text("utf-8"))
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
         raise FileError(f"{path}: no index of shards")
     if strange := [name for name in names.values() if Path(name).name != name]:

@@ -165,12 +165,10 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
         _check_no_state_dict(file)
         rows = [row for row in FORMATS if row.module.recognises(file)]
         if len(rows) != 1:
-            if file.path.suffix == ".safetensors":
-                file.check_whole()
             known = ", ".join(row.name for row in rows or FORMATS)
             what = "could be any of" if rows else "is of no known format:"
-            held = f"; it holds {shortened([*names])}" if (names := file.header.tensors) else ""
-            raise FileError(f"{path}: {what} {known}{held}")
+            held = f"it holds {shortened([*file.entries])}" if file.entries else file.fault
+            raise FileError(f"{path}: {what} {known}{'; ' * bool(held)}{held}")
         describe = getattr(rows[0].module, "describe", None)
         said = describe(file) if describe else ({}, About(metadata=file.strings))
         yield AdapterFile(path, rows[0], file, *said)
@@ -178,13 +176,13 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
 
 def _check_no_state_dict(file: OpenFile) -> None:
     """Raise if a file holds what `lora_state_dict(model)` or `model.state_dict()` returned."""
-    names = file.tensors if loralib.recognises(file) else file.header.tensors
+    names = file.tensors if loralib.recognises(file) else file.entries
     stems = [name.removesuffix(NUMBERS) for name in names if name.endswith(f".{NUMBERS}")]
     if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "shift_A", "D")):
         what, call = "lora_state_dict(model)", "load_lora_state_dict(model, "
         if "parametrizations." in stems[0]:
             what, call = "model.state_dict()", "model.load_state_dict("
-        read = "load_file" if file.header.tensors else "torch.load"
+        read = "load_file" if file.entries else "torch.load"
         fix = f"register its adapters and use {call}{read}(path)), or write a file by save_lora"
         raise FileError(f"{file.path}: no adapter file, but the state dict {what}; {fix}")
 

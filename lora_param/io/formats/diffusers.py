@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import FileError
 from ..outline import Outline
-from ..tensors import About, Config, OpenFile, strict_json
+from ..tensors import About, Config, OpenFile, explained, strict_json
 from . import factors as shared
 from . import fused, peft
 from .peft_config import costly_patterns, rank_and_alpha, scaling, unsupported_fields
@@ -37,18 +37,14 @@ PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are diffusers', and not PEFT's own."""
-    names = file.header.tensors
+    names = file.entries
     return shared.matches_any(KEYS[:3], names) and not shared.matches_any(peft.KEYS, names)
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
     """Return PEFT's config of each part, if the file carries one; older ones don't."""
-    try:
-        fields = strict_json(file.header.metadata.get(CONFIG, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file.path}: {CONFIG} is no JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise FileError(f"{file.path}: {CONFIG} is no JSON object")
+    with explained(f"{file.path}: {CONFIG} can't be read as JSON"):
+        fields = strict_json(file.metadata.get(CONFIG, "{}"))
     configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for field, value in fields.items():
         configs[_part(field)][field.removeprefix(f"{_part(field)}.")] = value

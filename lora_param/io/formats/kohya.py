@@ -47,7 +47,7 @@ OTHERS = r".+\.oft_\w+"
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are the family's, be they plain LoRA's or not."""
-    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.header.tensors)
+    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.entries)
 
 
 def parse(

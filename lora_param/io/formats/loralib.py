@@ -20,7 +20,7 @@ KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
 def recognises(file: OpenFile) -> bool:
     """Say whether a file is called as a pickle is, and not as PEFT's."""
     named = file.path.suffix in PICKLES and file.path.name != PICKLED
-    return named and bool(file.header.fault)
+    return named and bool(file.fault)
 
 
 def parse(

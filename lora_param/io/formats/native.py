@@ -48,12 +48,12 @@ if it is a block its rows, and a strength that isn't 1."""
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file is one of ours, whatever its version."""
-    return KEY in file.header.metadata
+    return KEY in file.metadata
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
     """Return the record in our metadata, checked, with the other strings; and what it says."""
-    strings = dict(file.header.metadata)
+    strings = dict(file.metadata)
     try:
         record = strict_json(strings.pop(KEY))
         version = record["version"]

@@ -39,7 +39,7 @@ def recognises(file: OpenFile) -> bool:
     """Say whether a folder or file is PEFT's, by its names and keys."""
     if file.folder is not None or file.path.name == PICKLED:
         return True
-    named = [name for name in file.header.tensors if name.startswith(PREFIX)]
+    named = [name for name in file.entries if name.startswith(PREFIX)]
     return shared.matches_any(KEYS, named) or bool(named and file.path.with_name(CONFIG).exists())
 
 
