@@ -151,14 +151,14 @@ MAGNITUDE = f"{PREFIX}0.lora_magnitude_vector"
 def test_a_folder_whose_lengths_and_config_differ_is_refused(tmp_path: Path) -> None:
     trained(LINEAR, tmp_path)
     edit_config(tmp_path, use_dora=False)
-    with pytest.raises(FileError, match=r"0 has a lora_magnitude_vector, by .* use_dora=False"):
+    with pytest.raises(FileError, match=r"0: has a lora_magnitude_vector, by .* use_dora=False"):
         load_lora(LINEAR.base(), tmp_path)
     edit_config(tmp_path, use_dora=True)
     edit_tensors(tmp_path, lambda tensors: tensors.update({MAGNITUDE: torch.ones(4)}))
     with pytest.raises(FileError, match=r"its magnitude is \(4, 1\), for a weight of \(5, 6\)"):
         load_lora(LINEAR.base(), tmp_path)
     edit_tensors(tmp_path, lambda tensors: tensors.pop(MAGNITUDE))
-    with pytest.raises(FileError, match=r"0 has no lora_magnitude_vector, by .* use_dora=True"):
+    with pytest.raises(FileError, match=r"0: has no lora_magnitude_vector, by .* use_dora=True"):
         load_lora(LINEAR.base(), tmp_path)
 
 

@@ -62,6 +62,6 @@ def _pair(shape: Shape, blocks: Sequence[LoRAParametrization]) -> Pair:
         Bs.append(B.to(dtype))
     A, B = torch.cat(As, -2), torch.cat(Bs, -1)
     dropout = min(delta.dropout for delta in blocks)
-    _, pair = low_rank("", A, B, A.shape[-2], dropout=dropout)
+    pair = low_rank(A, B, A.shape[-2], dropout=dropout)
     pair.strength = blocks[0].strength
     return pair

@@ -55,7 +55,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[shared.Pair]:
+) -> list[shared.Named]:
     """Read a LoRA, with PEFT's configs by the parts of a pipeline.
 
     The model is a UNet, transformer or text encoder, or one with children called so, as in a
@@ -66,17 +66,18 @@ def parse(
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
     factors, found = fused.placed(factors, weights, fused.elsewhere(weights), _paths)
-    deltas = shared.read_layers(factors, found, shared.plain_factors)
-    complaints = []
-    for part_name, (_, delta) in zip(factors, deltas, strict=True):
-        name = part_name.partition("#")[0]
+
+    def read(part_name: str) -> shared.Named:
+        shared.check_plain(weight := found[part_name])
+        name, pair = part_name.partition("#")[0], shared.plain(weight, factors[part_name])
         if (part := _part(name)) in config:
-            rank, delta.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
-            delta.scaling = scaling(config[part])
-            if rank != delta.rank:
-                complaints.append(f"{name} has rank {delta.rank}, by its config {rank}")
-    shared.refuse(complaints)
-    return deltas
+            rank, pair.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
+            pair.scaling = scaling(config[part])
+            if rank != pair.rank:
+                raise ValueError(f"has rank {pair.rank}, by its config {rank}")
+        return weight.name, pair
+
+    return shared.collect(read, factors)
 
 
 def _part(name: str) -> str:

@@ -6,14 +6,14 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
-from ...deltas.pair import Pair as LowRank
-from ...errors import FileError, LoRAError
+from ...deltas.pair import Pair
+from ...errors import FileError
 from ...layers import Shape
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
@@ -21,9 +21,9 @@ from ..outline import Outline, Unknown, class_name, is_plain
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
 
-Pair = tuple[str, LowRank]
-AnyPair = tuple[str, Delta]
-Reader = Callable[[Weight, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
+Named = tuple[str, Delta]
+"""A weight's name, and what is done to it."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -40,27 +40,22 @@ def refuse(complaints: Iterable[str], deed: str = "loaded") -> None:
 def collect(
     make: Callable[[Item], Result], items: Iterable[Item], deed: str = "loaded"
 ) -> list[Result]:
-    """Make something of each item, or raise one `FileError` that lists those of all of them."""
+    """Make something of each item, or raise one `FileError` that lists what is wrong with all."""
     results, complaints = [], []
     for item in items:
         try:
             results.append(make(item))
-        except FileError as error:
-            complaints.append(str(error))
+        except (RuntimeError, ValueError) as error:
+            named = isinstance(error, FileError)
+            complaints.append(f"{error}" if named else f"{item}: {error}")
     refuse(complaints, deed)
     return results
 
 
 def low_rank(
-    name: str,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    magnitude: Tensor | None = None,
-    **numbers: Any,
+    A: Tensor, B: Tensor, alpha: float, magnitude: Tensor | None = None, **numbers: Any
 ) -> Pair:
-    """Pair a weight's name with the update that its factors are, in the matrix view.
+    """Return the update that factors are, in the matrix view, or raise a `LoRAError`.
 
     With a `magnitude`, of the weight's dimensions, it is a DoRA's, of the widest dtype there is.
     """
@@ -69,17 +64,12 @@ def low_rank(
     if magnitude is not None:
         dtype = torch.promote_types(A.dtype, magnitude.dtype)
         tensors = {n: t.to(dtype) for n, t in (tensors | {"magnitude": magnitude}).items()}
-    try:
-        delta: Any = kind.restore(tensors, numbers)
-        return name, delta
-    except LoRAError as error:
-        raise FileError(f"{name}: {error}") from None
+    return cast("Pair", kind.restore(tensors, numbers))
 
 
-def dense(name: str, added: Tensor) -> tuple[str, DenseDelta]:
-    """Pair a weight's name with what is added to it."""
-    delta: Any = DenseDelta.restore({"D": added}, {})
-    return name, delta
+def dense(added: Tensor) -> DenseDelta:
+    """Return the update that adds a tensor."""
+    return cast("DenseDelta", DenseDelta.restore({"D": added}, {}))
 
 
 def warn_of_statistics(format: str, names: Sequence[str]) -> None:
@@ -111,16 +101,6 @@ def group_factors(
     return dict(factors), rest
 
 
-def incomplete_factors(factors: Factors) -> Iterator[str]:
-    """Yield modules without both factors, and factors that are no matrices."""
-    for name, tensors in factors.items():
-        for role in "AB":
-            if (factor := tensors.get(role)) is None:
-                yield f"{name} has no lora_{role}"
-            elif factor.ndim < 2 or not factor.is_floating_point():
-                yield f"lora_{role} of {name} is {factor.dtype} of {tuple(factor.shape)}"
-
-
 def all_found(found: Mapping[str, Item | None], weights: Outline) -> dict[str, Item]:
     """Return what names in a file find, or raise for those that find no module."""
     if names := [name for name, each in found.items() if each is None]:
@@ -141,15 +121,17 @@ def factors_with_kernel(A: Tensor, B: Tensor, shape: Shape | None) -> tuple[Tens
     return A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *[1] * len(kernel))
 
 
-def check_shape(
-    name: str, shape: Shape | None, A: Tensor, B: Tensor, transposed: bool = False
-) -> None:
-    """Raise a `FileError` for factors that aren't those of a weight, kernel and all."""
+def of_layer(
+    weight: Weight, A: Tensor, B: Tensor, alpha: float, transposed: bool, **more: Any
+) -> Pair:
+    """Return the update of a layer of its factors, kernel and all, as the libraries keep them."""
     factors = (B.shape[0], *A.shape[1:])
-    wanted = factors if shape is None else shape[:: -1 if transposed else 1]
+    wanted = factors if weight.shape is None else weight.shape[:: -1 if transposed else 1]
     if _trim(factors) != _trim(wanted) or _trim(B.shape[1:]) != _trim(A.shape[:1]):
-        got = f"{tuple(A.shape)} and {tuple(B.shape)}"
-        raise FileError(f"{name} has factors {got} for a weight of {wanted}")
+        raise ValueError(f"has factors {(*A.shape,)} and {(*B.shape,)} for a weight of {wanted}")
+    pair = low_rank(*stored_factors(A, B, transposed), alpha, **more)
+    pair.rows = weight.rows
+    return pair
 
 
 def _trim(shape: Shape) -> Shape:
@@ -167,25 +149,14 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
             yield f"{key} is neither a factor nor equal to the model's"
 
 
-def read_layer(name: str, weight: Weight, tensors: Mapping[str, Tensor], read: Reader) -> Pair:
-    """Build the update of a layer, of whose factors and alpha `read` makes sense."""
-    if complaints := [*incomplete_factors({name: dict(tensors)})]:
-        raise FileError("; ".join(complaints))
-    try:
-        A, B, alpha = read(weight, tensors)
-    except ValueError as error:
-        raise FileError(f"{name} {error}") from None
-    transposed = weight.layer.transposed
-    check_shape(name, weight.shape, A, B, transposed)
-    m = tensors.get("dora_scale")
-    pair = low_rank(weight.name, *stored_factors(A, B, transposed), alpha, magnitude=m)
-    pair[1].rows = weight.rows
-    return pair
-
-
-def read_layers(factors: Factors, found: Mapping[str, Weight], read: Reader) -> list[Pair]:
-    """Build the updates of layers, or list what is wrong with all of them."""
-    return collect(lambda name: read_layer(name, found[name], factors[name], read), found)
+def both_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a layer's factors, or raise a `ValueError` for one that is missing or no matrix."""
+    for role in "AB":
+        if (factor := tensors.get(role)) is None:
+            raise ValueError(f"has no lora_{role}")
+        if factor.ndim < 2 or not factor.is_floating_point():
+            raise ValueError(f"has a lora_{role} of {factor.dtype} and {tuple(factor.shape)}")
+    return tensors["A"], tensors["B"]
 
 
 def check_plain(weight: Weight) -> None:
@@ -194,10 +165,11 @@ def check_plain(weight: Weight) -> None:
         raise ValueError(f"is a {class_name(weight.module)}, not a linear or convolution")
 
 
-def plain_factors(weight: Weight, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Take a linear or convolution layer's factors as they are; no alpha, or 0, means the rank."""
-    A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
-    check_plain(weight)
+def plain(weight: Weight, tensors: Mapping[str, Tensor]) -> Pair:
+    """Return the update of a linear or convolution layer; no alpha, or 0, means the rank."""
+    (A, B), alpha = both_factors(tensors), tensors.get("alpha", torch.zeros(()))
     if alpha.numel() != 1 or alpha.is_complex():
         raise ValueError(f"has an alpha of {tuple(alpha.shape)}, not one number")
-    return A, B, float(alpha.item()) or float(len(A))
+    scaled = float(alpha.item()) or float(len(A))
+    magnitude = tensors.get("dora_scale")
+    return of_layer(weight, A, B, scaled, weight.layer.transposed, magnitude=magnitude)

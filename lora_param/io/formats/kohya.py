@@ -52,7 +52,7 @@ def recognises(file: OpenFile) -> bool:
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[tuple[str, Delta]]:
+) -> list[shared.Named]:
     """Read a LoRA, another kind of LyCORIS's, and whole differences.
 
     Names are resolved forward from the model's own modules.
@@ -74,15 +74,15 @@ def parse(
         *(factors, weights, others),
         lambda name: [*flat.get(name, []), *theirs.get(name, [])[:1]],
     )
-    whole: list[tuple[str, Delta]] = [
-        shared.dense(join(weight.path, WHOLE[role]), tensor)
+    whole = [
+        (join(weight.path, WHOLE[role]), shared.dense(tensor))
         for name, weight in found.items()
         for role, tensor in factors[name].items()
         if role in WHOLE
     ]
     pairs = [name for name, own in factors.items() if own.keys() - WHOLE.keys()]
-    read = shared.collect(lambda name: lycoris.read_layer(name, found[name], factors[name]), pairs)
-    return [*read, *whole]
+    read = shared.collect(lambda name: lycoris.read_layer(found[name], factors[name]), pairs)
+    return [*zip((found[name].name for name in pairs), read, strict=True), *whole]
 
 
 def render(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import FileError
+from ...deltas import Delta
 from ...layers import Shape
 from ...weight import Weight
 from . import factors as shared
@@ -157,18 +157,11 @@ def _lokr(tensors: Mapping[str, Tensor]) -> Update:
     return Update("lokr", one, two, dims[0] if dims else 0)
 
 
-def read_layer(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> shared.AnyPair:
-    """Build the update of a layer, of one of LyCORIS's kinds or a plain one."""
-    pair: shared.AnyPair
-    try:
-        if (kind := kind_of(tensors)) is not None:
-            shared.check_plain(weight)
-        own = tensors if kind is None else plain_or_dense(kind, tensors, weight.shape)
-    except (RuntimeError, ValueError) as error:
-        raise FileError(f"{name} {error}") from None
-    if isinstance(own, Tensor):
-        pair = shared.dense(weight.name, own)
-    else:
-        pair = shared.read_layer(name, weight, own, shared.plain_factors)
-    pair[1].origin = kind or ""
-    return pair
+def read_layer(weight: Weight, tensors: Mapping[str, Tensor]) -> Delta:
+    """Return the update of a layer, of one of LyCORIS's kinds or a plain one."""
+    shared.check_plain(weight)
+    kind = kind_of(tensors)
+    own = tensors if kind is None else plain_or_dense(kind, tensors, weight.shape)
+    delta = shared.dense(own) if isinstance(own, Tensor) else shared.plain(weight, own)
+    delta.origin = kind or ""
+    return delta

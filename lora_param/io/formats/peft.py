@@ -58,7 +58,7 @@ def parse(
     weights: Outline,
     *,
     mha_out_proj: Literal["twice", "once"] | None = None,
-) -> list[shared.AnyPair]:
+) -> list[shared.Named]:
     """Read an adapter of PEFT's, with its config, and what it has trained whole.
 
     PEFT applies the update of a MultiheadAttention's `out_proj` twice: `mha_out_proj` says to do as
@@ -70,43 +70,39 @@ def parse(
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
     new, base = new_values(rest, config, weights)
     check_heads(new, config, weights)
-    complaints = [*shared.tensors_of_another_base(base, weights)]
-    complaints += shared.incomplete_factors(factors)
-    shared.refuse([*complaints, *costly_patterns(config, factors)])
+    foreign = shared.tensors_of_another_base(base, weights)
+    shared.refuse([*foreign, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError("which rank a target parameter has can't be said without a model")
     found = shared.all_found(places_of_names(factors, weights, config), weights)
-    places = [*found.values()]
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
     conv1d = any(layer_of(type(each)).kind == CONV1D for each in weights.modules.values())
     vague = bool(config.get("fan_in_fan_out")) or conv1d
 
-    def delta(place: Place) -> shared.Pair:
-        A, B = factors[place.name]["A"], factors[place.name]["B"]
-        embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
+    def read(name: str) -> Pair:
+        place, (A, B) = found[name], shared.both_factors(factors[name])
+        embedded = f"{PREFIX}{name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
         twice = mha_out_proj != "once" and place.kind == "out_proj"
-        magnitude = _magnitude(place, factors[place.name], config, transposed)
-        return _delta(place, A, B * 2 if twice else B, config, transposed, magnitude)
+        magnitude = _magnitude(place, factors[name], config, transposed)
+        return _pair(place, A, B * 2 if twice else B, config, transposed, magnitude)
 
-    deltas = shared.collect(delta, places)
-    scales = {place.name: pair.scale for place, (_, pair) in zip(places, deltas, strict=True)}
-    add_biases(new, scales, factors, config, weights)
-    warn(
-        places, weights, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0
-    )
-    return [*deltas, *new.items()]
+    pairs = dict(zip(found, shared.collect(read, found), strict=True))
+    add_biases(new, {name: pair.scale for name, pair in pairs.items()}, factors, config, weights)
+    dropout = config.get("lora_dropout") or 0
+    warn(found.values(), weights, READ_TWICE if mha_out_proj is None else "", dropout)
+    return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *new.items()]
 
 
-def _delta(
+def _pair(
     place: Place,
     A: Tensor,
     B: Tensor,
     config: Config,
     transposed: bool | None,
     magnitude: Tensor | None,
-) -> shared.Pair:
-    """Make a delta of factors that are said to be transposed or not, or raise a `FileError`."""
+) -> Pair:
+    """Make a pair of factors that are said to be transposed or not, or raise a `ValueError`."""
     for reason in refusals(place, idle=place.kind == "alone" and not B.any()):
         raise FileError(reason)
     rank, alpha = rank_and_alpha(config, place.key)
@@ -114,22 +110,20 @@ def _delta(
     if isinstance(place.module, Unknown):
         experts = max(len(A) // max(rank, 1), 1)
     if rank < 1 or len(A) != rank * experts:
-        raise FileError(f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}")
+        raise ValueError(f"has rank {len(A) / experts:g}, by its {CONFIG} {rank}")
     if place.stack and not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
-        raise FileError(f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}")
+        raise ValueError(f"has factors {tuple(A.shape)} and {tuple(B.shape)}")
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
+    dropout = float(config.get("lora_dropout") or 0) if drops(place.weight) else 0.0
+    numbers: dict[str, Any] = {"dropout": dropout, "scaling": scaling(config)}
     if place.stack or experts > 1:
         A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
         B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
         A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
-    else:
-        shared.check_shape(place.name, place.weight.shape, A, B, transposed)
-        A, B = shared.stored_factors(A, B, transposed)
-    dropout = float(config.get("lora_dropout") or 0) if drops(place.weight) else 0.0
-    numbers: dict[str, Any] = {"dropout": dropout, "scaling": scaling(config)}
-    return shared.low_rank(place.weight.name, A, B, alpha, magnitude=magnitude, **numbers)
+        return shared.low_rank(A, B, alpha, magnitude, **numbers)
+    return shared.of_layer(place.weight, A, B, alpha, transposed, magnitude=magnitude, **numbers)
 
 
 def _magnitude(
@@ -140,11 +134,11 @@ def _magnitude(
     if (magnitude is not None) != used:
         has = "no" if used else "a"
         said = f"by its {CONFIG} use_dora={used}"
-        raise FileError(f"{place.name} has {has} lora_magnitude_vector, {said}")
+        raise ValueError(f"has {has} lora_magnitude_vector, {said}")
     if magnitude is None:
         return None
     if place.kind != "layer":
-        raise FileError(f"{place.name}: PEFT has no DoRA but of layers")
+        raise ValueError("PEFT has no DoRA but of layers")
     sizes = [1] * len(place.weight.shape or tensors["A"].shape)
     sizes[bool(transposed)] = -1
     return magnitude.reshape(sizes)
@@ -257,12 +251,12 @@ def _with_whole_attentions(placed: Sequence[Placed], weights: Outline) -> Iterat
     for place, delta in placed:
         A, B = delta.lora_A.detach(), delta.lora_B.detach()
         halved = place.kind == "out_proj"
-        yield place, shared.low_rank("", A, B * 0.5, **delta.numbers)[1] if halved else delta
+        yield place, shared.low_rank(A, B * 0.5, **delta.numbers) if halved else delta
         other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)
         partner = weights.weight(join(place.key, other)) if other else None
         if partner is not None and partner not in held and partner.shape:
             zeros = B.new_zeros(partner.shape[0], delta.rank)
-            idle = shared.low_rank("", A, zeros, **delta.numbers)[1]
+            idle = shared.low_rank(A, zeros, **delta.numbers)
             yield place_of_weight(partner, weights, ()), idle
 
 

@@ -146,7 +146,7 @@ def add_biases(
     for path, bias in biased.items():
         if weights.weight(join(path, "bias")) is None:
             raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
-        name, update = shared.dense(join(path, "bias"), bias * layers[path])
+        name, update = join(path, "bias"), shared.dense(bias * layers[path])
         values = new.get(name)
         new[name] = NewValues(values.V + update.D) if isinstance(values, NewValues) else update
     if biased and not config.get("lora_bias"):
