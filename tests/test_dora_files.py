@@ -172,6 +172,13 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
     register_lora(attention, target="attention", rank=2, kind="dora")
     with pytest.raises(FileError, match="in_proj_weight: PEFT has no DoRA but of layers"):
         save_lora(attention, tmp_path / "attention", format="peft")
+    lengths = {"lora_down.weight": (2, 6), "lora_up.weight": (5, 2), "dora_scale": (1, 6)}
+    tensors = {f"lycoris_0.{role}": torch.rand(shape) for role, shape in lengths.items()}
+    save_file(tensors, tmp_path / "inputs.safetensors")
+    model = nn.Sequential(nn.Linear(6, 5))
+    load_lora(model, tmp_path / "inputs.safetensors")
+    with pytest.raises(FileError, match=r"0\.weight: PEFT has lengths of outputs, not of inputs"):
+        save_lora(model, tmp_path / "inputs", format="peft")
 
 
 def test_a_file_is_summed_up_without_its_model(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ...weight import Weight, join, tensor_names
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
-from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
+from .peft_config import costly_patterns, dropout, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_whole
 
@@ -84,30 +84,29 @@ def parse(
         embedded = f"{PREFIX}{name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
         twice = mha_out_proj != "once" and place.kind == "out_proj"
-        magnitude = _magnitude(place, factors[name], config, transposed)
-        return _pair(place, A, B * 2 if twice else B, config, transposed, magnitude)
+        return _pair(place, factors[name] | {"B": B * 2 if twice else B}, config, transposed)
 
     pairs = dict(zip(found, shared.collect(read, found), strict=True))
     add_biases(new, {name: pair.scale for name, pair in pairs.items()}, factors, config, weights)
-    dropout = config.get("lora_dropout") or 0
-    warn(found.values(), weights, READ_TWICE if mha_out_proj is None else "", dropout)
+    twice = READ_TWICE if mha_out_proj is None else ""
+    warn(found.values(), weights, twice, dropout(config))
     return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *new.items()]
 
 
 def _pair(
-    place: Place,
-    A: Tensor,
-    B: Tensor,
-    config: Config,
-    transposed: bool | None,
-    magnitude: Tensor | None,
+    place: Place, tensors: Mapping[str, Tensor], config: Config, transposed: bool | None
 ) -> Pair:
     """Make a pair of factors that are said to be transposed or not, or raise a `ValueError`."""
-    for reason in refusals(place, idle=place.kind == "alone" and not B.any()):
+    A, B, lengths = tensors["A"], tensors["B"], tensors.get("lora_magnitude_vector")
+    idle = place.kind == "alone" and not B.any()
+    for reason in refusals(place, idle=idle, dora=lengths is not None):
         raise FileError(reason)
+    if (lengths is not None) != (used := bool(config.get("use_dora"))):
+        has = "no" if used else "a"
+        raise ValueError(f"has {has} lora_magnitude_vector, by its {CONFIG} use_dora={used}")
     rank, alpha = rank_and_alpha(config, place.key)
     experts = place.stack[0] if place.stack else 1
-    if isinstance(place.module, Unknown):
+    if isinstance(place.weight.module, Unknown):
         experts = max(len(A) // max(rank, 1), 1)
     if rank < 1 or len(A) != rank * experts:
         raise ValueError(f"has rank {len(A) / experts:g}, by its {CONFIG} {rank}")
@@ -116,32 +115,19 @@ def _pair(
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
-    dropout = float(config.get("lora_dropout") or 0) if drops(place.weight) else 0.0
-    numbers: dict[str, Any] = {"dropout": dropout, "scaling": scaling(config)}
+    numbers: dict[str, Any] = {"scaling": scaling(config)}
+    if drops(place.weight):
+        numbers["dropout"] = dropout(config)
+    if lengths is not None:
+        sizes = [1] * len(place.weight.shape or A.shape)
+        sizes[bool(transposed)] = -1
+        numbers["magnitude"] = lengths.reshape(sizes)
     if place.stack or experts > 1:
         A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
         B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
         A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
-        return shared.low_rank(A, B, alpha, magnitude, **numbers)
-    return shared.of_layer(place.weight, A, B, alpha, transposed, magnitude=magnitude, **numbers)
-
-
-def _magnitude(
-    place: Place, tensors: Mapping[str, Tensor], config: Config, transposed: bool | None
-) -> Tensor | None:
-    """Return DoRA's lengths in the weight's dimensions; `None` where there are none."""
-    magnitude, used = tensors.get("lora_magnitude_vector"), bool(config.get("use_dora"))
-    if (magnitude is not None) != used:
-        has = "no" if used else "a"
-        said = f"by its {CONFIG} use_dora={used}"
-        raise ValueError(f"has {has} lora_magnitude_vector, {said}")
-    if magnitude is None:
-        return None
-    if place.kind != "layer":
-        raise ValueError("PEFT has no DoRA but of layers")
-    sizes = [1] * len(place.weight.shape or tensors["A"].shape)
-    sizes[bool(transposed)] = -1
-    return magnitude.reshape(sizes)
+        return shared.low_rank(A, B, alpha, **numbers)
+    return shared.of_layer(place.weight, A, B, alpha, transposed, **numbers)
 
 
 def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Content:
@@ -154,18 +140,21 @@ def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Co
         (place_of_weight(weight, weights, parameters), pair.plain("lora" if mixed else None))
         for weight, pair in pairs.items()
     ]
-    complaints = [*_lengths_without_place(placed)]
+    complaints = [
+        fault
+        for place, pair in placed
+        for fault in refusals(place, written=True, dora=isinstance(pair, DoRA))
+    ]
+    shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
     placed = [*_with_whole_attentions(placed, weights)]
     places = [place for place, _ in placed]
-    complaints += [fault for place in places for fault in refusals(place, written=True)]
-    shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
     warn(places, weights, "the file holds half of it")
     wrapped = {place.weight.path: place.kind == "layer" for place in places}
     wrapped |= {place.key: False for place in places if place.kind in ("in_proj", "out_proj")}
     plain, said = render_whole(whole, weights, wrapped, about)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in plain.items()}
     for place, delta in placed:
-        infix = "embedding_" if place.layer.kind is nn.Embedding else ""
+        infix = "embedding_" if place.weight.layer.kind is nn.Embedding else ""
         for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
@@ -193,33 +182,23 @@ def _unsayable(placed: Sequence[Placed], weights: Outline) -> Iterator[str]:
         for name in (join(path, tensor) for tensor in tensor_names(module)):
             if not _tails(name).isdisjoint(targets):
                 yield f"{name}: PEFT would adapt it too, because a target's name is its end"
-    if targets and any(place.layer.kind == CONV1D for place, _ in placed):
+    if targets and any(place.weight.layer.kind == CONV1D for place, _ in placed):
         yield f"{min(targets)}: PEFT can't adapt it in one file with a Conv1D"
-    said: dict[str, tuple[int, float]] = {}
-    for place, delta in placed:
-        numbers = delta.rank, delta.alpha
-        if said.setdefault(place.key, numbers) != numbers:
-            yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
-
-
-def _lengths_without_place(placed: Sequence[Placed]) -> Iterator[str]:
-    """Yield which DoRA PEFT has no place for."""
-    others = [place.weight.name for place, delta in placed if not isinstance(delta, DoRA)]
+    others = [place.weight.name for place, pair in placed if not isinstance(pair, DoRA)]
     if others and len(others) < len(placed):
         yield f"{others[0]}: PEFT has one use_dora for all"
-    for place, delta in placed:
-        if not isinstance(delta, DoRA):
-            continue
-        shape = delta.magnitude.shape
-        if place.kind != "layer":
-            yield f"{place.weight.name}: PEFT has no DoRA but of layers"
-        elif shape[place.layer.transposed] != shape.numel():
+    said: dict[str, tuple[int, float]] = {}
+    for place, pair in placed:
+        numbers, m = (pair.rank, pair.alpha), pair.magnitude if isinstance(pair, DoRA) else None
+        if said.setdefault(place.key, numbers) != numbers:
+            yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
+        if m is not None and m.shape[place.weight.layer.transposed] != m.numel():
             yield f"{place.weight.name}: PEFT has lengths of outputs, not of inputs"
 
 
 def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool | None:
     """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
-    facts, shape = facts_of(place.module), place.weight.shape or ()
+    facts, shape = facts_of(place.weight.module), place.weight.shape or ()
     if place.stack:
         if shape[1] != shape[2]:
             return A.shape[1] == shape[1]
@@ -229,19 +208,19 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
         return version < (0, 19, 0) or facts.get("is_transposed") == (version > (0, 19, 0))
-    guessed = not isinstance(place.module, Unknown) and not facts
+    guessed = not isinstance(place.weight.module, Unknown) and not facts
     if place.kind == "layer" and guessed and len(shape) == 2:
         square = shape[0] == shape[1]
         return (None if vague else False) if square else A.shape[1] == shape[0]
-    return place.kind == "layer" and place.layer.kind == CONV1D
+    return place.kind == "layer" and place.weight.layer.kind == CONV1D
 
 
 def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
     A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
-        A, B = (B.mT, A.mT) if facts_of(place.module).get("is_transposed") else (A, B)
+        A, B = (B.mT, A.mT) if facts_of(place.weight.module).get("is_transposed") else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
-    transposed = place.kind == "layer" and place.layer.transposed
+    transposed = place.kind == "layer" and place.weight.layer.transposed
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
@@ -279,7 +258,7 @@ def _config(placed: Sequence[Placed], weights: Outline) -> dict[str, Any]:
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
         "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else listed,
         "target_parameters": [p.weight.name for p, _ in placed if p.kind == "parameter"] or None,
-        "fan_in_fan_out": any(place.layer.kind == CONV1D for place, _ in placed),
+        "fan_in_fan_out": any(place.weight.layer.kind == CONV1D for place, _ in placed),
         "lora_dropout": _common_dropout(placed),
     }
 

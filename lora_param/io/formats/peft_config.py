@@ -104,6 +104,11 @@ def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
     return rank, float(alpha)
 
 
+def dropout(config: Config) -> float:
+    """Return the share of each layer's input that is dropped."""
+    return float(config.get("lora_dropout") or 0)
+
+
 def scaling(config: Config) -> Scaling:
     """Return what alpha is divided by, in our word for it."""
     return "rslora" if config.get("use_rslora") else "lora"
