@@ -215,7 +215,7 @@ def test_the_command_line_resizes_files(tmp_path: Path, capsys: Any) -> None:
     model, (a, _) = saved(tmp_path)
     out = tmp_path / "small.safetensors"
     assert main(["resize", a, "--rank", "1", "--out", str(out)]) == 0
-    assert "first.weight       1" in capsys.readouterr().out
+    assert "first.weight      1" in capsys.readouterr().out
     resize_lora(model, 1, "a")
     with lora_selected(model, "a"):
         want = model(X)
@@ -230,7 +230,7 @@ def test_the_command_line_extracts_checkpoints(tmp_path: Path, capsys: Any) -> N
     base, other = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
     command = ["extract", "--base", str(base), "--tuned", str(other), "--rank", "12"]
     assert main([*command, "--out", str(out)]) == 0
-    assert "norm.bias             -" in capsys.readouterr().out
+    assert "norm.bias            -" in capsys.readouterr().out
     torch.testing.assert_close(outputs(model, out), tuned(X), rtol=0, atol=1e-10)
 
 
@@ -297,7 +297,10 @@ def test_files_of_different_bases_are_refused(tmp_path: Path, capsys: Any) -> No
     [
         (["combine", "{a}", "--out", "{out}"], "a file with its strength"),
         (["combine", "{a}:1", "{a}:2", "--out", "{out}"], "can be given once"),
-        (["combine", "{a}:1", "--out", "{out}", "--rank", "x"], "rank must be a number"),
+        (
+            ["combine", "{a}:1", "--out", "{out}", "--rank", "x"],
+            "rank must be a positive integer, or a share",
+        ),
         (["combine", "{a}:1", "--out", "{out}", "--method", "ties"], "density must satisfy"),
         (["combine", "{a}:nan", "--out", "{out}"], "strength must be a finite number"),
         (["resize", "{a}", "--rank", "0", "--out", "{out}"], "rank must be a positive"),
