@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -128,16 +129,23 @@ def combine(
     for weight, delta, strength in terms:
         delta.check_strength(1 if delta.of_buffers else strength)
         own[weight].append((delta, strength))
-    for weight in own:
-        for other in own if weight.rows is not None else ():
-            if other.whole == weight.whole and other != weight and weight.overlaps(other.rows):
-                fix = "combine adapters of the same blocks"
-                raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
+    for one, other in overlapping(own):
+        fix = "combine adapters of the same blocks"
+        raise AdapterError(f"{one.name}: overlaps {other.name} in part; {fix}")
     made, fits = dict[Weight, Delta](), list[Fit]()
     for weight, deltas in progress(list(own.items()), "combining"):
         made[weight], fit = _combined(weight, deltas, method, rank, density, generator)
         fits += [] if weight.is_buffer else [fit]
     return made, fits
+
+
+def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
+    """Yield pairs of blocks of one tensor that have rows in common."""
+    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        blocks[weight.whole].append(weight)
+    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
+    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
 def _check_options(method: object, rank: Rank | None, density: float | None) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checks import check_weights
+from ...combine import overlapping
 from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
 from ...deltas.protocol import FLOATS, show_dtypes
@@ -59,11 +59,7 @@ FORMATS = (
 )
 """A file is recognised by one row."""
 
-WRITTEN = {
-    row.name: row
-    for row in sorted(FORMATS, key=lambda row: row.name)
-    if hasattr(row.module, "render")
-}
+WRITTEN = {row.name: row for row in FORMATS if hasattr(row.module, "render")}
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,9 @@ class AdapterFile:
         deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
         check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        fitting, lowered, faults = Deltas(), dict[str, Delta](), list[str](_overlaps(found))
+        pairs = overlapping(found.values())
+        faults = [f"{one.name} and {other.name} overlap" for one, other in pairs]
+        fitting, lowered = Deltas(), dict[str, Delta]()
         places = {
             n: (order[w.whole.name], w.rows.parts if w.rows else ()) for n, w in found.items()
         }
@@ -258,13 +256,3 @@ def _known(delta: Delta, weight: Weight) -> Delta:
         return delta
     known = weight.like
     return delta if known.is_meta else delta.added_to(whole(known), weight.is_buffer)
-
-
-def _overlaps(found: Mapping[str, Weight]) -> Iterator[str]:
-    """Complain of what changes the same rows of one weight twice."""
-    blocks: defaultdict[str, list[Weight]] = defaultdict(list)
-    for weight in found.values():
-        blocks[weight.whole.name].append(weight)
-    for one, other in (pair for own in blocks.values() for pair in combinations(own, 2)):
-        if one.overlaps(other.rows):
-            yield f"{one.name} and {other.name} overlap"
