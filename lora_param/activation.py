@@ -122,33 +122,35 @@ def space_of(module: nn.Module, name: str) -> str:
 
 
 def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
-    """Say whether to compute with the sum of a weight and its deltas, in which nothing is lost.
-
-    By cost where that costs fewer multiplications, of `T` positions and a weight `[out, in]`:
-    `T (rank + PASS) (in + out) + CALLS` against `(rank + run.forming) in out` in a forward; a
-    backward has twice as many, and for the weight's gradient `T in out` more. So but for the calls
-    a sum is formed only where it is smaller than the layer's input and output together.
-    """
+    """Say whether to compute with the sum of a weight and its deltas, in which nothing is lost."""
     if plan.dropping and any(delta.training for delta in plan.dropping):
         return False
     if not (positions := run.positions()):
         return False
     if plan.space != "weight":
-        size, rows = weight.numel(), weight.shape[0]
-        sides = rows + size // rows
-        saved = positions * (max(plan.rank, run.narrowest) + PASS) * sides + CALLS
-        saved -= (plan.rank + run.forming) * size
-        if torch.is_grad_enabled() and not weight.requires_grad:
-            saved -= positions * size // 3
-            for delta in itertools.chain(*plan.acting):
-                flags = {
-                    each.requires_grad for each in delta._parameters.values() if each is not None
-                }
-                if len(flags) > 1:  # of one factor alone the gradient needs no input
-                    return False
-        if saved <= 0:
+        trained = torch.is_grad_enabled() and not weight.requires_grad
+        once, each = _saved(weight.shape, plan.rank, run.__class__, trained)
+        if once + positions * each <= 0:
             return False
+        for delta in itertools.chain(*plan.acting) if trained else ():
+            flags = {each.requires_grad for each in delta._parameters.values() if each is not None}
+            if len(flags) > 1:  # of one factor alone the gradient needs no input
+                return False
     return is_exact(run.x, weight)
+
+
+@functools.lru_cache(maxsize=1024)
+def _saved(shape: torch.Size, rank: int, run: Any, trained: bool) -> tuple[int, int]:
+    """Count the multiplications that a sum saves in a forward: at once, and for each position.
+
+    Of `T` positions and a weight `[out, in]`, the output's update takes `CALLS` and
+    `T (rank + PASS) (in + out)`, the sum `(rank + run.forming) in out`; a backward has twice as
+    many, and for the weight's gradient `T in out` more. So but for the calls a sum is formed only
+    where it is smaller than the layer's input and output together.
+    """
+    size, rows = shape.numel(), shape[0]
+    each = (max(rank, run.narrowest) + PASS) * (rows + size // rows)
+    return CALLS - (rank + run.forming) * size, each - trained * size // 3
 
 
 def _acting(
@@ -182,6 +184,19 @@ def _acting(
         if any(_misfits(delta, weight, layer) for run in plan.acting for delta in run):
             return None
     return weight, plan
+
+
+def formed(module: nn.Module, name: str, chain: nn.Module, routed: bool) -> Any:
+    """Return a weight as its chain makes it; deltas that are off, however many, cost nothing."""
+    record = module.__dict__.get("_lora")
+    if routed or not record or torch.compiler.is_compiling() or _is_watched(chain, ()):
+        return chain()
+    switched, entries = Switched.switched, tuple(chain._modules.values())
+    known = record.on.get(name)
+    if not known or known[0] is not switched or known[1] != entries:
+        on = [each for each in entries if not isinstance(each, Delta) or each.enabled]
+        known = record.on[name] = switched, entries, on
+    return run_through(known[2], originals_of(chain))
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:

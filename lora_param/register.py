@@ -229,7 +229,9 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
 
 def take_off(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], undo: ExitStack) -> None:
     """Detach deltas, and thaw what was frozen for their sake alone."""
-    for weight, delta in pairs:
-        weight.detach(delta, undo)
+    deltas = dict.fromkeys(delta for _, delta in pairs)
+    for weight in dict.fromkeys(weight.whole for weight, _ in pairs):
+        weight.detach(deltas, undo)
+    for delta in deltas:
         let_go(delta, undo)
     thaw(walk, undo)

@@ -197,8 +197,8 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     check_present(walk(model, "base_state_dict"), "base_state_dict")
     twin = _twin(model, {})
     with ExitStack() as undo:
-        for weight, delta in Walk(twin).deltas:
-            weight.detach(delta, undo)
+        for weight in dict.fromkeys(weight.whole for weight, _ in Walk(twin).deltas):
+            weight.detach(set(weight.deltas), undo)
         return twin.state_dict()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -165,10 +165,10 @@ class Weight:
         module._buffers.pop(name, None)
         object.__setattr__(module, "__class__", parametrized_class(base, tuple(chains)))
 
-    def detach(self, delta: Delta, undo: ExitStack) -> None:
-        """Take a delta off the chain; without its last delta the module is as it was found."""
+    def detach(self, deltas: Collection[nn.Module], undo: ExitStack) -> None:
+        """Take deltas off the chain; without its last delta the module is as it was found."""
         chain = chains_of(self.module)[self.tensor]
-        if remaining := [entry for entry in self.chain if entry is not delta]:
+        if remaining := [entry for entry in self.chain if entry not in deltas]:
             self._keep(undo)
             chain._modules.clear()
             chain._modules.update({str(index): entry for index, entry in enumerate(remaining)})
@@ -223,8 +223,8 @@ def _laid_out_anew(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     weights = [Weight("", module, name) for name in chains_of(module)]
     pairs = [(weight, delta) for weight in weights for delta in weight.deltas]
     with ExitStack() as undo:
-        for weight, delta in pairs:
-            weight.detach(delta, undo)
+        for weight in weights:
+            weight.detach(set(weight.deltas), undo)
         undo.pop_all()
         try:
             yield "", module

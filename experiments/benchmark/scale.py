@@ -88,7 +88,7 @@ def by_adapters(size: int, path: Path) -> Calls:
         "the first step with it": lambda: model(x).sum().backward(),
         "a further step": lambda: model(x).sum().backward(),
         "disable_lora": lambda: lp.disable_lora(model),
-        "inference with none": lambda: model(x),
+        "the first inference with none": lambda: model(x),
         "fingerprint": lambda: lp.fingerprint(model),
         "lora_summary": lambda: str(lp.lora_summary(model)),
         "save_lora, one of them": lambda: lp.save_lora(model, path, adapter="n0"),
