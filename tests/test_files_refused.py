@@ -61,7 +61,7 @@ BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]]
     "format": (
         lambda model: None,
         {"format": "zip"},
-        "format must be one of \\['kohya', 'native', 'peft'\\], got 'zip'",
+        "format must be one of \\['native', 'peft', 'kohya'\\], got 'zip'",
     ),
     "option": (lambda model: None, {"colour": 1}, "native takes .*got colour"),
     "name without bytes": (
