@@ -23,7 +23,7 @@ from lora_param import (
     select_lora,
 )
 from lora_param.io import convert_file
-from lora_param.io.values import difference
+from lora_param.io.formats.peft_whole import difference
 
 from .cases import shake
 from .peft_cases import (

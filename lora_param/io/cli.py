@@ -19,8 +19,7 @@ from ..summary import aligned, show_alpha
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .combination import combine_files, extract_checkpoint, resize_file
 from .formats import WRITTEN
-from .plot import plot_summary
-from .summary import FileSummary, UpdateSummary, file_summary
+from .summary import FileSummary, UpdateSummary, file_summary, plot_summary
 from .tensors import AnyPath
 
 PROGRAM = "lora-param"

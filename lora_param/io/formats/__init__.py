@@ -24,10 +24,9 @@ from ...state import NUMBERS
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, outline_of_tensors
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
-from ..values import NewValues
 from . import diffusers, kohya, loralib, native, peft
-from .blocks import joined
-from .factors import warn_of_statistics
+from .factors import joined, warn_of_statistics
+from .peft_whole import NewValues
 
 Deltas = dict[Weight, Delta]
 """An adapter: its deltas by their weights."""

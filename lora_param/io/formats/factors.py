@@ -1,4 +1,4 @@
-"""What foreign formats share: keys to modules, factors to the matrix view, refusals in one list."""
+"""What foreign formats share: keys to modules, factors to the matrix view, all faults in a list."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,8 +16,10 @@ from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
 from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import Shape
+from ...lowrank import summed
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
+from ..tensors import shortened
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
@@ -74,9 +77,9 @@ def dense(added: Tensor) -> DenseDelta:
 
 def warn_of_statistics(format: str, names: Sequence[str]) -> None:
     """Warn of the statistics that a format has no place for."""
-    more = f" and {len(names) - 3:,} more" * bool(names[3:])
     reason = f"{format}'s files have no place for a norm's statistics"
     fix = "train the whole norms too, or keep a native file"
+    more = f" and {len(names) - 3:,} more" * bool(names[3:])
     warnings.warn(f"{reason}: left out are {', '.join(names[:3])}{more}; {fix}", stacklevel=6)
 
 
@@ -173,3 +176,49 @@ def plain(weight: Weight, tensors: Mapping[str, Tensor]) -> Pair:
     scaled = float(alpha.item()) or float(len(A))
     magnitude = tensors.get("dora_scale")
     return of_layer(weight, A, B, scaled, weight.layer.transposed, magnitude=magnitude)
+
+
+def joined(format: str, deltas: Mapping[Weight, Delta]) -> dict[Weight, Delta]:
+    """Return deltas with a weight's low-rank blocks as one pair of all of it, and warn of its size.
+
+    What can't be one, a dense block or one whose features are no side of the matrix, stays.
+    """
+    blocks, result = defaultdict[Weight, list[LoRAParametrization]](list), dict[Weight, Delta]()
+    for weight, delta in deltas.items():
+        whole = weight.whole
+        joins = weight.rows and (delta.dim == 0 or whole.view == whole.shape)
+        if joins and isinstance(delta, LoRAParametrization):
+            blocks[weight := whole].append(delta)
+        result[weight] = delta
+    pairs = {whole: _side_by_side(whole.shape or (), own) for whole, own in blocks.items()}
+    for whole, own in blocks.items():
+        if len({delta.dropout for delta in own}) > 1:
+            reason = f"its blocks differ in dropout, and are written with {pairs[whole].dropout:g}"
+            warnings.warn(f"{whole.name}: {reason}", stacklevel=5)
+    if pairs:
+        both = chain(*blocks.values()), pairs.values()
+        listed = shortened([whole.name for whole in pairs])
+        kept, size = (sum(p.lora_A.numel() + p.lora_B.numel() for p in own) for own in both)
+        warnings.warn(
+            f"the format {format} has no blocks of rows: those of {listed} are "
+            f"written as one pair each, of their ranks' sum, with {size:,} numbers for {kept:,}; "
+            "where these are trained on, the zeros among them won't stay zero",
+            stacklevel=5,
+        )
+    return result | pairs
+
+
+def _side_by_side(shape: Shape, blocks: Sequence[LoRAParametrization]) -> Pair:
+    """Put blocks side by side: a factor has zeros where the others' rows are."""
+    pairs = list[tuple[Tensor, Tensor, float]]()
+    for delta in blocks:
+        A, B, rows = delta.lora_A.detach(), delta.lora_B.detach() * delta.scale, delta.rows
+        if rows and delta.dim in (0, max(len(shape) - 2, 0)):
+            B = rows.spread(B, B.ndim - 2, shape[delta.dim])
+        elif rows:
+            A = rows.spread(A, A.ndim - 1, shape[delta.dim])
+        pairs.append((A, B, 1.0))
+    A, B, _ = summed(pairs)
+    pair = low_rank(A, B, A.shape[-2], dropout=min(delta.dropout for delta in blocks))
+    pair.strength = blocks[0].strength
+    return pair
