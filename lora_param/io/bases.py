@@ -56,15 +56,11 @@ def open_checkpoint(path: Path) -> Iterator[Base]:
         yield Base(files, _each_once(path, {key: plain_name(key) for key in files}))
 
 
-Both = tuple[AdapterFile, Base, Outline, Deltas]
-"""An open adapter's file and its base, the base's outline, and the deltas as they fit it."""
-
-
 @contextmanager
 def open_both(
     path: AnyPath, base: AnyPath | None, prefix: str | None, options: Mapping[str, Any]
-) -> Iterator[Both]:
-    """Open an adapter's file, and if there is one the checkpoint that it was trained on.
+) -> Iterator[tuple[AdapterFile, Base, Outline, Deltas]]:
+    """Open an adapter's file and the base that it was trained on; yield the deltas as they fit it.
 
     Where the model's names begin with a `prefix` that the checkpoint's lack, or the other way
     round, it is found or given. Without a base an outline is what the file itself says.

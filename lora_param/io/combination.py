@@ -77,18 +77,14 @@ def extract_lora(
             own = stack.enter_context(open_checkpoint(Path(tuned))).tensors
         elif isinstance(tuned, nn.Module):
             own = {weight.name: weight.value for weight, _ in walk(tuned, "extract_lora").tensors}
+        elif isinstance(tuned, Mapping) and all(isinstance(t, Tensor) for t in tuned.values()):
+            own = {plain_name(name): tensor for name, tensor in tuned.items()}
         else:
-            own = _plain(tuned)
+            rule = "tuned must be a module, a state dict of tensors or a path"
+            raise LoRAError(f"{rule}, got {type(tuned).__name__}")
         pairs, fits = differences(found, own, rank, adapter, target, exclude)
     install(found, pairs, freeze)
     return fits
-
-
-def _plain(tensors: Any) -> dict[str, Tensor]:
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        got = type(tensors).__name__
-        raise LoRAError(f"tuned must be a module, a state dict of tensors or a path, got {got}")
-    return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def combine_files(

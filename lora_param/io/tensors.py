@@ -62,10 +62,6 @@ class Entry(NamedTuple):
     end: int
 
 
-Header = tuple[Mapping[str, str], Mapping[str, Entry], str]
-"""A file's metadata, its tensors' entries, and the fault for which it is no safetensors file."""
-
-
 def entry_of(name: str, tensor: Tensor) -> Entry:
     """Say what the header of a file says that holds a tensor alone."""
     if tensor.dtype not in CODES:
@@ -73,8 +69,8 @@ def entry_of(name: str, tensor: Tensor) -> Entry:
     return Entry(CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
 
 
-def _header(path: Path, file: BinaryIO) -> Header:
-    """Read an open file's header, its entries in the order of their bytes."""
+def _header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, Entry], str]:
+    """Read an open file's metadata, its entries in the order of their bytes, and its fault."""
     try:
         with safe_open(path, "pt"):  # holds sizes, shapes and places against the file
             start = 8 + int.from_bytes(file.read(8), "little")

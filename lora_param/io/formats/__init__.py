@@ -19,7 +19,6 @@ from ...deltas.pair import Pair
 from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError
 from ...progress import progress
-from ...sharding import whole
 from ...state import NUMBERS
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, outline_of_tensors
@@ -124,7 +123,8 @@ class AdapterFile:
             )
         if weights.unknown:
             return {found[name]: delta for name, delta in deltas.items()}
-        deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
+        for name, delta in deltas.items():
+            deltas[name] = delta.added_to(found[name]) if isinstance(delta, NewValues) else delta
         check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
         pairs = overlapping(found.values())
@@ -247,11 +247,3 @@ def _misfit(delta: Delta, weight: Weight | None) -> str | None:
     if delta.rows != weight.rows:
         return f"its rows are [{delta.rows or ':'}], by its name [{weight.rows or ':'}]"
     return delta.misfit(weight.shape or (), weight.view)
-
-
-def _known(delta: Delta, weight: Weight) -> Delta:
-    """Turn new values that fit to what is added to the weight."""
-    if not isinstance(delta, NewValues) or _misfit(delta, weight):
-        return delta
-    known = weight.like
-    return delta if known.is_meta else delta.added_to(whole(known), weight.is_buffer)

@@ -100,7 +100,11 @@ def plain_or_dense(
         A = _through_core(wide["lora_mid"], wide["A"].flatten(1)).to(dtype)
         kept = {} if alpha is None else {"alpha": alpha}
         return {"A": _with_kernel(A, shape), "B": wide["B"].to(dtype), **kept, **lengths}
-    update = _loha(wide) if kind == "loha" else _lokr(wide)
+    if kind == "loha":
+        one, two = (_side(wide, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
+        update = Update("loha", one, two, len(wide["hada_w1_b"]))
+    else:
+        update = _lokr(wide)
     (fan_out, fan_in), rank = update.shape, update.rank
     if shape is not None and (fan_out, fan_in) != (shape[0], math.prod(shape[1:])):
         raise ValueError(f"is a {kind} of {fan_out}x{fan_in} for a weight of {shape}")
@@ -135,11 +139,6 @@ def _with_kernel(A: Tensor, shape: Shape | None) -> Tensor:
 def _side(tensors: Mapping[str, Tensor], name: str, core: str) -> Pair:
     a, b = tensors[f"{name}_a"], tensors[f"{name}_b"].flatten(1)
     return (a.T, _through_core(tensors[core], b)) if core in tensors else (a, b)
-
-
-def _loha(tensors: Mapping[str, Tensor]) -> Update:
-    one, two = (_side(tensors, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
-    return Update("loha", one, two, len(tensors["hada_w1_b"]))
 
 
 def _lokr(tensors: Mapping[str, Tensor]) -> Update:

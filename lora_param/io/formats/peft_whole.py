@@ -15,7 +15,7 @@ from ...deltas import Delta, DenseDelta, StatisticsDelta
 from ...deltas.protocol import Shape
 from ...errors import FileError, TargetError
 from ...rows import Rows
-from ...sharding import is_sharded
+from ...sharding import is_sharded, whole
 from ...weight import Weight, join
 from ..outline import LINEARS, Outline, class_name
 from ..tensors import About, Config
@@ -61,11 +61,14 @@ class NewValues(Delta):
         """Return none: what is added isn't known."""
         return torch.zeros(0)
 
-    def added_to(self, tensor: Tensor, is_buffer: bool) -> Delta:
-        """Return what is added to the tensor, of a buffer what stands in its place."""
-        if is_buffer:
-            return StatisticsDelta.restore({"S": self.V.to(tensor.dtype)}, {})
-        delta = DenseDelta.restore({"D": difference(self.V, tensor)}, {})
+    def added_to(self, weight: Weight) -> Delta:
+        """Return what is added to a weight that is known, of a buffer what stands in its place."""
+        old = weight.like
+        if old.is_meta or self.rows != weight.rows or old.shape != self.V.shape:
+            return self
+        if weight.is_buffer:
+            return StatisticsDelta.restore({"S": self.V.to(old.dtype)}, {})
+        delta = DenseDelta.restore({"D": difference(self.V, whole(old))}, {})
         delta.rows = self.rows
         return delta
 
