@@ -147,6 +147,7 @@ def test_statistics_that_moved_are_extracted() -> None:
         (lambda s: None, {"rank": 0}, LoRAError, "rank must be a positive integer"),
         (lambda s: None, {"adapter": "a.b"}, AdapterError, "without dots"),
         (lambda s: None, {"tuned": 3}, LoRAError, "must be a module, a state dict of tensors or"),
+        (lambda s: None, {"tuned": {"a": 3}}, LoRAError, "or a path, got dict"),
         (lambda s: None, {"tuned": "nowhere.safetensors"}, FileError, "nowhere.safetensors"),
         (lambda s: None, {"tuned": None}, LoRAError, "there is no difference"),
     ],
