@@ -171,7 +171,7 @@ def _combined(
 ) -> tuple[Delta, Fit]:
     first, name, view = terms[0][0], weight.name, weight.view
     if len(terms) == 1 and first.of_buffers:
-        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
+        tensors = {part: tensor.clone() for part, tensor in first.tensors().items()}
         return first.made_of(tensors, first.numbers), Fit(name, None, 0.0)
     if odd := [delta for delta, _ in terms if not delta.adds]:
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
@@ -199,7 +199,7 @@ def _product_sum(
     first, limit = terms[0][0], min(view[-2:])
     if len(terms) == 1 and rank is None:  # keeps its factors' bits
         numbers = first.numbers | {"alpha": first.alpha * terms[0][1], "dropout": 0.0}
-        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
+        tensors = {part: tensor.clone() for part, tensor in first.tensors().items()}
         return _alike(first, first.restore(tensors, numbers)), Fit(name, first.rank, 0.0)
     product = summed([(d.lora_A.double(), d.lora_B.double(), d.scale * s) for d, s in terms])
     if rank is not None or product.A.shape[-2] > limit:
@@ -226,13 +226,7 @@ def _alike(like: Delta, delta: Delta) -> Delta:
 def _update(delta: Delta, shape: Shape) -> Tensor:
     """Return what a delta adds to a weight of a shape at strength 1, in float64."""
     zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
-    return _alike(delta, delta.restore(_tensors(delta), delta.numbers)).value(zeros)
-
-
-def _tensors(delta: Delta) -> dict[str, Tensor]:
-    return {
-        name: each.detach() for name, each in (*delta.named_parameters(), *delta.named_buffers())
-    }
+    return _alike(delta, delta.restore(delta.tensors(), delta.numbers)).value(zeros)
 
 
 def _dtype(terms: Terms) -> torch.dtype:

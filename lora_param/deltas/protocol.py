@@ -145,10 +145,14 @@ class Delta(Switched):
         """Return which dimension of a tensor of its lies along one of the weight's, if any does."""
         return dim
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its parameters and buffers, detached, by name."""
+        tensors = cast("dict[str, Tensor]", {**self._parameters, **self._buffers})
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
     def gathered(self) -> Delta:
         """Return it with tensors that are whole, itself if they are."""
-        tensors = {**self._parameters, **self._buffers}
-        if mesh_of(tensors.values()) is None:
+        if mesh_of((tensors := self.tensors()).values()) is None:
             return self
         return self.made_of({name: whole(each) for name, each in tensors.items()}, self.numbers)
 

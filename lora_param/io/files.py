@@ -25,7 +25,6 @@ from ..walk import Walk, walk
 from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
-from .formats.native import tensors_of
 from .outline import Outline, outline_of_model
 from .tensors import About, AnyPath, check_strings, shortened
 
@@ -184,7 +183,7 @@ def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Wei
     for weight, delta in progress(list(deltas.items()), "loading"):
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{weight.name} is on the meta device; load when the model has values")
-        tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
+        tensors = {part: t.to(device, copy=True) for part, t in delta.tensors().items()}
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
         copy.adapter = adapter
         pairs.append((weight, copy))

@@ -13,7 +13,6 @@ from ..errors import FileError, LoRAError
 from ..layers import Shape
 from ..progress import progress
 from .bases import open_both
-from .formats.native import tensors_of
 from .tensors import AnyPath, explained
 
 
@@ -87,7 +86,7 @@ def file_summary(
 def _measured(
     name: str, delta: Delta, shape: Shape | None, base_norm: float | None
 ) -> UpdateSummary:
-    tensors = tensors_of(delta)
+    tensors = delta.tensors()
     if shape is None:  # of a file that doesn't say it
         shape = tuple(next(iter(tensors.values())).shape)
         if "lora_B" in tensors:

@@ -230,7 +230,7 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
     if not deltas:
         yield "there is no adapter in it"
     for name, delta in progress(list(deltas.items()), "checking the factors"):
-        tensors = list(native.tensors_of(delta).values())
+        tensors = list(delta.tensors().values())
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1 or not (dtypes <= set(FLOATS) or delta.of_buffers):
             allowed, got = show_dtypes(*FLOATS), show_dtypes(*(each.dtype for each in tensors))

@@ -30,6 +30,12 @@ LAYOUTS = {
 }
 """Which tensors a kind has, in each of its layouts, without what they begin with."""
 
+PRODUCTS = {
+    "loha": ("oi,oi->oi", "oa,ob->oab", "ai,bi->abi"),
+    "lokr": ("oi,pj->opij", "oa,pb->opab", "ai,bj->abij"),
+}
+"""A kind's product of two matrices, and of their factors B and A."""
+
 LARGEST = 2**31  # elements: a file of a few bytes may mean any number
 
 Pair = tuple[Tensor, Tensor]
@@ -59,15 +65,14 @@ class Update(NamedTuple):
 
     def pair(self) -> Pair:
         """Return plain factors of it, exact but for the rounding of one product an element."""
-        (B1, A1), (B2, A2) = self.one, self.two
-        if self.kind == "lokr":
-            return _kron(B1, B2), _kron(A1, A2)
-        return (B1[:, :, None] * B2[:, None]).flatten(1), (A1[:, None] * A2).flatten(0, 1)
+        (B1, A1), (B2, A2), (_, of_B, of_A) = self.one, self.two, PRODUCTS[self.kind]
+        B = torch.einsum(of_B, B1, B2).reshape(self.shape[0], -1)
+        return B, torch.einsum(of_A, A1, A2).reshape(self.rank, -1)
 
     def matrix(self) -> Tensor:
         """Return it as a matrix."""
         one, two = self.one[0] @ self.one[1], self.two[0] @ self.two[1]
-        return _kron(one, two) if self.kind == "lokr" else one * two
+        return torch.einsum(PRODUCTS[self.kind][0], one, two).reshape(self.shape)
 
 
 def kind_of(roles: Mapping[str, Tensor]) -> str | None:
@@ -118,12 +123,6 @@ def plain_or_dense(
     scale = 1.0 if alpha is None or not update.dim else alpha.item() / update.dim or 1.0
     added = (update.matrix() * scale).to(dtype)
     return added if shape is None else added.view(shape)
-
-
-def _kron(one: Tensor, two: Tensor) -> Tensor:
-    """Return Kronecker's product; torch's own fails on strides of sides of one."""
-    product = one[:, None, :, None] * two[None, :, None, :]
-    return product.reshape(one.shape[0] * two.shape[0], -1)
 
 
 def _through_core(core: Tensor, down: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from ...errors import FileError
 from ...frozen import digest_of
 from ...progress import progress
 from ...rows import Rows
-from ...state import NUMBERS
 from ...weight import Weight
 from ..outline import Outline, facts_of
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
@@ -119,17 +118,12 @@ def parse(
 def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     """Build one weight's delta; what its kind doesn't know must not go unheard."""
     delta = KINDS[spec["kind"]].restore(tensors, spec["numbers"])
-    unknown = tensors.keys() - tensors_of(delta).keys()
+    unknown = tensors.keys() - delta.tensors().keys()
     if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
         raise FileError(f"unexpected: {min(unknown):.80}")
     delta.rows = Rows.read(spec["rows"]) if "rows" in spec else None
     delta.strength = spec.get("strength", 1.0)
     return delta
-
-
-def tensors_of(delta: Delta) -> dict[str, Tensor]:
-    """Return a delta's tensors by the names that it has for them."""
-    return {name: tensor for name, tensor in delta.state_dict().items() if name != NUMBERS}
 
 
 def render(
@@ -158,7 +152,7 @@ def render(
             if len(name) > LONGEST_NAME / 2:  # of many rows, whose block gets a number
                 name = f"{name.removesuffix(f'[{delta.rows}]')}[{len(specs)}]"
         specs[name] = spec
-        tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in delta.tensors().items()}
     layers = {weight.path: facts_of(weight.module) for weight in deltas}
     record = {
         "version": VERSION,

@@ -20,7 +20,6 @@ from ...weight import Weight, join
 from ..outline import LINEARS, Outline, class_name
 from ..tensors import About, Config
 from . import factors as shared
-from . import native
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 OF_TOKENS = "PEFT trains rows of an embedding, or of a linear layer without bias"
@@ -248,7 +247,7 @@ def _value(weight: Weight, delta: Delta) -> Tensor:
     if (tensor := weight.like).is_meta or is_sharded(tensor):
         fix = "convert a native file with the base, by --base"
         raise FileError(f"{weight.name}: PEFT keeps its new values; {fix}")
-    full = delta.made_of(native.tensors_of(delta), delta.numbers)
+    full = delta.made_of(delta.tensors(), delta.numbers)
     full.strength = 1.0  # as the pairs beside it are written
     return full.value(tensor.detach()).detach()
 
