@@ -52,7 +52,8 @@ def open_checkpoint(path: Path) -> Iterator[Base]:
         files: dict[str, OpenFile] = {}
         for shard in _shards(path):
             opened = stack.enter_context(open_file(shard))
-            files |= dict.fromkeys(opened.keys, opened)
+            names = opened.tensors if opened.fault else opened.entries
+            files |= dict.fromkeys(names, opened)
         yield Base(files, _each_once(path, {key: plain_name(key) for key in files}))
 
 

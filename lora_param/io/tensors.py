@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -134,11 +134,6 @@ class OpenFile:
     def strings(self) -> dict[str, str]:
         """Those beside its tensors, without the one that transformers asks for."""
         return {key: text for key, text in self.metadata.items() if key != "format"}
-
-    @property
-    def keys(self) -> Collection[str]:
-        """The names of its tensors, in the order of their bytes."""
-        return (self.tensors if self.fault else self.entries).keys()
 
     def entry(self, key: str) -> Entry:
         """Say what a header says of a tensor, also of one in a pickle."""

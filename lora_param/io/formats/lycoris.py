@@ -99,12 +99,10 @@ def plain_or_dense(
     """
     dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
     wide = {role: tensor.double() for role, tensor in tensors.items()}
-    alpha = wide.pop("alpha", None)
-    lengths = {role: tensors[role] for role in ("dora_scale",) if role in tensors}
+    kept = {role: tensors[role] for role in ("alpha", "dora_scale") if role in tensors}
     if kind == "tucker":
-        A = _through_core(wide["lora_mid"], wide["A"].flatten(1)).to(dtype)
-        kept = {} if alpha is None else {"alpha": alpha}
-        return {"A": _with_kernel(A, shape), "B": wide["B"].to(dtype), **kept, **lengths}
+        A = _through_core(wide["lora_mid"], wide["A"].flatten(1))
+        return kept | {"A": _with_kernel(A.to(dtype), shape), "B": wide["B"].to(dtype)}
     if kind == "loha":
         one, two = (_side(wide, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
         update = Update("loha", one, two, len(wide["hada_w1_b"]))
@@ -116,13 +114,15 @@ def plain_or_dense(
     size = rank * (fan_out + fan_in)
     if min(size, fan_out * fan_in) > LARGEST:
         raise ValueError(f"is a {kind} of {fan_out}x{fan_in}, which is too large to be a weight's")
-    if size < fan_out * fan_in or lengths:  # which scale a sum, and so need it in two parts
+    if not update.dim:
+        kept.pop("alpha", None)
+    if size < fan_out * fan_in or "dora_scale" in kept:  # which scales a sum, so its two parts
+        if "alpha" in kept:
+            kept["alpha"] = wide["alpha"] * (rank / update.dim)
         B, A = update.pair()
-        scaled = {} if alpha is None or not update.dim else {"alpha": alpha * (rank / update.dim)}
-        return {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype), **scaled, **lengths}
-    scale = 1.0 if alpha is None or not update.dim else alpha.item() / update.dim or 1.0
-    added = (update.matrix() * scale).to(dtype)
-    return added if shape is None else added.view(shape)
+        return kept | {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype)}
+    scale = wide["alpha"].item() / update.dim or 1.0 if "alpha" in kept else 1.0
+    return (update.matrix() * scale).to(dtype).reshape(shape or update.shape)
 
 
 def _through_core(core: Tensor, down: Tensor) -> Tensor:
