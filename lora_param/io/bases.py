@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +71,9 @@ def open_both(
         weights = file.outline
         if base is not None:
             plain = stack.enter_context(open_checkpoint(Path(base)))
-            names = _renamed(plain.names, prefix, lambda: _adapted(file, options))
+            if prefix is None:
+                prefix = _prefix(plain.names, _adapted(file, options))
+            names = _with_prefix(plain.names, prefix)
             found = Base(plain.files, _each_once(Path(base), names))
             weights = outline_of_tensors(found.tensors, file.about.layers)
         yield file, found, weights, file.fit(weights, **options)
@@ -110,19 +112,13 @@ def _shards(path: Path) -> list[Path]:
     return [path.with_name(name) for name in dict.fromkeys(names.values())]
 
 
-def _renamed(
-    plain: Mapping[str, str], prefix: str | None, adapted_names: Callable[[], Set[str]]
-) -> dict[str, str]:
-    """Give a checkpoint's tensors the model's names."""
-    if prefix is not None:
-        return _with_prefix(plain, prefix)
-    held, adapted = {*plain.values()}, adapted_names()
-    first = next(iter(adapted), "")
-    prefixes = {first.removesuffix(name) for name in held if first.endswith(f".{name}")}
-    prefixes |= {name.removesuffix(first) for name in held if first and name.endswith(f".{first}")}
-    choices = [dict(plain), *(_with_prefix(plain, each) for each in sorted(prefixes))]
-    counts = [len(adapted & {*names.values()}) for names in choices]
-    return choices[counts.index(max(counts))]
+def _prefix(plain: Mapping[str, str], adapted: Set[str]) -> str:
+    """Return the prefix with which, or without, most adapted weights are a checkpoint's."""
+    names, first = plain.values(), next(iter(adapted), "")
+    prefixes = {first.removesuffix(name) for name in names if first.endswith(f".{name}")}
+    prefixes |= {name.removesuffix(first) for name in names if first and name.endswith(f".{first}")}
+    choices = ["", *sorted(prefixes)]
+    return max(choices, key=lambda each: len(adapted & {*_with_prefix(plain, each).values()}))
 
 
 def _with_prefix(plain: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -16,7 +16,6 @@ from ..chains import type_before
 from ..errors import TargetError
 from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, Shape, layer_of
 from ..rows import split_rows
-from ..targets import nearest
 from ..walk import Walk
 from ..weight import Weight, join
 
@@ -117,10 +116,6 @@ class Outline:
         """Return the `weight` of the first module that there may be."""
         found = (self.weight(join(path, "weight")) for path in paths)
         return next(filter(None, found), None)
-
-    def nearest(self, name: str) -> str:
-        """Quote up to three names of weights that are the most like one."""
-        return nearest(name, self.weights)
 
 
 UNKNOWN = Outline(unknown=True)

@@ -20,6 +20,7 @@ from ...deltas.protocol import FLOATS, show_dtypes
 from ...errors import FileError, LoRAError
 from ...progress import progress
 from ...state import NUMBERS
+from ...targets import nearest
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, outline_of_tensors
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
@@ -115,10 +116,11 @@ class AdapterFile:
         found = {name: w for name in deltas if (w := weights.weight(name)) is not None}
         if missing := [name for name in deltas if name not in found]:
             called = f" of {self.about.base_name}" if self.about.base_name else ""
+            near = nearest(missing[0], weights.weights)
             raise FileError(
                 f"{self.path}: an adapter's file holds only changes to its base, the weights"
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
-                f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
+                f"{shortened(missing)}; the nearest to the first are {near}"
                 f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
         if weights.unknown:

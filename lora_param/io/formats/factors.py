@@ -17,6 +17,7 @@ from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import Shape
 from ...lowrank import summed
+from ...targets import nearest
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
 from ..tensors import shortened
@@ -107,7 +108,7 @@ def group_factors(
 def all_found(found: Mapping[str, Item | None], weights: Outline) -> dict[str, Item]:
     """Return what names in a file find, or raise for those that find no module."""
     if names := [name for name, each in found.items() if each is None]:
-        near = weights.nearest(names[0])
+        near = nearest(names[0], weights.weights)
         refuse([f"no module for {', '.join(names)}; the nearest to the first are {near}"])
     return {name: each for name, each in found.items() if each is not None}
 

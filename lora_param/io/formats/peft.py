@@ -87,7 +87,10 @@ def parse(
         return _pair(place, factors[name] | {"B": B * 2 if twice else B}, config, transposed)
 
     pairs = dict(zip(found, shared.collect(read, found), strict=True))
-    add_biases(new, {name: pair.scale for name, pair in pairs.items()}, factors, config, weights)
+    biases = {
+        name: own["bias"] * pairs[name].scale for name, own in factors.items() if "bias" in own
+    }
+    add_biases(new, biases, config, weights)
     twice = READ_TWICE if mha_out_proj is None else ""
     warn(found.values(), weights, twice, dropout(config))
     return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *new.items()]
@@ -208,8 +211,7 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
         return version < (0, 19, 0) or facts.get("is_transposed") == (version > (0, 19, 0))
-    guessed = not isinstance(place.weight.module, Unknown) and not facts
-    if place.kind == "layer" and guessed and len(shape) == 2:
+    if place.kind == "layer" and not facts and len(shape) == 2:  # is guessed
         square = shape[0] == shape[1]
         return (None if vague else False) if square else A.shape[1] == shape[0]
     return place.kind == "layer" and place.weight.layer.kind == CONV1D

@@ -182,23 +182,18 @@ def _render_tokens(
 
 
 def add_biases(
-    new: dict[str, Delta],
-    layers: Mapping[str, float],
-    factors: shared.Factors,
-    config: Config,
-    weights: Outline,
+    new: dict[str, Delta], biases: Mapping[str, Tensor], config: Config, weights: Outline
 ) -> None:
-    """Add the updates' own biases to the layers', by paths with their scales."""
-    biased = {path: factors[path]["bias"] for path in layers if "bias" in factors[path]}
-    for path, bias in biased.items():
+    """Add the updates' own biases, by paths, to the layers'."""
+    for path, bias in biases.items():
         if weights.weight(join(path, "bias")) is None:
             raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
-        name, update = join(path, "bias"), shared.dense(bias * layers[path])
+        name, update = join(path, "bias"), shared.dense(bias)
         values = new.get(name)
         new[name] = NewValues(values.V + update.D) if isinstance(values, NewValues) else update
-    if biased and not config.get("lora_bias"):
+    if biases and not config.get("lora_bias"):
         reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
-        warnings.warn(f"{', '.join(biased)}: {reason}", stacklevel=5)
+        warnings.warn(f"{', '.join(biases)}: {reason}", stacklevel=5)
 
 
 def render_whole(
