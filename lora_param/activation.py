@@ -16,12 +16,9 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
-from .ops import is_exact
+from .ops import PLAIN, is_exact, is_unseen
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
-
-PLAIN = (Tensor, nn.Parameter)
-"""Types whose results can be changed in place whatever the change is."""
 
 PASS, CALLS = 8, 200_000
 """How many multiplications a pass over an element of an input or output costs, on a CPU, and the
@@ -72,9 +69,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         weight, plan = found
         if routing is not None and routing.rows > 1:
             x = routing.places.spread(self, x)
-        # A transform, or a mode that keeps results, must see no result change.
-        seen = traced or torch._C._are_functorch_transforms_active()
-        in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
+        in_place = is_unseen(weight)
         at_work = run(self, x, layer.transposed, in_place)
         at_work.weight, at_work.acting, at_work.routing = weight, plan.acting, routing
         if in_place and plan.rank and routing is None and _is_summed(plan, weight, at_work):
@@ -103,7 +98,7 @@ def acts(module: nn.Module, name: str) -> bool:
         return False
     if chain is None:
         return True
-    plan = _plan(chain, layer)
+    plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
     return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
 
@@ -114,7 +109,8 @@ def space_of(module: nn.Module, name: str) -> str:
         return "weight"
     if (chain := chains_of(module).get(name)) is None:
         return "activation"
-    plan, original = _plan(chain, layer_of(type_before(module))), originals_of(chain)[0]
+    original = originals_of(chain)[0]
+    plan = _plan(chain, layer_of(type_before(module)), tuple(chain._modules.values()))
     if plan.space == "weight":
         return "weight"
     counted = plan.rank and type(original) in PLAIN and is_exact(original, original)
@@ -165,9 +161,10 @@ def _acting(
     plan: Plan | None = None if traced or not record else record.plan
     if routing is not None:
         plan = None if traced else routing.plans.get(chain)
-    entries = tuple(chain._modules.values())
+    entries = chain.__dict__.get("acting") if routing is None else None
+    entries = tuple(chain._modules.values()) if entries is None else entries
     if not plan or plan.switched is not Switched.switched or plan.entries != entries:
-        plan = _plan(chain, layer, routing)
+        plan = _plan(chain, layer, entries, routing)
         if routing is not None:
             routing.plans[chain] = plan
         elif record and not traced:
@@ -207,9 +204,8 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
     return False
 
 
-def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
+def _plan(chain: Any, layer: Layer, entries: Any, routing: Routing | None = None) -> Plan:
     switched = Switched.switched  # before any switch is looked at, which may change meanwhile
-    entries = tuple(chain._modules.values())
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []
@@ -217,8 +213,9 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
         if isinstance(each, Delta) and not _is_on(each, routing):
             continue
         can_act = isinstance(each, Delta) and each.has_own("act")
-        if routing is not None and routing.rows > 1:
-            can_act = can_act and each.has_own("routes")
+        if can_act and routing is not None and routing.rows > 1:
+            before = [*itertools.chain(*runs)]
+            can_act = each.has_own("routes") and each.routes(routing, before, layer.transposed)
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             return Plan(switched, entries, entries[:first], (), "weight")
         if runs and type(runs[-1][0]) is type(each):

@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from .chains import type_before
+from .places import is_traced
 from .quantised import as_beneath, is_packed, logical
 from .rows import Rows
+
+PLAIN = (Tensor, nn.Parameter)
+"""Types whose results can be changed in place whatever the change is."""
 
 COPY = 100
 """How many tokens' products a copy of a row's factors costs: 8 adapters pay from about 16 on."""
@@ -277,6 +281,10 @@ class EmbeddingRun(_Run):
             return values
         return torch.where((self.x == self.pad).unsqueeze(1), values.detach(), values)
 
+    def by_row(self, low: Tensor, table: Tensor) -> Tensor:
+        """Return the same as of any layer; padding gives no gradient."""
+        return self.across(super().by_row(low, table))
+
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return `[rows, rank]` and `[rank, width]`."""
         return B, A
@@ -311,6 +319,16 @@ def is_exact(x: Tensor, weight: Tensor) -> bool:
     if _precision is None:
         return torch.get_float32_matmul_precision() == "highest"
     return {_precision("mkldnn", kind) for kind in ("matmul", "conv")} <= {"none", "ieee"}
+
+
+def is_unseen(weight: Tensor) -> bool:
+    """Say whether nothing but autograd would see a result of a weight's change in place.
+
+    A transform, a trace or a mode that keeps results must not; a subclass may not be able to.
+    """
+    if is_traced() or type(weight) not in PLAIN:
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def repeated(table: Tensor, size: int) -> Tensor:

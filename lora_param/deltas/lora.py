@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
-from .pair import Pair
+from ..ops import is_unseen
+from .pair import Pair, joined
 
 
 class LoRAParametrization(Pair):
@@ -65,7 +66,6 @@ class LoRAParametrization(Pair):
 
     kind = "lora"
     adds = True
-    routes = True
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -77,27 +77,34 @@ class LoRAParametrization(Pair):
 
         In bfloat16 that rounding loses what is smaller than about 1/256 of the weight's entry.
         """
-        dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
-        update = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
-        value: Tensor = weight + update.view_as(weight) * self._factor()
-        return value.to(weight.dtype)
+        A, B = self._both
+        dtype, factor = torch.promote_types(weight.dtype, A.dtype), self._factor()
+        update = B.to(dtype) @ A.to(dtype)
+        if type(factor) is float and weight.is_contiguous() and is_unseen(weight):
+            value = update.mul_(factor).add_(weight.view_as(update))  # with the same bits
+        else:
+            value = weight + update.view_as(weight) * factor
+        return value.view_as(weight).to(weight.dtype)
 
     def sum(self, weight: Tensor) -> Tensor:
         """Return the same within rounding, of float32 or float64 in one pass."""
         A, B = self._both
         if self.rows is not None or A.dtype != weight.dtype or not weight.is_contiguous():
             return cast("Tensor", self(weight))
-        factor, flat = self.scale * self._places[-1].switch.strength, weight.dim() == 2
-        matrix = weight if flat else weight.view(weight.shape[0], -1)
+        factor, flat = self.scale * self._switch.strength, weight.dim() == 2
+        matrix = weight if flat else weight.flatten(1)
         value = torch.addmm(matrix, B, A, alpha=factor)
-        return value if flat else value.view(weight.shape)
+        return value if flat else value.view_as(weight)
+
+    def routes(self, *how: Any) -> bool:
+        """Say that rows may differ in any way."""
+        return True
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
 
         Those of `others` that meet the same input are one product: all that drop nothing of it, and
-        the blocks of one adapter; where rows differ, with the low columns weighed by row,
-        `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`.
+        the blocks of one adapter; where rows differ, all that drop as much.
         """
         routing = run.routing
         if routing is None and not others:
@@ -106,7 +113,7 @@ class LoRAParametrization(Pair):
             inner, outer = run.factors(
                 *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
             )
-            factor = self.scale * self._places[-1].switch.strength  # without a call more
+            factor = self.scale * self._switch.strength  # without a call more
             return run.up(y, run.down(x, inner), outer, factor)
         routed = routing is not None and routing.rows > 1
         mixing = not routed or routing.choices is None  # else those that drop alike never meet
@@ -117,23 +124,9 @@ class LoRAParametrization(Pair):
                 pair
             )
         for (_, dropout), pairs in meeting.items():
-            As, Bs = zip(
-                *(
-                    run.whole(
-                        p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim
-                    )
-                    for p in pairs
-                ),
-                strict=True,
-            )
-            kept = F.dropout(x, dropout) if dropout else x
-            if routed and (chosen := run.chosen(pairs, As)) is not None:
-                y = run.gathered(y, kept, As, Bs, *chosen)
-                continue
-            # [sum of ranks, fan_in] and [fan_out, the same]
-            inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
-            low = run.down(kept, inner)
-            if routed:
-                low = run.by_row(low, routing.table(pairs, [len(A) for A in As], low))
-            y = run.up(y, low, outer, 1.0)
+            factors = [
+                run.whole(p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim)
+                for p in pairs
+            ]
+            y = joined(y, F.dropout(x, dropout) if dropout else x, run, pairs, factors)
         return y

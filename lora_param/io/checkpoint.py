@@ -46,7 +46,6 @@ def check_checkpoint(
         FileError: Not all are equal, or the file doesn't say its base's bits.
 
     Example:
-        >>> from lora_param.io import check_checkpoint
         >>> check_checkpoint("adapter.safetensors", "base.pt")
         2
     """
@@ -96,7 +95,6 @@ def merge_checkpoint(
         FileError: The files don't belong together, or a merged weight would not be finite.
 
     Example:
-        >>> from lora_param.io import merge_checkpoint
         >>> merge_checkpoint("adapter.safetensors", "base.pt", "merged.safetensors")
         (1, 2)
     """
@@ -162,7 +160,6 @@ def convert_file(
         LoRAError: A format doesn't know an option.
 
     Example:
-        >>> from lora_param.io import convert_file
         >>> convert_file("adapter.safetensors", "for_peft", "peft")
         ['0.weight']
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_model
+from ..checks import Need, walk
 from ..combine import Fit, Method, combine, resized
 from ..deltas.protocol import check_adapter
 from ..errors import FileError, LoRAError
@@ -18,7 +18,7 @@ from ..lowrank import Rank, check_rank_or_share
 from ..progress import progress
 from ..register import install
 from ..targets import Target
-from ..walk import Walk, walk
+from ..walk import Walk
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
@@ -68,8 +68,7 @@ def extract_lora(
         >>> [(fit.weight, fit.rank) for fit in extract_lora(model, tuned, rank=0.99)]
         [('weight', 1)]
     """
-    found = walk(model, "extract_lora")
-    check_model(found, "extract_lora")
+    found = walk(model, "extract_lora", Need.CHANGE)
     check_adapter(adapter)
     check_rank_or_share(rank)
     with ExitStack() as stack:
@@ -150,7 +149,7 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
         deltas, fits = file.fit(weights), list[Fit]()
         for weight, delta in progress(list(deltas.items()), "resizing"):
             if "rank" in delta.numbers:
-                deltas[weight], fit = resized(weight.name, delta, weight.view, rank)
+                deltas[weight], fit = resized(weight, delta, rank)
                 fits.append(fit)
         if not fits:
             raise LoRAError(f"{path}: there is no pair of factors to resize")

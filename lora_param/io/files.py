@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..chains import type_before
 from ..deltas import Delta, StatisticsDelta
-from ..deltas.protocol import check_adapter
+from ..deltas.protocol import check_adapter, tensors_of
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
 from ..progress import progress
@@ -21,7 +21,7 @@ from ..register import install
 from ..sharding import alike, mesh_of
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
-from ..walk import Walk, walk
+from ..walk import Walk
 from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
@@ -72,8 +72,7 @@ def save_lora(
         >>> load_lora(torch.nn.Linear(3, 2), "adapter.safetensors", base="ignore")
         ['weight']
     """
-    found = walk(model, "save_lora")
-    checks.check_present(found, "save_lora")
+    found = checks.walk(model, "save_lora", checks.Need.ADAPTERS)
     pairs = checks.deltas_called(found, adapter)
     names = sorted({delta.adapter for _, delta in pairs})
     if len(names) > 1:
@@ -137,7 +136,7 @@ def load_lora(
             `base="require"` belongs to another base. The model is as it was.
         LoRAError: A weight can't be adapted, or an argument is bad.
     """
-    found = walk(model, "load_lora")
+    found = checks.walk(model, "load_lora")
     if type(freeze) is not bool or type(trainable) is not bool:
         raise LoRAError(f"freeze and trainable must be bools, got {freeze!r} and {trainable!r}")
     if base not in ("require", "warn", "ignore"):
@@ -148,7 +147,8 @@ def load_lora(
             adapter = file.about.adapter if adapter is None else adapter
             check_adapter(adapter)
             own = {weight: delta for weight, delta in found.deltas if delta.adapter == adapter}
-            checks.check_model(found, "load_lora", changes=not own)
+            need = checks.Need.ADAPTERS if own else checks.Need.CHANGE
+            checks.check_model(found, "load_lora", need)
             if trainable:
                 checks.check_trainable(found)
             weights = outline_of_model(found)
@@ -183,7 +183,7 @@ def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Wei
     for weight, delta in progress(list(deltas.items()), "loading"):
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{weight.name} is on the meta device; load when the model has values")
-        tensors = {part: t.to(device, copy=True) for part, t in delta.tensors().items()}
+        tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
         copy.adapter = adapter
         pairs.append((weight, copy))

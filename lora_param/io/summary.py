@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..deltas import Delta
+from ..deltas.protocol import tensors_of
 from ..errors import FileError, LoRAError
 from ..layers import Shape
 from ..progress import progress
@@ -65,7 +66,6 @@ def file_summary(
             doesn't fit the base.
 
     Example:
-        >>> from lora_param.io import file_summary
         >>> summary = file_summary("adapter.safetensors")
         >>> summary.format, summary.weights[0].shape, summary.parameters
         ('native', (2, 3), 5)
@@ -86,7 +86,7 @@ def file_summary(
 def _measured(
     name: str, delta: Delta, shape: Shape | None, base_norm: float | None
 ) -> UpdateSummary:
-    tensors = delta.tensors()
+    tensors = tensors_of(delta)
     if shape is None:  # of a file that doesn't say it
         shape = tuple(next(iter(tensors.values())).shape)
         if "lora_B" in tensors:
@@ -116,7 +116,6 @@ def plot_summary(summary: FileSummary, out: AnyPath) -> None:
         FileError: The picture can't be written, or not in the format that its name says.
 
     Example:
-        >>> from lora_param.io import file_summary, plot_summary
         >>> plot_summary(file_summary("adapter.safetensors", "base.pt"), "adapter.png")
     """
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ...deltas import KINDS, Delta
+from ...deltas.protocol import tensors_of
 from ...errors import FileError
 from ...frozen import digest_of
 from ...progress import progress
@@ -118,7 +119,7 @@ def parse(
 def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     """Build one weight's delta; what its kind doesn't know must not go unheard."""
     delta = KINDS[spec["kind"]].restore(tensors, spec["numbers"])
-    unknown = tensors.keys() - delta.tensors().keys()
+    unknown = tensors.keys() - tensors_of(delta).keys()
     if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
         raise FileError(f"unexpected: {min(unknown):.80}")
     delta.rows = Rows.read(spec["rows"]) if "rows" in spec else None
@@ -152,7 +153,7 @@ def render(
             if len(name) > LONGEST_NAME / 2:  # of many rows, whose block gets a number
                 name = f"{name.removesuffix(f'[{delta.rows}]')}[{len(specs)}]"
         specs[name] = spec
-        tensors |= {f"{name}.{part}": tensor for part, tensor in delta.tensors().items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
     layers = {weight.path: facts_of(weight.module) for weight in deltas}
     record = {
         "version": VERSION,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...deltas import Delta, DenseDelta, StatisticsDelta
-from ...deltas.protocol import Shape
+from ...deltas.protocol import Shape, tensors_of
 from ...errors import FileError, TargetError
 from ...rows import Rows
 from ...sharding import is_sharded, whole
@@ -55,10 +55,6 @@ class NewValues(Delta):
         """Say that they are of another shape, if they are."""
         got = tuple(self.V.shape)
         return None if got == shape else f"its new values are {got}, should be {shape}"
-
-    def singular_values(self, shape: Shape) -> Tensor:
-        """Return none: what is added isn't known."""
-        return torch.zeros(0)
 
     def added_to(self, weight: Weight) -> Delta:
         """Return what is added to a weight that is known, of a buffer what stands in its place."""
@@ -242,7 +238,7 @@ def _value(weight: Weight, delta: Delta) -> Tensor:
     if (tensor := weight.like).is_meta or is_sharded(tensor):
         fix = "convert a native file with the base, by --base"
         raise FileError(f"{weight.name}: PEFT keeps its new values; {fix}")
-    full = delta.made_of(delta.tensors(), delta.numbers)
+    full = delta.made_of(tensors_of(delta), delta.numbers)
     full.strength = 1.0  # as the pairs beside it are written
     return full.value(tensor.detach()).detach()
 
