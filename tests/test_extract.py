@@ -200,7 +200,7 @@ def outputs(model: nn.Module, path: Path) -> Tensor:
 def test_the_command_line_combines_files(tmp_path: Path, capsys: Any) -> None:
     model, (a, b) = saved(tmp_path)
     out = tmp_path / "ab.safetensors"
-    assert main(["combine", f"{a}:0.7", f"{b}:-0.3", "--out", str(out)]) == 0
+    assert main(["combine", f"{a}:.7", f"{b}:-0.3", "--out", str(out), "--rank", "+8"]) == 0
     assert "first.weight" in capsys.readouterr().out
     combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
     with lora_selected(model, "ab"):
@@ -320,8 +320,8 @@ def test_files_of_different_bases_are_refused(tmp_path: Path, capsys: Any) -> No
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["combine", "{a}", "--out", "{out}"], "a file with its strength"),
-        (["combine", "{a}:1", "{a}:2", "--out", "{out}"], "can be given once"),
+        (["combine", "{a}", "--out", "{out}"], "give each file once, with its strength"),
+        (["combine", "{a}:1", "{a}:2", "--out", "{out}"], "give each file once"),
         (
             ["combine", "{a}:1", "--out", "{out}", "--rank", "x"],
             "rank must be a positive integer, or a share",

@@ -165,9 +165,7 @@ def convert_file(
     """
     check_apart(Path(out), *(Path(each) for each in (path, base) if each))
     with open_both(path, base, base_prefix, options or {}) as (file, _, weights, deltas):
-        if weights.unknown:
-            fix = "give the checkpoint that it was trained on with --base"
-            raise FileError(f"{file.unsaid}; {fix}")
+        file.check_said(weights, "give the checkpoint that it was trained on with --base")
         write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
     return [weight.name for weight in deltas]
 

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from json import dumps, loads
 from pathlib import Path
@@ -83,15 +84,12 @@ def merge(*, file: Path, base: Path, out: Path, **options: Any) -> None:
 def combine(*, files: list[str], out: Path, **options: Any) -> None:
     """Combine adapters' files, each with a strength, into one of our own."""
     strengths: dict[AnyPath, float] = {}
-    for place, said in enumerate(files):
+    for said in files:
         path, _, strength = said.rpartition(":")
-        try:
-            strengths[path] = float(strength)
-        except ValueError:
-            rule = "a file with its strength, such as a.safetensors:0.7"
-            raise LoRAError(f"each must be {rule}, got {said}") from None
-        if not path or len(strengths) <= place:
-            raise LoRAError(f"each file can be given once, with its strength, got {said}")
+        if not path or path in strengths or isinstance(_value(strength), str):
+            rule = "each file once, with its strength, such as a.safetensors:0.7"
+            raise LoRAError(f"give {rule}, got {said}")
+        strengths[path] = _value(strength)
     _print_fits(out, combine_files(strengths, out, **options))
 
 
@@ -137,11 +135,11 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Return what is written as JSON, or text that isn't."""
-    try:
-        return loads(text)
-    except (ValueError, RecursionError):
-        return text
+    """Return what is written as JSON or as a number, or text that is neither."""
+    for read in (loads, int, float):
+        with suppress(ValueError, RecursionError):
+            return read(text)
+    return text
 
 
 class _Parser(argparse.ArgumentParser):

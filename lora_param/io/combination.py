@@ -121,13 +121,13 @@ def _common(files: list[AdapterFile]) -> tuple[Outline, About]:
     """Return what files say of the one base that they have, or raise a `FileError`."""
     base, shapes, layers = dict[str, str](), dict[str, Any](), dict[str, Any]()
     for file in files:
-        if file.outline.unknown:
-            raise FileError(f"{file.unsaid}; convert it to native with --base first")
+        file.check_said(file.outline, "convert it to native with --base first")
         about = file.about
         if other := [n for n, digest in about.base.items() if base.get(n, digest) != digest]:
             reason = "is of another base than those in front of it"
             raise FileError(f"{file.path}: {reason}: {shortened(other)}")
-        base, shapes = {**base, **about.base}, {**shapes, **about.shapes}
+        base |= about.base
+        shapes |= about.shapes
         layers |= about.layers
     first = files[0].about
     name = first.model if all(each.about.model == first.model for each in files) else ""

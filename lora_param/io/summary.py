@@ -13,6 +13,7 @@ from ..deltas.protocol import tensors_of
 from ..errors import FileError, LoRAError
 from ..layers import Shape
 from ..progress import progress
+from ..weight import Weight
 from .bases import open_both
 from .tensors import AnyPath, explained
 
@@ -77,17 +78,15 @@ def file_summary(
         about, updates = file.about, []
         for weight, delta in progress(list(deltas.items()), "measuring"):
             norm = None if base is None else weight.like.double().norm().item()
-            updates.append(_measured(weight.name, delta, weight.shape, norm))
+            updates.append(_measured(weight, delta, norm))
     return FileSummary(
         file.format.name, about.base_name, about.adapter, dict(about.metadata), tuple(updates)
     )
 
 
-def _measured(
-    name: str, delta: Delta, shape: Shape | None, base_norm: float | None
-) -> UpdateSummary:
-    tensors = tensors_of(delta)
-    if shape is None:  # of a file that doesn't say it
+def _measured(weight: Weight, delta: Delta, base_norm: float | None) -> UpdateSummary:
+    tensors, name = tensors_of(delta), weight.name
+    if (shape := weight.shape) is None:  # of a file that doesn't say it
         shape = tuple(next(iter(tensors.values())).shape)
         if "lora_B" in tensors:
             shape = (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])

@@ -194,10 +194,9 @@ def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
         raise FileError(
             f"{path}: no state dict that can be read safely: damaged, or more than tensors"
         ) from None
-    for name in ("state_dict", "model_state_dict", "model") if isinstance(content, dict) else ():
-        if isinstance(content.get(name), dict):  # a training's checkpoint
-            content = content[name]
-            break
+    if isinstance(content, dict):  # of a training's checkpoint what is inside
+        inner = map(content.get, ("state_dict", "model_state_dict", "model"))
+        content = next((each for each in inner if isinstance(each, dict)), content)
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(value, Tensor)
         for key, value in content.items()

@@ -77,10 +77,11 @@ class AdapterFile:
         about = self.about
         return outline_of_tensors(about.shapes, about.layers) if about.shapes else UNKNOWN
 
-    @property
-    def unsaid(self) -> str:
-        """What to say where that is nothing."""
-        return f"{self.path}: the format {self.format.name} doesn't say what its weights are"
+    def check_said(self, outline: Outline, fix: str) -> None:
+        """Raise where it isn't known what the weights are."""
+        if outline.unknown:
+            reason = f"the format {self.format.name} doesn't say what its weights are"
+            raise FileError(f"{self.path}: {reason}; {fix}")
 
     def parse(self, weights: Outline, /, **options: Any) -> dict[str, Delta]:
         """Read the deltas by name; each is whole in itself, whether it fits isn't known."""
