@@ -166,7 +166,7 @@ class Chain(ParametrizationList):
         # invalidate any graph that has saved the original.
         nn.Module.__init__(self)
         table: Any = self._parameters if isinstance(original, nn.Parameter) else self._buffers
-        table["original"], self.training = original, training
+        table["original"], self.__dict__["training"] = original, training
 
     def forward(self) -> Tensor:
         """Return the weight that they make of the original."""
