@@ -16,7 +16,7 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
-from .ops import PLAIN, is_exact, is_unseen
+from .modes import PLAIN, is_exact
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
@@ -33,6 +33,7 @@ class Plan(NamedTuple):
 
     switched: object
     entries: tuple[nn.Module, ...]
+    on: tuple[nn.Module, ...]
     in_front: tuple[nn.Module, ...]
     acting: Runs
     space: str  # "weight" too where no other can be
@@ -64,35 +65,44 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         bias = chains_of(self).get("bias") if routing is not None else None
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
             return in_weight_space(self, *args, **kwargs)
-        if not (found := _acting(self, layer, traced, routing)):
+        if not (found := acting(self, "weight", layer, traced, routing)):
             return in_weight_space(self, *args, **kwargs)
         weight, plan = found
         if routing is not None and routing.rows > 1:
             x = routing.places.spread(self, x)
-        in_place = is_unseen(weight)
+        # As `is_unseen`, without a call more.
+        seen = traced or torch._C._are_functorch_transforms_active()
+        in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)
-        at_work.weight, at_work.acting, at_work.routing = weight, plan.acting, routing
-        if in_place and plan.rank and routing is None and _is_summed(plan, weight, at_work):
-            for delta in itertools.chain(*plan.acting):
-                weight = delta.sum(weight)
-            return at_work.result(at_work.base(weight))
-        if plan.space == "weight":
-            return in_weight_space(self, *args, **kwargs)
-        if routing is not None and routing.rows > 1:
+        at_work.routing = routing
+        if routing is not None and routing.rows > 1 and plan.space != "weight":
             at_work.rows_in = routing.places.dim_of(self, x, len(at_work.batch))
-        y = at_work.base(weight)
-        for first, *others in plan.acting:
-            y = first.act(y, at_work.x, at_work, others)
-        return at_work.result(y)
+        y = computed(at_work, weight, plan)
+        return in_weight_space(self, *args, **kwargs) if y is None else y
 
     return forward
+
+
+def computed(run: Any, weight: Tensor, plan: Plan) -> Any:
+    """Return the output of a layer at work with its deltas; `None` for one in weight space."""
+    run.weight, run.acting = weight, plan.acting
+    if run.in_place and plan.rank and run.routing is None and _is_summed(plan, weight, run):
+        for delta in itertools.chain(*plan.acting):
+            weight = delta.sum(weight)
+        return run.result(run.base(weight))
+    if plan.space == "weight":
+        return None
+    y = run.base(weight)
+    for first, *others in plan.acting:
+        y = first.act(y, run.x, run, others)
+    return run.result(y)
 
 
 def acts(module: nn.Module, name: str) -> bool:
     """Say whether a module can compute a tensor's deltas, and one more, in activation space."""
     base = type_before(module)
     layer, chain = layer_of(base), chains_of(module).get(name)
-    if name != "weight" or not layer.run or not computes_as_its_row(base):
+    if not layer.runs(name) or not computes_as_its_row(base):
         return False
     if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
         return False
@@ -148,25 +158,17 @@ def _saved(shape: torch.Size, rank: int, run: Any, trained: bool) -> tuple[int, 
     return CALLS - (rank + run.forming) * size, each - trained * size // 3
 
 
-def _acting(
-    module: nn.Module, layer: Layer, traced: bool, routing: Routing | None
+def acting(
+    module: nn.Module, name: str, layer: Layer, traced: bool, routing: Routing | None
 ) -> tuple[Tensor, Plan] | None:
     """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
     chains: Any = module._modules.get("parametrizations")  # gone, where a shallow copy's twin left
-    if chains is None or (chain := chains._modules.get("weight")) is None:
+    if chains is None or (chain := chains._modules.get(name)) is None:
         return None
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
-    plan: Plan | None = None if traced or not record else record.plan
-    if routing is not None:
-        plan = None if traced else routing.plans.get(chain)
-    entries = tuple(chain._modules.values())
-    if not plan or plan.switched is not Switched.switched or plan.entries != entries:
-        plan = _plan(chain, layer, routing)
-        if routing is not None:
-            routing.plans[chain] = plan
-        elif record and not traced:
-            record.plan = plan
+    plans = {} if traced or not record else record.plans if routing is None else routing.plans
+    plan = _known_plan(chain, layer, name if routing is None else chain, plans, routing)
     if not plan.acting and (traced or routing is not None):
         return None
     if plan.space == "weight" and not plan.rank:
@@ -186,12 +188,17 @@ def formed(module: nn.Module, name: str, chain: nn.Module, routed: bool) -> Any:
     record = module.__dict__.get("_lora")
     if routed or not record or torch.compiler.is_compiling() or _is_watched(chain, ()):
         return chain()
-    switched, entries = Switched.switched, tuple(chain._modules.values())
-    known = record.on.get(name)
-    if not known or known[0] is not switched or known[1] != entries:
-        on = [each for each in entries if not isinstance(each, Delta) or each.enabled]
-        known = record.on[name] = switched, entries, on
-    return run_through(known[2], originals_of(chain))
+    plan = _known_plan(chain, layer_of(type(module)), name, record.plans)
+    return run_through(plan.on, originals_of(chain))
+
+
+def _known_plan(
+    chain: Any, layer: Layer, key: Any, plans: dict[Any, Plan], routing: Routing | None = None
+) -> Plan:
+    plan, entries = plans.get(key), tuple(chain._modules.values())
+    if not plan or plan.switched is not Switched.switched or plan.entries != entries:
+        plan = plans[key] = _plan(chain, layer, routing)
+    return plan
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:
@@ -205,17 +212,16 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
 def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     switched = Switched.switched  # before any switch is looked at, which may change meanwhile
     entries = tuple(chain._modules.values())
+    on = tuple(each for each in entries if not isinstance(each, Delta) or _is_on(each, routing))
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []
-    for each in entries[first:]:
-        if isinstance(each, Delta) and not _is_on(each, routing):
-            continue
+    for each in on[first:]:
         can_act = isinstance(each, Delta) and each.has_own("act")
         if routing is not None and routing.rows > 1:
             can_act = can_act and each.has_own("routes")
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
-            return Plan(switched, entries, entries[:first], (), "weight")
+            return Plan(switched, entries, on, entries[:first], (), "weight")
         if runs and type(runs[-1][0]) is type(each):
             runs[-1] += (each,)
         else:
@@ -224,11 +230,11 @@ def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
     space = min((delta.space for delta in acting), key=SPACES.index, default="auto")
     dropping = tuple(delta for delta in acting if delta.numbers.get("dropout"))
     space = "auto" if dropping and space == "weight" else space  # in which nothing can be dropped
-    rank, counted = 0, all(delta.width for delta in acting)
+    rank, counted = 0, layer.run is not None and all(delta.width for delta in acting)
     # What is in front runs once in a forward, of which some move a state of theirs.
     if counted and layer.run.forming and space in (("auto",) if first else ("auto", "weight")):
         rank = sum(delta.width for delta in acting)
-    return Plan(switched, entries, entries[:first], tuple(runs), space, rank, dropping)
+    return Plan(switched, entries, on, entries[:first], tuple(runs), space, rank, dropping)
 
 
 def _is_on(delta: Delta, routing: Routing | None) -> bool:

@@ -108,6 +108,10 @@ class Layer:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Methods that an adapted module has in place of its own, made from its class."""
 
+    def runs(self, name: str) -> bool:
+        """Say whether a tensor of its own is one that `run` computes with."""
+        return self.run is not None and any(fnmatch.fnmatchcase(name, g) for g in self.tensors)
+
     def features_of(self, shape: Shape, is_transposed: bool = False) -> int:
         """Return which dimension of a tensor counts output features; some stacks say theirs."""
         if is_transposed and self.features == -2:
@@ -126,12 +130,12 @@ LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embeddi
 STACKS = Layer(nn.Module, ("*",), stack, features=-2, default=False)
 
 TABLE: tuple[Layer, ...] = (
-    Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
+    Layer(nn.modules.linear.NonDynamicallyQuantizableLinear, run=LinearRun),  # of an attention
     Layer(nn.Linear, run=LinearRun),
     *(Layer(kind, run=ConvolutionRun, suits=_is_ungrouped) for kind in CONVOLUTIONS),
     *(Layer(kind, features=1) for kind in TRANSPOSED_CONVOLUTIONS),
     Layer(nn.Bilinear),
-    Layer(nn.MultiheadAttention, ATTENTION, rereads=True, rows_of=MASKS),
+    Layer(nn.MultiheadAttention, ATTENTION, run=LinearRun, rereads=True, rows_of=MASKS),
     Layer(nn.RNNBase, ("weight_*",), rereads=True, rows_of={"hx": -2, 1: -2}),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, features=1, run=LinearRun),

@@ -13,16 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from .chains import type_before
-from .places import is_traced
 from .quantised import as_beneath, is_packed, logical
 from .rows import Rows
-
-PLAIN = (Tensor, nn.Parameter)
-"""Types whose results can be changed in place whatever the change is."""
 
 COPY = 100
 """How many tokens' products a copy of a row's factors costs: 8 adapters pay from about 16 on."""
@@ -301,30 +297,6 @@ class EmbeddingRun(_Run):
             low = torch.cat([low.masked_fill(padded, 0), own], 1)  # [lookups, 2 rank]
             outer = torch.cat([outer, outer.detach()])
         return plus(y, low.to(y.dtype), outer, scale, self.in_place)
-
-
-_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch 2.9 on
-
-
-def is_exact(x: Tensor, weight: Tensor) -> bool:
-    """Say whether a product rounds a weight no further, which would lose a small update in it."""
-    if not weight.is_cpu or x.dtype != weight.dtype or autocasts(x):
-        return False
-    if weight.dtype != torch.float32:
-        return weight.dtype == torch.float64
-    if _precision is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    return {_precision("mkldnn", kind) for kind in ("matmul", "conv")} <= {"none", "ieee"}
-
-
-def is_unseen(weight: Tensor) -> bool:
-    """Say whether nothing but autograd would see a result of a weight's change in place.
-
-    A transform, a trace or a mode that keeps results must not; a subclass may not be able to.
-    """
-    if is_traced() or type(weight) not in PLAIN:
-        return False
-    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def repeated(table: Tensor, size: int) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRAError
-from .places import Places, is_traced
+from .modes import is_traced
+from .places import Places
 
 
 class Switch(NamedTuple):
