@@ -19,19 +19,21 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 BUFFERS = ["running_mean", "running_var", "num_batches_tracked"]
 
 
-def net(name: str = "1d") -> nn.Sequential:
+def net(name: str = "1d", device: str = "cpu") -> nn.Sequential:
     torch.manual_seed(0)
     norm = NORMS[name][0]()
     with torch.no_grad():
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
         norm.num_batches_tracked.fill_(3)
-    return nn.Sequential(norm, nn.Flatten(), nn.Linear(torch.Size(NORMS[name][1][1:]).numel(), 2))
+    head = nn.Linear(torch.Size(NORMS[name][1][1:]).numel(), 2)
+    return nn.Sequential(norm, nn.Flatten(), head).to(device)
 
 
-def batches(name: str = "1d", count: int = 3) -> list[Tensor]:
+def batches(name: str = "1d", count: int = 3, device: str = "cpu") -> list[Tensor]:
     draw = torch.Generator().manual_seed(1)
-    return [torch.randn(NORMS[name][1], generator=draw) * 3 + 1 for _ in range(count)]
+    drawn = [torch.randn(NORMS[name][1], generator=draw) * 3 + 1 for _ in range(count)]
+    return [each.to(device) for each in drawn]
 
 
 def statistics(norm: nn.Module) -> list[Tensor]:

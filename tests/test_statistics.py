@@ -35,29 +35,35 @@ from lora_param import (
     save_lora,
 )
 
+from .cases import DEVICES
 from .norm_cases import BUFFERS, NORMS, batches, net, same, statistics
 
 each_norm = pytest.mark.parametrize("name", NORMS)
+each_device = pytest.mark.parametrize("device", DEVICES)  # on CUDA by cuDNN
 
 
+@each_device
 @each_norm
-def test_training_moves_the_copy_as_it_would_move_the_base_to_the_bit(name: str) -> None:
-    plain, model = net(name), net(name)
+def test_training_moves_the_copy_as_it_would_move_the_base_to_the_bit(
+    name: str, device: str
+) -> None:
+    plain, model = net(name, device), net(name, device)
     before = statistics(model[0])
     register_lora(model, rank=1)
-    for batch in batches(name):
+    for batch in batches(name, device=device):
         assert torch.equal(model(batch), plain(batch))
     assert same(statistics(model[0]), statistics(plain[0]))
     assert same(statistics(model[0]), before) == (name == "synchronised")
     assert same([model[0].parametrizations[n].original for n in BUFFERS], before)
 
 
+@each_device
 @each_norm
-def test_off_the_base_has_its_own_statistics(name: str) -> None:
-    model = net(name)
-    plain, x = copy.deepcopy(model).eval().requires_grad_(False), batches(name)[0]
+def test_off_the_base_has_its_own_statistics(name: str, device: str) -> None:
+    model, inputs = net(name, device), batches(name, device=device)
+    plain, x = copy.deepcopy(model).eval().requires_grad_(False), inputs[0]
     register_lora(model, rank=1)
-    for batch in batches(name):
+    for batch in inputs:
         model(batch)
     model.eval()
     assert torch.equal(model(x), plain(x)) == (name == "synchronised")
