@@ -16,7 +16,7 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
-from .modes import PLAIN, is_exact
+from .ops import PLAIN
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
@@ -102,7 +102,7 @@ def acts(module: nn.Module, name: str) -> bool:
     """Say whether a module can compute a tensor's deltas, and one more, in activation space."""
     base = type_before(module)
     layer, chain = layer_of(base), chains_of(module).get(name)
-    if not layer.runs(name) or not computes_as_its_row(base):
+    if not layer.run or name not in layer.tensors or not computes_as_its_row(base):
         return False
     if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
         return False
@@ -142,6 +142,21 @@ def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
             if len(flags) > 1:  # of one factor alone the gradient needs no input
                 return False
     return is_exact(run.x, weight)
+
+
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch 2.9 on
+
+
+def is_exact(x: Tensor, weight: Tensor) -> bool:
+    """Say whether a product rounds a weight no further, which would lose a small update in it."""
+    if not weight.is_cpu or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    if weight.dtype != torch.float32:
+        return weight.dtype == torch.float64
+    if _precision is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    matmul, convolution = _precision("mkldnn", "matmul"), _precision("mkldnn", "conv")
+    return {matmul, convolution} <= {"none", "ieee"}
 
 
 @functools.lru_cache(maxsize=1024)

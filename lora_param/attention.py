@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Sequence
+from types import FrameType, FunctionType
 from typing import Any
 from weakref import WeakSet
 
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.utils._pytree import tree_map_only
 
-from .activation import Plan, acting, computed, formed
-from .chains import type_before
+from .activation import Plan, acting, computed, formed, is_exact
+from .chains import chains_of, type_before
 from .deltas.protocol import Delta
 from .groups import SHAPE
 from .layers import Layer, computes_as_its_row
-from .modes import is_exact, is_unseen
-from .ops import LinearRun
+from .ops import LinearRun, is_unseen
 from .routing import Routing
 
 READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
@@ -58,12 +56,8 @@ class ProjectionRun(LinearRun):
         return A, B[self.rows].t()
 
     def across(self, values: Tensor) -> Tensor:
-        """Return of the weight's numbers those of the rows."""
-        return values[self.rows]
-
-    def unbiased(self, y: Tensor) -> Tensor:
-        """Return `y - bias`."""
-        return y if self.bias is None else y - self.bias.to(y.dtype)
+        """Return those of the rows of what there is for each of the weight's."""
+        return values[self.rows] if len(values) == self.shape[0] else values
 
 
 class Projection(Tensor):
@@ -73,26 +67,28 @@ class Projection(Tensor):
     because it is no plain tensor. All else gets the sum.
     """
 
-    of: tuple[Any, ...]
+    of: tuple[Any, ...]  # module, name, weight, plan and routing
     rows = slice(None)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what is asked of the weight itself, project by it, or form it."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if func is F.linear and isinstance(args[1], cls):
+        if func is F.linear:
             return args[1]._project(args[0], *args[2:], **kwargs)
         if func is F.multi_head_attention_forward and func.__globals__ is vars(F):
-            return _unasking(func)(*args, **kwargs)
-        if name in SHAPE or name in ("split", "chunk"):
-            with torch._C.DisableTorchFunctionSubclass():
-                answer = func(*args, **kwargs)
-            return answer if name in SHAPE else args[0]._blocks(answer)
-        args, kwargs = tree_map_only(cls, cls._formed, (args, kwargs))
-        return func(*args, **kwargs)
+            # Without its question whether an argument is a plain tensor.
+            scope = {**vars(F), "has_torch_function": lambda tensors: False}
+            return FunctionType(func.__code__, scope, name, func.__defaults__)(*args, **kwargs)
+        if name not in SHAPE and name not in ("split", "chunk"):
+            args, kwargs = tree_map_only(cls, cls._formed, (args, kwargs))
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            answer = func(*args, **kwargs)
+        return answer if name in SHAPE else args[0]._blocks(answer)
 
     def _project(self, x: Tensor, bias: Tensor | None = None) -> Any:
-        *_, weight, plan, routing = self.of
+        _, _, weight, plan, routing = self.of
         run = ProjectionRun(x, bias, self.rows, is_unseen(weight))
         run.routing = routing
         return computed(run, weight, plan)
@@ -100,55 +96,41 @@ class Projection(Tensor):
     def _blocks(self, parts: Sequence[Tensor]) -> list[Projection]:
         blocks, stop = [], self.rows.start or 0
         for part in parts:
-            block = _as_projection(part, self.of)
-            block.rows = slice(stop, stop := stop + len(part))
-            blocks.append(block)
+            blocks.append(part.as_subclass(Projection))
+            blocks[-1].of, blocks[-1].rows = self.of, slice(stop, stop := stop + len(part))
         return blocks
 
     def _formed(self) -> Any:
-        module, name, chain, *_, routing = self.of
-        return formed(module, name, chain, routing is not None)[self.rows]
+        module, name, *_, routing = self.of
+        return formed(module, name, chains_of(module)[name], routing is not None)[self.rows]
 
 
-def _as_projection(weight: Tensor, of: tuple[Any, ...]) -> Projection:
-    projection = weight.detach().as_subclass(Projection)
-    projection.of = of
-    return projection
-
-
-def _unasking(attend: Any) -> Any:
-    """Return torch's attention without its question whether an argument is a plain tensor."""
-    scope = {**attend.__globals__, "has_torch_function": lambda tensors: False}
-    return types.FunctionType(attend.__code__, scope, attend.__name__, attend.__defaults__)
-
-
-def attends(frame: types.FrameType) -> bool:
+def attends(frame: FrameType) -> bool:
     """Say whether a frame is of torch's own attention, or its encoder layer, on a plain batch."""
     if (argument := READERS.get(frame.f_globals.get("__name__", ""))) is None:
         return False
     module, x = map(frame.f_locals.get, ("self", argument))
-    kind: Any = type_before(module) if isinstance(module, nn.Module) else object
-    if not (kind is nn.TransformerEncoderLayer or issubclass(kind, nn.MultiheadAttention)):
+    encodes = type(module) is nn.TransformerEncoderLayer
+    if not (encodes or isinstance(module, nn.MultiheadAttention)):
         return False
     return "forward" not in module.__dict__ and isinstance(x, Tensor) and not x.is_nested
 
 
-_computes_as_its_row = functools.lru_cache(maxsize=64)(computes_as_its_row)
-
-
 def projection(
-    module: nn.Module, name: str, layer: Layer, chain: nn.Module, routing: Routing | None
+    module: nn.Module, name: str, layer: Layer, routing: Routing | None
 ) -> Projection | None:
     """Return a weight as torch's attention reads it; `None` where it reads the sum."""
-    found, kind = acting(module, name, layer, False, routing), type_before(module)
-    if found is None or not (_computes_as_its_row(kind) and is_unseen(found[0])):  # type: ignore[arg-type]
+    found = acting(module, name, layer, False, routing)
+    if found is None or not (is_unseen(found[0]) and computes_as_its_row(type_before(module))):
         return None
     weight, plan = found
     if plan.in_front or not plan.acting or plan.space == "weight":
         return None
     if not (torch.is_grad_enabled() or _leaves_kernels(plan, weight)):
         return None
-    return _as_projection(weight, (module, name, chain, weight, plan, routing))
+    read = weight.detach().as_subclass(Projection)
+    read.of = module, name, weight, plan, routing
+    return read
 
 
 def _leaves_kernels(plan: Plan, weight: Tensor) -> bool:

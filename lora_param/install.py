@@ -83,12 +83,10 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str, layer: Layer) -> property:
     moving = name in layer.moving
-    packs, projects = layer.dense is not None, layer.runs(name)
+    packs, projects = layer.dense is not None, layer.run and name in layer.tensors
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
-    def compute(self: Any, chain: Any, routing: Routing | None, attending: bool) -> Any:
-        if attending and (read := projection(self, name, layer, chain, routing)) is not None:
-            return read
+    def compute(self: Any, chain: Any, routing: Routing | None) -> Any:
         value = formed(self, name, chain, routing is not None)
         if "forward" in self.__dict__:
             value = in_its_forward(self, value)
@@ -108,21 +106,19 @@ def _weight_property(name: str, layer: Layer) -> property:
         routing = routing_of(chain) if Routing.used else None
         if routing is not None and routing.separates(chain):
             return weight_by_row(routing, self, name, originals_of(chain)[0])
-        eager = not torch.compiler.is_compiling()
-        inside = once and eager and self in reading.modules
-        if inside and chain in reading.values:
-            return reading.values[chain]
-        attending = projects and eager and attends(sys._getframe(1))
-        if inside:
-            store, key = reading.values, chain
+        store, key, eager = {}, chain, not torch.compiler.is_compiling()
+        if once and eager and self in reading.modules:
+            store = reading.values
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
-            state = (attending, torch.is_grad_enabled(), Switched.switched)
+            state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
-        else:
-            return compute(self, chain, routing, attending)
         if key not in store:
-            store[key] = compute(self, chain, routing, attending)
+            attending = projects and eager and attends(sys._getframe(1))
+            read = projection(self, name, layer, routing) if attending else None
+            if read is not None and store is parametrize._cache:
+                return read
+            store[key] = compute(self, chain, routing) if read is None else read
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:

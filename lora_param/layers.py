@@ -108,10 +108,6 @@ class Layer:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Methods that an adapted module has in place of its own, made from its class."""
 
-    def runs(self, name: str) -> bool:
-        """Say whether a tensor of its own is one that `run` computes with."""
-        return self.run is not None and any(fnmatch.fnmatchcase(name, g) for g in self.tensors)
-
     def features_of(self, shape: Shape, is_transposed: bool = False) -> int:
         """Return which dimension of a tensor counts output features; some stacks say theirs."""
         if is_transposed and self.features == -2:
@@ -122,7 +118,8 @@ class Layer:
 CONV1D = "transformers.pytorch_utils.Conv1D"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
+QKV = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+ATTENTION = ("in_proj_weight", *QKV, "out_proj.weight")
 MASKS = {"key_padding_mask": -2, "attn_mask": -3, 1: 0}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 KEPT = {"support_avx512bf16_for_cpu": _without}  # by which a forward would round its weight anew

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from .chains import type_before
+from .places import is_traced
 from .quantised import as_beneath, is_packed, logical
 from .rows import Rows
 
@@ -297,6 +298,17 @@ class EmbeddingRun(_Run):
             low = torch.cat([low.masked_fill(padded, 0), own], 1)  # [lookups, 2 rank]
             outer = torch.cat([outer, outer.detach()])
         return plus(y, low.to(y.dtype), outer, scale, self.in_place)
+
+
+PLAIN = (Tensor, nn.Parameter)
+"""Types whose results can be changed in place whatever the change is."""
+
+
+def is_unseen(weight: Tensor) -> bool:
+    """Say whether no trace, transform or mode sees what is made of a weight change in place."""
+    if is_traced() or type(weight) not in PLAIN:
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def repeated(table: Tensor, size: int) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRAError
-from .modes import is_traced
 
 
 class Place(NamedTuple):
@@ -86,6 +85,11 @@ class Places:
     def error(self, module: nn.Module, reason: str) -> LoRAError:
         """Return the error of a module, with its path."""
         return LoRAError(f"{self.known[module].path or 'model'}: {reason}")
+
+
+def is_traced() -> bool:
+    """Say whether what runs is being compiled or traced, which nothing must leave a mark in."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _is_mapped(x: Tensor) -> bool:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoRAError
-from .modes import is_traced
-from .places import Places
+from .places import Places, is_traced
 
 
 class Switch(NamedTuple):

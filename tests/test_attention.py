@@ -3,110 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
-from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 from lora_param import (
-    LoRAParametrization,
     lora_merged,
     lora_parameters,
-    lora_routed,
     lora_summary,
-    named_lora_parameters,
     register_lora,
 )
 from lora_param.attention import NARROW
 
+from .attention_cases import (
+    CASES,
+    PADDING,
+    SELF,
+    Called,
+    check,
+    each_case,
+    tensors,
+)
 from .cases import adapted, outputs, shake
-from .reference import loss, reference
+from .reference import reference
 
 BY_COST = "activation or weight, by cost"
 WIDE = 2 * NARROW
-
-
-@pytest.fixture
-def sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """List the weights whose sum with a delta is formed from now on."""
-    seen: list[Tensor] = []
-    for name in ("sum", "formula"):
-        own = getattr(LoRAParametrization, name)
-        form = lambda self, weight, own=own: seen.append(weight) or own(self, weight)  # noqa: E731
-        monkeypatch.setattr(LoRAParametrization, name, form)
-    return seen
-
-
-def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-
-
-class Called(nn.Module):
-    """An attention, or a layer with one, that is called with certain arguments."""
-
-    def __init__(self, inner: nn.Module, *order: int, **options: Any) -> None:
-        super().__init__()
-        self.inner, self.order, self.options = inner, order, options
-
-    def forward(self, *given: Tensor) -> Any:
-        return self.inner(*(given[index] for index in self.order), **self.options)
-
-
-def attention(*order: int, batch_first: bool = True, **options: Any) -> Callable[[], nn.Module]:
-    """Make an attention whose query, key and value are which of the inputs."""
-    own = {k: options.pop(k) for k in [*options] if k in ("bias", "kdim", "vdim", "add_bias_kv", "add_zero_attn")}  # fmt: skip
-    return lambda: Called(nn.MultiheadAttention(8, 2, batch_first=batch_first, **own), *order, **options)  # fmt: skip
-
-
-SELF, CROSS, APART = (0, 0, 0), (0, 1, 1), (0, 1, 2)
-LONG, SHORT = (3, 5, 8), (3, 4, 8)
-PADDING = torch.arange(5) >= torch.tensor([5, 3, 4])[:, None]  # of keys as long as the queries
-CAUSAL = torch.ones(5, 5).triu(1).bool()
-
-# What is made, and the shapes of its inputs.
-CASES = {
-    "self": (attention(*SELF), [LONG]),
-    "self, outputs alone": (attention(*SELF, need_weights=False), [LONG]),
-    "self, weights by head": (attention(*SELF, average_attn_weights=False), [LONG]),
-    "self, sequence first": (attention(*SELF, batch_first=False), [LONG]),
-    "self, unbatched": (attention(*SELF), [(5, 8)]),
-    "self, without biases": (attention(*SELF, bias=False), [LONG]),
-    "self, padding": (attention(*SELF, key_padding_mask=PADDING), [LONG]),
-    "self, mask": (attention(*SELF, attn_mask=CAUSAL, need_weights=False), [LONG]),
-    "self, mask by head": (attention(*SELF, attn_mask=CAUSAL.expand(6, 5, 5)), [LONG]),
-    "self, float mask": (attention(*SELF, attn_mask=CAUSAL.double() * -2), [LONG]),
-    "self, both masks": (attention(*SELF, attn_mask=CAUSAL, key_padding_mask=PADDING), [LONG]),
-    "self, causal": (attention(*SELF, attn_mask=CAUSAL, is_causal=True, need_weights=False), [LONG]),
-    "cross": (attention(*CROSS), [LONG, SHORT]),
-    "cross, sequence first": (attention(*CROSS, batch_first=False, need_weights=False), [LONG, (2, 5, 8)]),
-    "cross, unbatched": (attention(*CROSS, need_weights=False), [(5, 8), (4, 8)]),
-    "cross, padding": (attention(*CROSS, key_padding_mask=PADDING), [SHORT, LONG]),
-    "apart": (attention(*APART, need_weights=False), [LONG, SHORT, SHORT]),
-    "kdim and vdim": (attention(*APART, kdim=6, vdim=7), [LONG, (3, 4, 6), (3, 4, 7)]),
-    "extra key and zeros": (attention(*CROSS, add_bias_kv=True, add_zero_attn=True), [LONG, SHORT]),
-    "encoder layer": (lambda: nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True), [LONG]),
-    "decoder layer": (lambda: nn.TransformerDecoderLayer(8, 2, 12, 0.0), [LONG, (2, 5, 8)]),
-}  # fmt: skip
-each_case = pytest.mark.parametrize("case", CASES)
-
-
-def check(layer: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Hold outputs and all gradients against the oracle's."""
-    expected = reference(plain, layer, tuple(x.detach() for x in inputs))
-    actual = outputs(layer, inputs)
-    loss(actual).backward()
-    pairs = [*zip(actual, expected.outputs, strict=True)]
-    pairs += [(x.grad, own) for x, own in zip(inputs, expected.input_gradients, strict=True)]
-    factors = dict(named_lora_parameters(layer))
-    pairs += [(factors[name].grad, own) for name, own in expected.factor_gradients.items()]
-    for got, want in pairs:
-        torch.testing.assert_close(got.double(), want, rtol=1e-9, atol=1e-9)
 
 
 @each_case
@@ -289,84 +214,3 @@ def test_dropout_acts_without_a_gradient_too(width: int) -> None:
     with torch.no_grad():
         layer(x, x, x)
         assert not torch.allclose(layer(x, x, x)[0], layer(x, x, x)[0])
-
-
-# Who else reads or runs it
-
-
-def test_only_torchs_attention_gets_what_is_not_the_sum() -> None:
-    layer = adapted(nn.MultiheadAttention(8, 2))
-    x, read = torch.randn(5, 2, 8), []
-    look = lambda *_: read.extend([layer.in_proj_weight, layer.out_proj.weight])  # noqa: E731
-    layer.register_forward_pre_hook(look)
-    with parametrize.cached():
-        layer(x, x, x)
-        look()
-    for each, owner, name in zip(read, [layer, layer.out_proj] * 2, ["in_proj_weight", "weight"] * 2, strict=True):  # fmt: skip
-        assert type(each) is Tensor
-        chain = owner.parametrizations[name]
-        assert torch.equal(each, chain[0](chain.original))
-
-
-def test_others_attention_and_others_linear_compute_with_the_sum(
-    monkeypatch: pytest.MonkeyPatch, sums: list[Tensor]
-) -> None:
-    layer, x = adapted(nn.MultiheadAttention(8, 2)), torch.randn(5, 2, 8)
-    want = layer(x, x, x)[0]
-    for name in ("multi_head_attention_forward", "linear"):
-        with monkeypatch.context() as patch:
-            own = getattr(F, name)
-            patch.setattr(F, name, lambda *args, own=own, **kwargs: own(*args, **kwargs))
-            del sums[:]
-            torch.testing.assert_close(layer(x, x, x)[0], want)
-            assert sums
-
-
-@pytest.mark.parametrize("case", ["self", "cross", "kdim and vdim"])
-def test_transforms_checkpoints_and_functional_calls_give_the_same(case: str) -> None:
-    make, shapes = CASES[case]
-    layer, inputs = adapted(make().double()), tensors(*shapes)
-    factors = {n: p for n, p in layer.named_parameters() if p.requires_grad}
-    total = lambda values: functional_call(layer, values, inputs)[0].square().sum()  # noqa: E731
-    total(factors).backward()
-    expected = [factor.grad for factor in factors.values()]
-    layer.zero_grad()
-    checkpoint(layer, *inputs, use_reentrant=False)[0].square().sum().backward()
-    found = [[factor.grad for factor in factors.values()]]
-    found += [[*grad(total)({n: p.detach() for n, p in factors.items()}).values()]]
-    stacked = {n: torch.stack([p.detach()] * 2) for n, p in factors.items()}
-    found += [[each[1] for each in vmap(grad(total))(stacked).values()]]
-    for gradients in found:
-        torch.testing.assert_close(gradients, expected)
-
-
-def test_autocast_computes_in_its_dtype_and_close_to_float32() -> None:
-    layer, x = adapted(nn.MultiheadAttention(8, 2, batch_first=True)), torch.randn(2, 5, 8)
-    want = layer(x, x, x)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        got = layer(x, x, x)[0]
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
-
-
-def test_a_routed_batch_gives_each_row_its_own_adapter() -> None:
-    layer, x = nn.MultiheadAttention(8, 2, batch_first=True).double(), torch.randn(3, 5, 8).double()
-    for adapter in "ab":
-        adapted(layer, adapter=adapter)
-    with lora_routed(layer, ["a", None, "b"]):
-        got = layer(x, x, x)[0]
-    for row, adapter in enumerate(["a", None, "b"]):
-        with lora_routed(layer, [adapter]):
-            torch.testing.assert_close(got[row : row + 1], layer(*[x[row : row + 1]] * 3)[0])
-
-
-def test_several_adapters_blocks_and_a_dense_one_beside_match_the_oracle() -> None:
-    layer = Called(nn.MultiheadAttention(8, 2, batch_first=True), *CROSS).double()
-    plain = copy.deepcopy(layer)
-    adapted(layer, adapter="a", rank=3)
-    adapted(layer, adapter="b", target=["*in_proj_weight[4:20]"])
-    check(layer, plain, tensors(LONG, SHORT))
-    register_lora(layer, adapter="c", target="*out_proj", kind="dense")
-    shake(layer, "c")
-    layer.zero_grad()
-    check(layer, plain, tensors(LONG, SHORT))

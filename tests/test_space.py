@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_param import (
     LoRAError,
-    LoRAParametrization,
     TargetError,
     load_lora_state_dict,
     lora_merged,
@@ -35,17 +34,6 @@ from .cases import Case, adapted, outputs, shake
 SINGLE = [replace(case, space="auto") for case in IN_ACTIVATION_SPACE]
 SPACES = ("activation", "weight", "auto")
 BY_COST = "activation or weight, by cost"
-
-
-@pytest.fixture
-def sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """List the weights whose sum with a delta is formed from now on."""
-    seen: list[Tensor] = []
-    for name in ("sum", "formula"):
-        own = getattr(LoRAParametrization, name)
-        form = lambda self, weight, own=own: seen.append(weight) or own(self, weight)  # noqa: E731
-        monkeypatch.setattr(LoRAParametrization, name, form)
-    return seen
 
 
 def linear(fan_in: int, fan_out: int, rank: int, **options: Any) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
-from ..modes import is_unseen
+from ..ops import is_unseen
 from .pair import Pair
 
 
