@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType, FunctionType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from .routing import Routing
 READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
 """The modules of torch's attention and encoder layer, and what these call their input."""
 
-NARROW = 64
-"""Up to which width torch's kernels for inference, with sums, take less time than the calls."""
+KERNEL = 7_000_000
+"""Up to how many multiplications for a sum torch's kernels of several layers pay in inference."""
 
 _learnt: WeakSet[Delta] = WeakSet()
+_formed: WeakValueDictionary[nn.Module, Tensor] = WeakValueDictionary()  # by chain
 
 
 class ProjectionRun(LinearRun):
@@ -105,18 +106,34 @@ class Projection(Tensor):
         return formed(module, name, chains_of(module)[name], routing is not None)[self.rows]
 
 
-def attends(frame: FrameType) -> bool:
-    """Say whether a frame is of torch's own attention, or its encoder layer, on a plain batch."""
+def attends(frame: FrameType) -> Mapping[str, Any] | None:
+    """Return the variables of a frame of torch's attention or encoder layer, on a plain batch."""
     if (argument := READERS.get(frame.f_globals.get("__name__", ""))) is None:
-        return False
-    module, x = map(frame.f_locals.get, ("self", argument))
+        return None
+    seen = frame.f_locals
+    module, x = map(seen.get, ("self", argument))
     encodes = type(module) is nn.TransformerEncoderLayer
-    if not (encodes or isinstance(module, nn.MultiheadAttention)):
-        return False
-    return "forward" not in module.__dict__ and isinstance(x, Tensor) and not x.is_nested
+    if not (encodes or isinstance(module, nn.MultiheadAttention)) or "forward" in module.__dict__:
+        return None
+    return seen if isinstance(x, Tensor) and not x.is_nested else None
 
 
-def projection(
+def attended(
+    module: nn.Module, name: str, layer: Layer, routing: Routing | None, seen: Any, form: Any
+) -> Any:
+    """Return a weight as torch's attention or encoder layer reads it, formed once for a kernel."""
+    chain = chains_of(module)[name]
+    if (formed_before := _formed.get(chain)) is not None:
+        for each in seen.get("tensor_args", ()):  # of what it asks before that
+            if each is formed_before:
+                return each
+    value = _projection(module, name, layer, routing)
+    if value is None:
+        value = _formed[chain] = form(module, chain, routing)
+    return value
+
+
+def _projection(
     module: nn.Module, name: str, layer: Layer, routing: Routing | None
 ) -> Projection | None:
     """Return a weight as torch's attention reads it; `None` where it reads the sum."""
@@ -136,7 +153,8 @@ def projection(
 def _leaves_kernels(plan: Plan, weight: Tensor) -> bool:
     """Say whether inference pays without torch's kernels, and the base's bits aren't expected."""
     drops = any(delta.training for delta in plan.dropping)
-    if plan.rank and not drops and min(weight.shape) <= NARROW and is_exact(weight, weight):
+    few = plan.rank and (plan.rank + LinearRun.forming) * weight.numel() <= KERNEL
+    if few and not drops and is_exact(weight, weight):
         return False
     deltas = [delta for run in plan.acting for delta in run]
     fresh = [delta for delta in deltas if delta not in _learnt]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .activation import formed, in_activation_space
-from .attention import attends, projection
+from .attention import attended, attends
 from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
 from .deltas.switching import Switched
@@ -114,11 +114,13 @@ def _weight_property(name: str, layer: Layer) -> property:
             state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         if key not in store:
-            attending = projects and eager and attends(sys._getframe(1))
-            read = projection(self, name, layer, routing) if attending else None
-            if read is not None and store is parametrize._cache:
-                return read
-            store[key] = compute(self, chain, routing) if read is None else read
+            seen = attends(sys._getframe(1)) if projects and eager else None
+            if seen is None:
+                store[key] = compute(self, chain, routing)
+            elif store is parametrize._cache:
+                return attended(self, name, layer, routing, seen, compute)
+            else:
+                store[key] = attended(self, name, layer, routing, seen, compute)
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:

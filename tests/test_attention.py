@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from lora_param import (
+    attention,
     lora_merged,
     lora_parameters,
     lora_summary,
     register_lora,
 )
-from lora_param.attention import NARROW
 
 from .attention_cases import (
     CASES,
@@ -31,7 +31,13 @@ from .cases import adapted, outputs, shake
 from .reference import reference
 
 BY_COST = "activation or weight, by cost"
-WIDE = 2 * NARROW
+WIDTH = 32
+
+
+@pytest.fixture(params=[0, attention.KERNEL], ids=["calls", "kernel"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave torch's kernels of several layers for the smallest layer, and stay in them."""
+    monkeypatch.setattr(attention, "KERNEL", request.param)
 
 
 @each_case
@@ -87,10 +93,11 @@ def test_a_fresh_adapter_keeps_the_bits_in_training_and_in_inference(case: str) 
                 assert torch.equal(got, want)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_fresh_wide_layer_keeps_the_bits_until_it_has_learnt(mode: Any) -> None:
-    layer = nn.TransformerEncoderLayer(WIDE, 2, WIDE, batch_first=True).eval()
-    x = torch.randn(2, 5, WIDE)
+def test_a_fresh_layer_keeps_the_bits_until_it_has_learnt(mode: Any) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, batch_first=True).eval()
+    x = torch.randn(2, 5, WIDTH)
     with mode():
         before = layer(x)
     register_lora(layer, rank=2)
@@ -122,9 +129,9 @@ def test_the_summary_says_the_space() -> None:
 
 @pytest.mark.parametrize("target", [None, "*linear1", "*out_proj", "*in_proj_weight"])
 def test_inference_of_a_wide_transformer_forms_no_sum(target: Any, sums: list[Tensor]) -> None:
-    layer = nn.TransformerEncoderLayer(WIDE, 2, WIDE, batch_first=True).eval()
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, batch_first=True).eval()
     adapted(layer, target=target, space="activation")
-    x = torch.randn(1, 2, WIDE)
+    x = torch.randn(1, 2, WIDTH)
     with torch.no_grad():
         layer(x)
         del sums[:]
@@ -134,16 +141,27 @@ def test_inference_of_a_wide_transformer_forms_no_sum(target: Any, sums: list[Te
             torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("width", [8, WIDE])
-@pytest.mark.parametrize("target", [None, "layers.1.*", "*out_proj"])
-def test_padding_and_nested_sequences_give_what_merged_weights_give(
-    width: int, target: Any
+@pytest.mark.parametrize("attention_alone", [True, False])
+def test_a_kernel_of_several_layers_gets_sums_that_are_formed_once(
+    attention_alone: bool, sums: list[Tensor]
 ) -> None:
-    layer = nn.TransformerEncoderLayer(width, 2, 12, batch_first=True)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    adapted(layer)
+    x = torch.randn(2, 5, 8)
+    del sums[:]
+    with torch.no_grad():
+        layer.self_attn(x, x, x) if attention_alone else layer(x)
+    assert len(sums) == (2 if attention_alone else 4)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("target", [None, "layers.1.*", "*out_proj"])
+def test_padding_and_nested_sequences_give_what_merged_weights_give(target: Any) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2).double().eval()
     adapted(encoder, target=target)
-    x = torch.randn(3, 5, width).double()
+    x = torch.randn(3, 5, 8).double()
     nested = torch.nested.nested_tensor([x[0], x[1][:3]])
     with torch.no_grad():
         got = encoder(x, src_key_padding_mask=PADDING), *encoder.layers[1](nested).unbind()
@@ -154,13 +172,14 @@ def test_padding_and_nested_sequences_give_what_merged_weights_give(
 
 
 def test_nothing_of_a_weights_size_is_kept_for_backward() -> None:
-    layer = adapted(nn.TransformerEncoderLayer(WIDE, 2, WIDE, batch_first=True))
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, batch_first=True)
+    adapted(layer, space="activation")
     kept: list[Tensor] = []
     own = {each.untyped_storage().data_ptr() for each in layer.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        layer(torch.randn(1, 3, WIDE))
+        layer(torch.randn(1, 3, WIDTH))
     made = [each for each in kept if each.untyped_storage().data_ptr() not in own]
-    assert max(each.numel() for each in made) < WIDE * WIDE
+    assert not [each for each in made if each.shape[-2:] in {(WIDTH, WIDTH), (3 * WIDTH, WIDTH)}]
 
 
 def test_bfloat16_loses_nothing_of_a_small_update() -> None:
@@ -207,10 +226,10 @@ def test_dropout_drops_what_is_in_front_of_each_projection() -> None:
     assert torch.equal(layer.eval()(x, x, x)[0], layer(x, x, x)[0])
 
 
-@pytest.mark.parametrize("width", [8, WIDE])
-def test_dropout_acts_without_a_gradient_too(width: int) -> None:
-    layer = adapted(nn.MultiheadAttention(width, 2), dropout=0.5)
-    x = torch.randn(5, 2, width)
+@pytest.mark.usefixtures("kernel")
+def test_dropout_acts_without_a_gradient_too() -> None:
+    layer = adapted(nn.MultiheadAttention(8, 2), dropout=0.5)
+    x = torch.randn(5, 2, 8)
     with torch.no_grad():
         layer(x, x, x)
         assert not torch.allclose(layer(x, x, x)[0], layer(x, x, x)[0])
