@@ -1,8 +1,9 @@
-"""A docstring's example runs in a folder of its own, where there are an adapter and its base."""
+"""What a docstring's example may take for granted: names, and an adapter's file with its base."""
 
 import pytest
 import torch
 
+import lora_param
 from lora_param import base_state_dict, register_lora, save_lora
 
 
@@ -11,9 +12,15 @@ def folder_of_example(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
+    doctest_namespace: dict[str, object],
 ) -> None:
-    """Run a docstring's example where `adapter.safetensors` was trained on `base.pt`."""
+    """Run a docstring's example where `adapter.safetensors` was trained on `base.pt`.
+
+    It knows `torch` and all of `lora_param`.
+    """
     if isinstance(request.node, pytest.DoctestItem):
+        doctest_namespace |= {name: getattr(lora_param, name) for name in lora_param.__all__}
+        doctest_namespace["torch"] = torch
         monkeypatch.chdir(tmp_path_factory.mktemp("example"))
         model = torch.nn.Sequential(torch.nn.Linear(3, 2))
         register_lora(model, rank=1)

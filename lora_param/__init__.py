@@ -7,6 +7,8 @@
 ['weight_ih_l0', 'weight_hh_l0']
 >>> optimizer = torch.optim.AdamW(lora_parameters(model))
 >>> remove_lora(model)
+
+Other docstrings' examples take `import torch` and `from lora_param import *` for granted.
 """
 
 from .combine import Fit, combine_lora, resize_lora

@@ -108,7 +108,7 @@ def acts(module: nn.Module, name: str) -> bool:
         return False
     if chain is None:
         return True
-    plan = _plan(chain, layer)
+    plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
     return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
 
@@ -119,7 +119,8 @@ def space_of(module: nn.Module, name: str) -> str:
         return "weight"
     if (chain := chains_of(module).get(name)) is None:
         return "activation"
-    plan, original = _plan(chain, layer_of(type_before(module))), originals_of(chain)[0]
+    original = originals_of(chain)[0]
+    plan = _plan(chain, layer_of(type_before(module)), tuple(chain._modules.values()))
     if plan.space == "weight":
         return "weight"
     counted = plan.rank and type(original) in PLAIN and is_exact(original, original)
@@ -183,7 +184,10 @@ def acting(
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
     plans = {} if traced or not record else record.plans if routing is None else routing.plans
-    plan = _known_plan(chain, layer, name if routing is None else chain, plans, routing)
+    entries = chain.__dict__.get("acting") if routing is None else None
+    entries = tuple(chain._modules.values()) if entries is None else entries
+    key = name if routing is None else chain
+    plan = _known_plan(chain, layer, entries, plans, key, routing)
     if not plan.acting and (traced or routing is not None):
         return None
     if plan.space == "weight" and not plan.rank:
@@ -203,16 +207,18 @@ def formed(module: nn.Module, name: str, chain: nn.Module, routed: bool) -> Any:
     record = module.__dict__.get("_lora")
     if routed or not record or torch.compiler.is_compiling() or _is_watched(chain, ()):
         return chain()
-    plan = _known_plan(chain, layer_of(type(module)), name, record.plans)
+    entries, layer = tuple(chain._modules.values()), layer_of(type(module))
+    plan = _known_plan(chain, layer, entries, record.plans, name)
     return run_through(plan.on, originals_of(chain))
 
 
 def _known_plan(
-    chain: Any, layer: Layer, key: Any, plans: dict[Any, Plan], routing: Routing | None = None
+    chain: Any, layer: Layer, entries: Any, plans: Any, key: Any, routing: Routing | None = None
 ) -> Plan:
-    plan, entries = plans.get(key), tuple(chain._modules.values())
+    plan: Plan | None = plans.get(key)
+    plan = plans.get(key)
     if not plan or plan.switched is not Switched.switched or plan.entries != entries:
-        plan = plans[key] = _plan(chain, layer, routing)
+        plan = plans[key] = _plan(chain, layer, entries, routing)
     return plan
 
 
@@ -224,17 +230,17 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
     return False
 
 
-def _plan(chain: Any, layer: Layer, routing: Routing | None = None) -> Plan:
+def _plan(chain: Any, layer: Layer, entries: Any, routing: Routing | None = None) -> Plan:
     switched = Switched.switched  # before any switch is looked at, which may change meanwhile
-    entries = tuple(chain._modules.values())
     on = tuple(each for each in entries if not isinstance(each, Delta) or _is_on(each, routing))
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []
     for each in on[first:]:
         can_act = isinstance(each, Delta) and each.has_own("act")
-        if routing is not None and routing.rows > 1:
-            can_act = can_act and each.has_own("routes")
+        if can_act and routing is not None and routing.rows > 1:
+            before = [*itertools.chain(*runs)]
+            can_act = each.has_own("routes") and each.routes(routing, before, layer.transposed)
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
             return Plan(switched, entries, on, entries[:first], (), "weight")
         if runs and type(runs[-1][0]) is type(each):

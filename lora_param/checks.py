@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from enum import IntEnum
 from types import CodeType
 from typing import Any
 
@@ -30,55 +31,54 @@ FIXED = {
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
 
-def check_at_hand(walk: Walk, call: str) -> None:
-    """Raise unless the tensors of a model are in it, or were never made."""
-    for module, path in walk.owners.items():
-        if "_hf_hook" in module.__dict__ and any(each.is_meta for each in module.parameters(False)):
-            reason = "its weights are away, where accelerate has put them"
-            fix = "call accelerate.hooks.remove_hook_from_submodules(model), and dispatch it again"
-            raise LoRAError(
-                f"{path or 'model'}: {call} can't be called: {reason}; first {fix} after"
-            )
+class Need(IntEnum):
+    """What a verb needs of a model, and all that is in front of it."""
+
+    ANYTHING = 0
+    TENSORS = 1  # in the model, or never made
+    ADAPTERS = 2  # that can be seen as they are
+    STRUCTURE = 3  # that can change: nobody keeps a list of its parameters
+    CHANGE = 4  # for good, with gradients
 
 
-def check_present(walk: Walk, call: str) -> None:
-    """Raise unless the adapters of a model can be seen as they are."""
-    check_at_hand(walk, call)
-    merged = {*merged_for_now}
-    for module, path in walk.owners.items():
-        refusal = f"{path or 'model'}: {call} can't be called"
-        if module in merged:
-            where = "in a lora_merged block, in which there are no adapters"
-            raise LoRAError(f"{refusal} {where}; call it after the block")
-        for base in type(module).__mro__:
-            if base.__name__ in FIXED and base.__module__.startswith("torch."):
-                raise LoRAError(f"{refusal} on a {base.__name__}: {FIXED[base.__name__]}")
+def walk(model: object, call: str, need: Need = Need.ANYTHING) -> Walk:
+    """Walk a model once, or raise if it is no module, or not what a verb needs."""
+    if not isinstance(model, nn.Module):
+        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; pass a model")
+    check_model(found := Walk(model), call, need)
+    return found
 
 
-def check_structure(walk: Walk, call: str) -> None:
-    """Raise unless the structure of a model can be changed: nobody keeps a list of its parameters.
-
-    Their marks are there too while the parameters are whole for a moment.
-    """
-    check_present(walk, call)
-    for module, path in walk.owners.items():
-        if "_is_fsdp_managed_module" in module.__dict__:
-            reason = "it knows those parameters alone that it was given; call this before sharding"
-            raise LoRAError(
-                f"{path or 'model'}: {call} can't be called on what FSDP shards: {reason}"
-            )
-    for weight, tensor in walk.parameters:
-        if hasattr(tensor, "ds_id"):
-            reason = "DeepSpeed partitions it; call this before deepspeed.initialize, and outside"
-            raise LoRAError(f"{weight.name}: {call} can't be called: {reason} of zero.Init")
-
-
-def check_model(walk: Walk, call: str, changes: bool = True) -> None:
-    """Raise unless a model can be changed for good, here and now, also its structure or not."""
-    (check_structure if changes else check_present)(walk, call)
-    if torch.is_inference_mode_enabled():
+def check_model(walk: Walk, call: str, need: Need) -> None:
+    """Raise unless a model is what a verb needs."""
+    for where, reason in _unmet(walk, need):
+        raise LoRAError(f"{where}: {call} can't be called{reason}")
+    if need >= Need.CHANGE and torch.is_inference_mode_enabled():
         reason = "what is made there never gets a gradient; call it outside"
         raise LoRAError(f"{call} can't be called in torch.inference_mode: {reason}")
+
+
+def _unmet(walk: Walk, need: Need) -> Iterator[tuple[str, str]]:
+    merged = {*merged_for_now}
+    for module, path in walk.owners.items() if need else ():
+        where, marks = path or "model", module.__dict__
+        if "_hf_hook" in marks and any(each.is_meta for each in module.parameters(False)):
+            fix = "first call accelerate.hooks.remove_hook_from_submodules(model), and dispatch it"
+            yield where, f": its weights are away, where accelerate has put them; {fix} again after"
+        if need >= Need.ADAPTERS and module in merged:
+            reason = "in a lora_merged block, in which there are no adapters"
+            yield where, f" {reason}; call it after the block"
+        for base in type(module).__mro__ if need >= Need.ADAPTERS else ():
+            if base.__name__ in FIXED and base.__module__.startswith("torch."):
+                yield where, f" on a {base.__name__}: {FIXED[base.__name__]}"
+        if need >= Need.STRUCTURE and "_is_fsdp_managed_module" in marks:
+            reason = "it knows those parameters alone that it was given; call this before sharding"
+            yield where, f" on what FSDP shards: {reason}"
+    # Marks are there too while the parameters are whole for a moment.
+    for weight, tensor in walk.parameters if need >= Need.STRUCTURE else ():
+        if hasattr(tensor, "ds_id"):
+            fix = "call this before deepspeed.initialize, and outside of zero.Init"
+            yield weight.name, f": DeepSpeed partitions it; {fix}"
 
 
 def check_ready(walk: Walk) -> None:

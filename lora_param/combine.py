@@ -12,10 +12,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import check_model, check_weights, deltas_called
+from .checks import Need, check_weights, deltas_called, walk
 from .deltas import Delta, DenseDelta, LoRAParametrization
 from .deltas.numbers import SCALINGS, check_rank
-from .deltas.protocol import Shape, check_adapter
+from .deltas.protocol import Shape, check_adapter, tensors_of
 from .errors import AdapterError, LoRAError
 from .lowrank import (
     Product,
@@ -30,7 +30,7 @@ from .lowrank import (
 from .register import install
 from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
-from .walk import walk
+from .weight import Weight
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -62,8 +62,7 @@ def combine_lora(
 ) -> list[Fit]:
     """Register a combination of adapters as a new one beside them, which is off until selected.
 
-    It is one of the updates themselves, `sum(strength * scale * B A)`, never of the factors, and
-    doesn't depend on what is selected at present.
+    It is one of the updates, `sum(strength * scale * B A)`, whatever is selected at present.
 
     Args:
         model: An adapted model.
@@ -85,8 +84,6 @@ def combine_lora(
         LoRAError: An option is out of range.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora, select_lora
         >>> model = torch.nn.Linear(8, 8)
         >>> for name in ("a", "b"):
         ...     _ = register_lora(model, rank=2, adapter=name)
@@ -97,34 +94,29 @@ def combine_lora(
     Source:
         arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
     """
-    found = walk(model, "combine_lora")
-    check_model(found, "combine_lora")
+    found = walk(model, "combine_lora", Need.CHANGE)
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
     strengths = strengths_of(found, adapters)
     check_options(method, rank, density)
-    options: dict[str, Any] = {"method": method, "rank": rank, "density": density}
-    terms: defaultdict[str, list[tuple[Delta, float]]] = defaultdict(list)
-    weights = {}
+    options: Any = {"method": method, "rank": rank, "density": density, "generator": generator}
+    terms: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
     for weight, delta in found.deltas:
         if delta.adapter in adapters:
-            weights[weight.name] = weight
             delta.check_strength(1 if delta.of_buffers else adapters[delta.adapter])
-            terms[weight.name].append((delta, strengths.get(delta.adapter, 0.0)))
-    check_weights([weight for weight in weights.values() if not weight.is_buffer], adapter)
-    for weight in weights.values():
-        for other in weights.values() if weight.rows is not None else ():
+            terms[weight].append((delta, strengths.get(delta.adapter, 0.0)))
+    check_weights([weight for weight in terms if not weight.is_buffer], adapter)
+    for weight in terms:
+        for other in terms if weight.rows is not None else ():
             if other.whole == weight.whole and other != weight and weight.overlaps(other.rows):
                 fix = "combine adapters of the same blocks"
                 raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
-    made = {}
-    for name, own in terms.items():
-        shape, view = tuple(weights[name].like.shape), weights[name].view
-        made[name] = combined(name, own, shape, view, generator=generator, **options)
-        made[name][0].adapter, made[name][0].enabled = adapter, False
-    install(found, [(weights[name], delta) for name, (delta, _) in made.items()], freeze=False)
-    return [fit for delta, fit in made.values() if not delta.of_buffers]
+    made = [combined(weight, own, **options) for weight, own in terms.items()]
+    for delta, _ in made:
+        delta.adapter, delta.enabled = adapter, False
+    install(found, [(w, delta) for w, (delta, _) in zip(terms, made, strict=True)], freeze=False)
+    return [fit for delta, fit in made if not delta.of_buffers]
 
 
 def check_options(method: object, rank: Rank | None, density: float | None) -> None:
@@ -141,80 +133,73 @@ def check_options(method: object, rank: Rank | None, density: float | None) -> N
 
 
 def combined(
-    name: str,
+    weight: Weight,
     terms: Terms,
-    shape: Shape,
-    view: Shape,
     *,
     method: Method = "sum",
     rank: Rank | None = None,
     density: float | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Delta, Fit]:
-    """Combine the deltas on one weight of a shape and matrix view, at strength 1 each."""
-    first = terms[0][0]
-    if len(terms) == 1 and first.of_buffers:
-        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
-        return first.made_of(tensors, first.numbers), Fit(name, None, 0.0)
-    if odd := [delta for delta, _ in terms if not delta.adds]:
+    """Combine the deltas on one weight, at strength 1 each."""
+    first, odd = terms[0][0], [delta for delta, _ in terms if not delta.adds]
+    if odd and not (len(terms) == 1 and first.of_buffers):
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
-        raise AdapterError(f"{name}: adapter {odd[0].adapter!r}: {reason}")
+        raise AdapterError(f"{weight.name}: adapter {odd[0].adapter!r}: {reason}")
+    made, error, view = first, 0.0, weight.view
     with torch.no_grad():
-        if method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
-            return _product_sum(name, cast("Any", terms), view, rank)
-        updates, strengths = [_update(each, shape) for each, _ in terms], [s for _, s in terms]
-        if method == "ties":
-            total = ties(updates, strengths, density or 1)
-        elif method == "dare":
-            total = dare(updates, strengths, density or 1, generator)
+        if odd:
+            made = _copied(first, first.numbers)
+        elif method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
+            made, error = _product_sum(cast("Any", terms), view, rank)
         else:
-            total = sum(u * s for u, s in zip(updates, strengths, strict=True))  # type: ignore[assignment]
-        if rank is not None and len(view) > 1:
-            return pair_of(factorised(total.reshape(view), rank), name, _dtype(terms), first)
-        dense = DenseDelta.restore({"D": total.to(_dtype(terms))}, {})
-        return _alike(first, dense), Fit(name, None, 0.0)
+            total = _total(terms, tuple(weight.like.shape), method, density or 1, generator)
+            if rank is not None and len(view) > 1:
+                product = factorised(total.reshape(view), rank)
+                made, error = pair_of(product, _dtype(terms)), product.error
+            else:
+                made = DenseDelta.restore({"D": total.to(_dtype(terms))}, {})
+    made.rows, made.dim = first.rows, first.dim
+    return made, Fit(weight.name, made.numbers.get("rank"), error)
+
+
+def _total(
+    terms: Terms, shape: Shape, method: str, density: float, generator: torch.Generator | None
+) -> Tensor:
+    """Form the combination of updates of a shape, in float64."""
+    updates, strengths = [], [strength for _, strength in terms]
+    for delta, _ in terms:
+        zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
+        updates.append(delta.restore(tensors_of(delta), delta.numbers).value(zeros))
+    if method == "ties":
+        return ties(updates, strengths, density)
+    if method == "dare":
+        return dare(updates, strengths, density, generator)
+    return cast("Tensor", sum(u * s for u, s in zip(updates, strengths, strict=True)))
 
 
 def _product_sum(
-    name: str, terms: Sequence[tuple[LoRAParametrization, float]], view: Shape, rank: Rank | None
-) -> tuple[Delta, Fit]:
+    terms: Sequence[tuple[LoRAParametrization, float]], view: Shape, rank: Rank | None
+) -> tuple[Delta, float]:
     first, limit = terms[0][0], min(view[-2:])
     if len(terms) == 1 and rank is None:  # keeps its factors' bits
-        numbers = first.numbers | {"alpha": first.alpha * terms[0][1], "dropout": 0.0}
-        tensors = {part: tensor.clone() for part, tensor in _tensors(first).items()}
-        return _alike(first, first.restore(tensors, numbers)), Fit(name, first.rank, 0.0)
+        alpha = first.alpha * terms[0][1]
+        return _copied(first, first.numbers | {"alpha": alpha, "dropout": 0.0}), 0.0
     product = summed([(d.lora_A.double(), d.lora_B.double(), d.scale * s) for d, s in terms])
     if rank is not None or product.A.shape[-2] > limit:
         product = recompressed(product.A, product.B, limit if rank is None else rank)
-    return pair_of(product, name, _dtype(terms), first)
+    return pair_of(product, _dtype(terms)), product.error
 
 
-def pair_of(
-    product: Product, name: str, dtype: torch.dtype, like: Delta | None = None
-) -> tuple[Delta, Fit]:
-    """Make a pair of a product, on the same rows as another delta."""
+def pair_of(product: Product, dtype: torch.dtype) -> Delta:
+    """Make a pair of a product."""
     A, B, rank = product.A.to(dtype), product.B.to(dtype), product.A.shape[-2]
     numbers = {"rank": rank, "alpha": float(rank), "scaling": "lora", "dropout": 0.0}
-    pair = LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
-    return _alike(like or pair, pair), Fit(name, rank, product.error)
+    return LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
 
 
-def _alike(like: Delta, delta: Delta) -> Delta:
-    """Put a delta on the rows that another one has."""
-    delta.rows, delta.dim = like.rows, like.dim
-    return delta
-
-
-def _update(delta: Delta, shape: Shape) -> Tensor:
-    """Return what a delta adds to a weight of a shape at strength 1, in float64."""
-    zeros = torch.zeros(shape, dtype=torch.float64, device=next(delta.parameters()).device)
-    return _alike(delta, delta.restore(_tensors(delta), delta.numbers)).value(zeros)
-
-
-def _tensors(delta: Delta) -> dict[str, Tensor]:
-    return {
-        name: each.detach() for name, each in (*delta.named_parameters(), *delta.named_buffers())
-    }
+def _copied(delta: Delta, numbers: Mapping[str, Any]) -> Delta:
+    return delta.restore({name: each.clone() for name, each in tensors_of(delta).items()}, numbers)
 
 
 def _dtype(terms: Terms) -> torch.dtype:
@@ -225,10 +210,9 @@ def _dtype(terms: Terms) -> torch.dtype:
 def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> list[Fit]:
     """Give an adapter's pairs another rank, in place: the nearest update of a lower one, or room.
 
-    A lower rank keeps the largest singular values. A higher one keeps the update, with new columns
-    of zeros in `lora_B` and rows of `lora_A` drawn as fresh ones are, so that training goes on with
-    more capacity. The scale stays what it was. The factors are new Parameters: build the optimizer
-    anew. Dense deltas and statistics stay as they are.
+    A lower rank keeps the largest singular values. A higher one keeps the update, with columns of
+    zeros in `lora_B` and rows of `lora_A` drawn as fresh ones are. The scale stays what it was. The
+    factors are new Parameters: build the optimizer anew. Dense deltas and statistics stay.
 
     Args:
         model: An adapted model.
@@ -244,32 +228,29 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(8, 8)
         >>> _ = register_lora(model, rank=2)
         >>> resize_lora(model, 4)
         [Fit(weight='weight', rank=4, error=0.0)]
     """
-    found = walk(model, "resize_lora")
-    check_model(found, "resize_lora")
+    found = walk(model, "resize_lora", Need.CHANGE)
     check_rank_or_share(rank)
     pairs = deltas_called(found, adapter)
-    changed = [(w, d, *resized(w.name, d, w.view, rank)) for w, d in pairs if "rank" in d.numbers]
+    changed = [(delta, *resized(w, delta, rank)) for w, delta in pairs if "rank" in delta.numbers]
     if not changed:
         raise AdapterError("there is no pair of factors to resize; its deltas are dense")
     with all_or_nothing() as undo:
-        for _, delta, new, _ in changed:
+        for delta, new, _ in changed:
             _become(delta, new, undo)
     return [fit for *_, fit in changed]
 
 
-def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fit]:
+def resized(weight: Weight, delta: Delta, rank: Rank) -> tuple[Delta, Fit]:
     """Return a pair of another rank, with the same scale, and what it misses."""
     if not isinstance(delta, LoRAParametrization):
         reason = f"a {delta.kind} delta is no sum, so that none of a lower rank is the nearest"
-        raise AdapterError(f"{name}: adapter {delta.adapter!r}: {reason}")
-    A, B = delta.lora_A.detach(), delta.lora_B.detach()
+        raise AdapterError(f"{weight.name}: adapter {delta.adapter!r}: {reason}")
+    view, A, B = weight.view, delta.lora_A.detach(), delta.lora_B.detach()
     if isinstance(rank, int):
         rank = min(rank, min(view[-2:]))
     if isinstance(rank, int) and rank > A.shape[-2]:
@@ -281,7 +262,7 @@ def resized(name: str, delta: Delta, view: Shape, rank: Rank) -> tuple[Delta, Fi
     found = check_rank(product.A.shape[-2], *view[-2:])
     numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
     tensors = {"lora_A": product.A.to(A.dtype), "lora_B": product.B.to(A.dtype)}
-    return delta.made_of(tensors, delta.numbers | numbers), Fit(name, found, product.error)
+    return delta.made_of(tensors, delta.numbers | numbers), Fit(weight.name, found, product.error)
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:

@@ -22,11 +22,7 @@ from .weight import Weight
 def difference(
     name: str, base: Tensor, tuned: Tensor, view: Shape | None, rank: Rank
 ) -> tuple[Delta, Fit] | None:
-    """Return what turns a base's weight into a tuned one's; `None` where nothing does.
-
-    With a matrix view a pair of a rank, without one a dense delta. In float32 at least, so that
-    the rounded sum is the tuned weight's.
-    """
+    """Return what turns a base's weight into a tuned one's: a pair, or without a view dense."""
     tuned = tuned.detach().to(base.device)
     if torch.equal(base, tuned.to(base.dtype)) and base.dtype == tuned.dtype:
         return None
@@ -39,7 +35,8 @@ def difference(
         raise LoRAError(f"{name}: the difference isn't finite; the checkpoint is damaged")
     if view is None:
         return DenseDelta.restore({"D": change.to(dtype)}, {}), Fit(name, None, 0.0)
-    return pair_of(factorised(change.reshape(view), rank), name, dtype)
+    product = factorised(change.reshape(view), rank)
+    return pair_of(product, dtype), Fit(name, product.A.shape[-2], product.error)
 
 
 def differences(
@@ -68,15 +65,13 @@ def differences(
         odd = weight.is_buffer or base.dtype not in FLOATS or not base.ndim
         if odd or (target is not None and name not in low_rank):
             value = tuned[name].to(base)
-            if torch.equal(base, value):
-                continue
-            if name in moving and target is None:
+            if name in moving and target is None and not torch.equal(base, value):
                 pairs.append((weight, StatisticsDelta(value)))
-            else:
+            elif not torch.equal(base, value):
                 left.append(name)
             continue
         view = weight.view if name in low_rank else None
-        if (found := difference(name, base, tuned[name], view, rank)) is not None:
+        if found := difference(name, base, tuned[name], view, rank):
             pairs.append((weight, found[0]))
             fits.append(found[1])
     if not pairs:

@@ -7,118 +7,92 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import ref
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from .checks import walk
 from .deltas.protocol import Delta
 from .errors import FrozenError, LoRAError, TargetError
 from .quantised import parts_of
 from .sharding import whole
 from .targets import matches
 from .undo import keep_entries, set_flags
-from .walk import Walk, walk
+from .walk import Walk
 from .weight import Weight
 
 FROZEN = "_lora_frozen"
 """Where a module keeps the holds on its parameters that `freeze` has frozen, by their names."""
 
 
-class Hold:
-    """What keeps parameters frozen until the last of its deltas has gone, in whichever module.
+class Hold(WeakSet[Delta]):
+    """The deltas that keep parameters frozen until the last one has gone, in whichever module."""
 
-    A copy holds what it was copied with: its deltas join it by themselves.
-    """
-
-    def __init__(self) -> None:
-        self.deltas: set[ref[Delta]] = set()
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Hold, ()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether none of its deltas is left."""
-        return all(delta() is None for delta in self.deltas)
+        return Hold, ()  # the deltas of a copy join it by themselves
 
 
 def freeze(walk: Walk, undo: ExitStack) -> None:
     """Freeze the base and clear its gradients, which an optimizer built earlier would apply."""
-    hold = Hold()
-    flagged: dict[nn.Module, dict[str, Hold]] = {}
-    for weight, tensor in walk.parameters:
-        if tensor.requires_grad:
-            flagged.setdefault(weight.module, {})[weight.tensor] = hold
-    for module, holds in flagged.items():
-        _note(module, _holds(module) | holds, undo)
+    hold, flagged = Hold(), [weight for weight, each in walk.parameters if each.requires_grad]
+    keep_entries(undo, *((weight.module.__dict__, [FROZEN]) for weight in flagged))
+    for weight in flagged:
+        notes = weight.module.__dict__
+        notes[FROZEN] = {**notes.get(FROZEN, {}), weight.tensor: hold}
     set_flags(undo, [tensor for _, tensor in walk.parameters], False)
 
 
 def hold_frozen(walk: Walk, deltas: Iterable[Delta]) -> None:
     """Let deltas keep frozen what is frozen."""
-    noted = [module.__dict__[FROZEN] for module in walk.owners if FROZEN in module.__dict__]
-    holds = {hold for each in noted for hold in each.values()}
+    holds = {hold for each in walk.owners for hold in each.__dict__.get(FROZEN, {}).values()}
     for delta in deltas:
         delta.__dict__["_holds"] = holds
         for hold in holds:
-            hold.deltas.add(ref(delta))
+            hold.add(delta)
 
 
 def let_go(delta: Delta, undo: ExitStack) -> None:
     """Let a delta keep nothing frozen any more."""
     for hold in delta._holds:
-        undo.callback(hold.deltas.add, ref(delta))
-        hold.deltas.discard(ref(delta))
+        undo.callback(hold.add, delta)
+        hold.discard(delta)
 
 
 def is_over(walk: Walk) -> bool:
     """Say whether `thaw` would give anything back."""
-    return any(hold.is_over for module in walk.owners for hold in _holds(module).values())
+    return not all(h for each in walk.owners for h in each.__dict__.get(FROZEN, {}).values())
 
 
 def thaw(walk: Walk, undo: ExitStack) -> None:
     """Give every parameter that nothing holds frozen any more its flag back."""
     for module, path in walk.owners.items():
-        holds = _holds(module)
-        if free := [name for name, hold in holds.items() if hold.is_over]:
-            _note(module, {name: holds[name] for name in holds if name not in free}, undo)
+        holds: dict[str, Hold] = module.__dict__.get(FROZEN, {})
+        if free := [name for name, hold in holds.items() if not hold]:
+            keep_entries(undo, (module.__dict__, [FROZEN]))
+            del module.__dict__[FROZEN]
+            if held := {name: holds[name] for name in holds if name not in free}:
+                module.__dict__[FROZEN] = held
             originals = [Weight(path, module, name).original for name in free]
             set_flags(undo, [tensor for tensor in originals if tensor is not None], True)
-
-
-def _holds(module: nn.Module) -> dict[str, Hold]:
-    return module.__dict__.get(FROZEN, {})  # type: ignore[no-any-return]
-
-
-def _note(module: nn.Module, holds: dict[str, Hold], undo: ExitStack) -> None:
-    keep_entries(undo, (module.__dict__, [FROZEN]))
-    module.__dict__.pop(FROZEN, None)
-    if holds:
-        module.__dict__[FROZEN] = holds
 
 
 def fingerprint(model: nn.Module, *, buffers: bool = True) -> dict[str, str]:
     """Return the SHA-256 digest of each original, over its bytes, dtype and shape.
 
-    Of all that the plain model's state dict has; `buffers=False` leaves its buffers out. Adapters
-    don't count: it is the same before `register_lora`, after it and after `remove_lora`.
+    Adapters don't count: it is the same before `register_lora` and after it.
 
     Returns:
-        Hexadecimal digests by the originals' names in the plain model, `"linear1.weight"`.
+        Hexadecimal digests by name in the plain model's state dict, with or without `buffers`.
 
     Raises:
         LoRAError: A tensor has no bytes of its own: on the meta device, sharded, wrapped.
 
     Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(3, 2)
-        >>> before = fingerprint(model)
-        >>> sorted(before), len(before["weight"])
-        (['bias', 'weight'], 64)
-
-    Source:
-        FIPS 180-4 for SHA-256.
+        >>> {name: len(digest) for name, digest in fingerprint(torch.nn.Linear(3, 2)).items()}
+        {'weight': 64, 'bias': 64}
     """
     tensors = walk(model, "fingerprint").tensors
     kept = [(w.name, each) for w, each in tensors if buffers or isinstance(each, nn.Parameter)]
@@ -133,7 +107,6 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         LoRAError: The fingerprint is empty, or none.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Linear(3, 2)
         >>> before = fingerprint(model)
         >>> assert_frozen(model, before)
@@ -148,13 +121,13 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         raise LoRAError(f"{rule}, got nothing to compare")
     now = {weight.name: each for weight, each in walk(model, "assert_frozen").tensors}
     gone = [name for name in fingerprint if name not in now]
-    there = {name: digest for name, digest in fingerprint.items() if name in now}
-    changed = [name for name, digest in there.items() if digest_of(name, now[name]) != digest]
-    complaints = []
-    for what, names in (("changed", changed), ("are gone", gone)):
-        if names:
-            listing = ", ".join(names)
-            complaints.append(f"{len(names)} of {len(fingerprint)} originals {what}: {listing}")
+    there = [name for name in fingerprint if name in now]
+    changed = [name for name in there if digest_of(name, now[name]) != fingerprint[name]]
+    complaints = [
+        f"{len(names)} of {len(fingerprint)} originals {what}: {', '.join(names)}"
+        for what, names in (("changed", changed), ("are gone", gone))
+        if names
+    ]
     if moved := [name for name in changed if not isinstance(now[name], nn.Parameter)]:
         fix = "keep them in eval mode, or leave these out (exclude=, buffers=False)"
         complaints.append(f"{moved[0]} is a buffer, which its module may move in training; {fix}")
@@ -166,19 +139,16 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
 def base_frozen(
     model: nn.Module, *, buffers: bool = True, exclude: str | Sequence[str] = ()
 ) -> Iterator[None]:
-    """Check that a block leaves every original as it was, to the bit.
+    """Check that a block leaves every original as it was, to the bit, unless it raises.
 
     The model may gain or lose adapters in the block. `buffers=False` leaves its buffers out, and
     `exclude`, of one pattern or several as `register_lora` takes them, what these match.
 
     Raises:
         TargetError: A pattern matches nothing.
-        FrozenError: Names every original that changed. An exception of the block's own passes
-            through instead.
+        FrozenError: Names every original that changed.
 
     Example:
-        >>> import torch
-        >>> from lora_param import lora_parameters, register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
@@ -199,11 +169,7 @@ def base_frozen(
 
 
 def bytes_of(name: str, tensor: Tensor) -> Any:
-    """Return a tensor's bytes, to hash or write, without a copy, and without numpy.
-
-    Raises:
-        LoRAError: It has none of its own.
-    """
+    """Return a tensor's bytes, to hash or write, without a copy, or raise if it has none."""
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
     # As DeepSpeed and FSDP mark what they leave a part of, or nothing, in its place.
     plain = plain and getattr(tensor, "ds_shape", tensor.shape) == tensor.shape

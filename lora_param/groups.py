@@ -29,9 +29,9 @@ SHAPE |= {"element_size", "get_device", "is_contiguous", "ndimension", "__len__"
 """What may be asked of a weight that is another one for each row."""
 
 
-def run_by_groups(routing: Routing, module: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
+def run_by_groups(routing: Routing, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Call a module's forward once for each group of rows, and put their results in order."""
-    places, layer = routing.places, layer_of(type_before(module))
+    places, layer, call = routing.places, layer_of(type_before(module)), type(module).forward
     if layer.moving and module.training:
         reason = f"a {type_before(module).__name__} in training mixes the rows of a batch"
         raise places.error(module, f"{reason}; put it into eval mode, or train one at a time")
@@ -80,9 +80,8 @@ def _in_groups(routing: Routing, module: nn.Module, call: Any, named: Any, dims:
     results = []
     for rows, one in routing.groups:
         with routed_here(one):
-            bound = inspect.signature(call).bind_partial()
-            for name, value in named.items():
-                bound.arguments[name] = tree_map(functools.partial(take, name, rows), value)
+            own = {n: tree_map(functools.partial(take, n, rows), v) for n, v in named.items()}
+            bound = inspect.BoundArguments(inspect.signature(call), own)
             results.append(call(*bound.args, **bound.kwargs))
     flat, structures = zip(*map(tree_flatten, results), strict=True)
     tops = results[0] if isinstance(results[0], tuple) else (results[0],)
@@ -183,15 +182,13 @@ def weight_by_row(routing: Routing, module: nn.Module, name: str, like: Tensor) 
 
 
 def by_rows(base: Any, own: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Make the forward of a type in weight space: by groups, while rows differ."""
+    """Make the forward of a type in weight space, while rows differ its own forward by groups."""
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = own or base.forward
-        if Routing.used:
-            routing = routing_of(self)
-            if routing is not None and routing.separates(self):
-                return routing.run(routing, self, call, args, kwargs)
-        return call(self, *args, **kwargs)
+        routing = routing_of(self) if Routing.used else None
+        if routing is not None and routing.separates(self):
+            return routing.run(routing, self, args, kwargs)
+        return (own or base.forward)(self, *args, **kwargs)
 
     return forward

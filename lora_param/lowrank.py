@@ -57,8 +57,6 @@ def recompressed(A: Tensor, B: Tensor, rank: Rank) -> Product:
 def factorised(matrix: Tensor, rank: Rank) -> Product:
     """Return the product nearest to a matrix of a rank; of a large one by its range, within 1 %.
 
-    Its error is the true one in either case, because what is left out is orthogonal to the rest.
-
     Source:
         Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53 (2011),
         algorithms 4.4 and 5.1.
@@ -66,7 +64,7 @@ def factorised(matrix: Tensor, rank: Rank) -> Product:
     total, side = matrix.double().square().sum().item(), min(matrix.shape[-2:])
     count = 2 * rank + 8 if isinstance(rank, int) else side // 32
     while side >= LARGE and 4 * count <= side:
-        Q = _range(matrix, count)
+        Q = range_of(matrix, count, 4, torch.Generator().manual_seed(0))
         U, S, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
         held = S.double().square().sum().item()
         if isinstance(rank, int) or held >= rank * total:
@@ -76,14 +74,13 @@ def factorised(matrix: Tensor, rank: Rank) -> Product:
     return _truncated(U, S, Vh, 0.0, rank)
 
 
-def _range(matrix: Tensor, count: int) -> Tensor:
+def range_of(matrix: Tensor, count: int, rounds: int, generator: torch.Generator | None) -> Tensor:
     """Return an orthonormal basis of what a matrix's largest singular values reach."""
-    shape = (*matrix.shape[:-2], matrix.shape[-1], count)
-    draws = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    shape, device = (*matrix.shape[:-2], matrix.shape[-1], count), (generator or matrix).device
+    draws = torch.randn(shape, generator=generator, device=device, dtype=matrix.dtype)
     Q: Tensor = torch.linalg.qr(matrix @ draws.to(matrix.device))[0]
-    for _ in range(4):
-        Q, _ = torch.linalg.qr(matrix.mT @ Q)
-        Q, _ = torch.linalg.qr(matrix @ Q)
+    for _ in range(rounds):
+        Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q)[0])[0]
     return Q
 
 

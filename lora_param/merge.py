@@ -11,24 +11,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from .chains import chains_of, run_through
-from .checks import check_model, check_structure, check_unshared, deltas_called
+from .checks import Need, check_unshared, deltas_called, walk
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .quantised import is_quantised, parts_of
 from .register import take_off
 from .sharding import is_sharded, own_piece, whole
 from .undo import all_or_nothing, keep_entries
-from .walk import Walk, walk
+from .walk import Walk
 from .weight import Weight, merged_for_now, without_side_effects
 
 
 def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool = False) -> None:
     """Fold adapters into their weights for good, and take them off.
 
-    The new weight is what reading the weight gave, rounded once to its dtype; where only some of a
-    weight's adapters are merged, within rounding. Statistics that a merged adapter's hid behind its
-    own become the same.
-
+    The new weight is what reading the weight gave; where only some of a weight's adapters are
+    merged, within rounding. Statistics that a merged adapter's hid behind its own become the same.
     A quantised weight becomes dense by `dequantize`: quantising the sum anew would change it.
 
     Raises:
@@ -38,8 +36,6 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
         TargetError: A weight's Parameter has been tied to another module since.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> merge_lora(model)
@@ -49,8 +45,7 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
     Source:
         Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
     """
-    found = walk(model, "merge_lora")
-    check_model(found, "merge_lora")
+    found = walk(model, "merge_lora", Need.CHANGE)
     pairs = deltas_called(found, adapter)
     for weight, delta in pairs:
         if not delta.enabled:
@@ -72,31 +67,22 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
 def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]:
     """Run a block at the base's own speed: inside, each weight is plain and has its present value.
 
-    After the block, also one that raises, every module has its originals and adapters back, the
-    same objects with the same bits. For inference: in the block other verbs raise a `LoRAError`,
-    and what is done to the merged weights, which take memory of their own, is lost. Disabled
-    adapters stay out.
-
-    With `dequantize`, quantised weights are dense in the block.
+    After the block every module has its originals and adapters back, the same objects with the same
+    bits. In it other verbs raise a `LoRAError`, and what is done to the merged weights, which take
+    memory of their own, is lost. With `dequantize`, quantised weights are dense there.
 
     Raises:
         AdapterError: The model has no adapters.
         LoRAError: The model is wrapped or sharded.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> with lora_merged(model):
         ...     type(model), model(torch.ones(1, 3)).shape
         (<class 'torch.nn.modules.linear.Linear'>, torch.Size([1, 2]))
-
-    Source:
-        Hu et al., arXiv:2106.09685, section 4.1, "No Additional Inference Latency".
     """
-    found = walk(model, "lora_merged")
-    check_structure(found, "lora_merged")
+    found = walk(model, "lora_merged", Need.STRUCTURE)
     weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
     _check_dense(weights, dequantize)
     values = [_as_others(weight.value, weight.originals[0], found) for weight in weights]

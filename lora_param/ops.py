@@ -278,6 +278,10 @@ class EmbeddingRun(_Run):
             return values
         return torch.where((self.x == self.pad).unsqueeze(1), values.detach(), values)
 
+    def by_row(self, low: Tensor, table: Tensor) -> Tensor:
+        """Return the same as of any layer; padding gives no gradient."""
+        return self.across(super().by_row(low, table))
+
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return `[rows, rank]` and `[rank, width]`."""
         return B, A

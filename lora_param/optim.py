@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .checks import deltas_called
+from .checks import deltas_called, walk
 from .errors import LoRAError
 from .targets import matches, number_for_each
-from .walk import walk
 
 
 def lora_parameter_groups(
@@ -33,10 +32,9 @@ def lora_parameter_groups(
         model: An adapted model.
         lr: The learning rate, as it was before there was a ratio.
         ratio: A positive number; 1 for equal rates.
-        weight_decay: What an optimizer does with it; a pair that started from its weight (`init`)
-            and a dense delta decay towards the base.
-        factors: What multiplies the rates of some weights, by patterns as `register_lora` takes
-            them, of which the first that matches decides; of other weights the factor is 1.
+        weight_decay: Towards the base, also of a pair that started from its weight (`init`).
+        factors: What multiplies the rates of some weights, by pattern, of which the first that
+            matches decides; of other weights the factor is 1.
         adapter: The adapter's name; `None` means all.
 
     Returns:
@@ -48,8 +46,6 @@ def lora_parameter_groups(
         LoRAError: A number isn't finite, or is negative, or `ratio` isn't positive.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
         >>> _ = register_lora(model, rank=1)
         >>> groups = lora_parameter_groups(model, 1e-3, factors={"1": 0.5})

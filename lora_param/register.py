@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import checks
-from .checks import check_model, deltas_called
+from .checks import Need, deltas_called, walk
 from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
 from .deltas.inits import DRAWS, Init
 from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
@@ -22,7 +22,7 @@ from .frozen import hold_frozen, is_over, let_go, thaw
 from .quantised import dense, is_packed
 from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
-from .walk import Walk, walk
+from .walk import Walk
 from .watch import watch
 from .weight import Weight
 from .words import in_our_words
@@ -62,25 +62,22 @@ def register_lora(
         alpha: A finite number or a mapping from pattern to number; `None` means `rank`.
         target: What to adapt: a glob over a parameter's full name, its module's path, or a dotted
             suffix of either (`"q_proj"` finds `layers.3.q_proj`); a module type; a predicate
-            `(module's path, module) -> bool`; or several of these. `None` means every weight that
-            multiplies activations: of linear, convolution, bilinear, attention and recurrent
-            layers. Embeddings and other parameters are adapted only when named. A glob may end in
-            rows, `"*.c_attn[0:768]"`, and so adapts a block of output features with a pair of its
-            own, whichever way round the layer stores its matrix; of an embedding, tokens. Rows are
-            `[start:stop]`, `[start:stop:step]` or, as for the queries of heads,
-            `[start:stop:step+width]`. The pair `(selector, rows)` does the same for any selector,
-            where rows are such a text, a slice, numbers, or a function from how many there are.
+            `(module's path, module) -> bool`; or several of these. `None` means every weight of
+            linear, convolution, bilinear, attention and recurrent layers. A glob may end in rows,
+            `"*.c_attn[0:768]"`, for a block of output features, of an embedding tokens, with a pair
+            of its own. Rows are `[start:stop]`, `[start:stop:step]` or, as for the queries of
+            heads, `[start:stop:step+width]`. The pair `(selector, rows)` does the same for any
+            selector, where rows are such a text, a slice, numbers, or a function from how many
+            there are.
         exclude: The same, for what is left out of `target`, or with `target=()` out of `train`.
         train: What to train whole, as `W + D` (`DenseDelta`): parameters of any dimensions. A
             module's path, type or predicate means all below it. `target=()` trains nothing else;
             what both name is trained whole.
         adapter: The adapter's name, without dots. Several adapters on one weight add up.
-        freeze: Freeze every parameter that is no adapter's and clear its `.grad`; `remove_lora`
-            gives the flags back. Warns of those in a frozen model that had been thawed, a new head
-            perhaps, and aren't trained now. `False` leaves them as they are.
+        freeze: Freeze every parameter that is no adapter's and clear its `.grad`, with a warning of
+            those in a frozen model that had been thawed; `remove_lora` gives the flags back.
         statistics: With `freeze`, give each buffer that training moves, a batch norm's statistics,
-            a copy of the adapter's own to move (`StatisticsDelta`), so that off the base has its
-            own again. `False` lets training move the base's, and warns.
+            a copy of the adapter's own to move. `False` lets training move the base's, and warns.
         kind: `"lora"`, or another row of `lora_param.deltas.KINDS`, with the options that it takes.
         scaling: What `alpha` is divided by: the rank, or with `"rslora"` its square root.
         dropout: As for `LoRAParametrization`; every weight must be computed in activation space.
@@ -105,7 +102,6 @@ def register_lora(
         AdapterError: The adapter's name is unusable, or taken on one of the weights.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Linear(10, 4))
         >>> register_lora(model, rank=2)
         ['0.weight', '1.weight']
@@ -118,8 +114,7 @@ def register_lora(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
         section 4.
     """
-    found = walk(model, "register_lora")
-    check_model(found, "register_lora")
+    found = walk(model, "register_lora", Need.CHANGE)
     checks.check_ready(found)
     check_adapter(adapter)
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
@@ -132,37 +127,27 @@ def register_lora(
     checks.check_trainable(found)
     if target is None:
         weights = checks.without_tied(found, weights)
-    divisor = SCALINGS[check_scaling(scaling)]
+    check_scaling(scaling)
     if check_dropout(dropout):
         checks.check_droppable(weights)
     checks.check_space(space, dropout, cls, weights)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
-    deltas: dict[str, Delta] = {}
+    pairs: list[tuple[Weight, Delta]] = []
     for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
-        view, own = weight.view, given | {"rank": own_rank, "alpha": own_alpha}
-        own["transposed"] = weight.layer.transposed
-        own = {name: own[name] for name in cls.options}
-        beneath = weight.like
-        if cls.of_values or given["init"] not in [*DRAWS]:
-            values = weight.original if is_packed(weight.original) else beneath
-            beneath = dense(weight.value if cls.of_values else values)
+        own = given | {"rank": own_rank, "alpha": own_alpha}
         try:
-            if type(rank) is int and rank > min(view[-2:]) and "rank" in own:
-                own["rank"] = min(view[-2:])
-                own["alpha"] = check_alpha(own_alpha, rank) / divisor(rank) * divisor(own["rank"])
-            deltas[weight.name] = cls.make(beneath, view, adapter=adapter, **own)
+            delta = _fresh(weight, cls, own, lowered=type(rank) is int, adapter=adapter)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
-        deltas[weight.name].__dict__["space"] = space
-    for weight in whole:
-        deltas[weight.name] = DenseDelta.make(weight.like, (), adapter=adapter, dtype=dtype)
+        delta.__dict__["space"] = space
+        pairs.append((weight, delta))
+    pairs += [(w, DenseDelta.make(w.like, (), adapter=adapter, dtype=dtype)) for w in whole]
     if whole:
         order = {weight.name: place for place, weight in enumerate(found.weights)}
-        weights = sorted([*weights, *whole], key=lambda weight: order[weight.whole.name])
-    pairs: list[tuple[Weight, Delta]] = [(weight, deltas[weight.name]) for weight in weights]
+        pairs.sort(key=lambda pair: order[pair[0].whole.name])
     if freeze:
-        checks.warn_of_thawed(found, {weight.whole.name for weight in weights})
+        checks.warn_of_thawed(found, {weight.whole.name for weight, _ in pairs})
         moving = checks.moving_without(found, adapter, statistics)
         if statistics:
             pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
@@ -202,25 +187,38 @@ def _kind(kind: str, given: Mapping[str, Any]) -> type[Delta]:
     return KINDS[kind]
 
 
-def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Take adapters off; without its last adapter the model is as it was before `register_lora`.
+def _fresh(
+    weight: Weight, cls: type[Delta], given: Mapping[str, Any], lowered: bool, adapter: str
+) -> Delta:
+    """Make a fresh delta of a weight, with a rank that is `lowered` to what the weight can have."""
+    own, view, beneath = {**given, "transposed": weight.layer.transposed}, weight.view, weight.like
+    if cls.of_values or own["init"] not in [*DRAWS]:
+        values = weight.original if is_packed(weight.original) else beneath
+        beneath = dense(weight.value if cls.of_values else values)
+    own = {name: own[name] for name in cls.options}
+    if lowered and "rank" in own and (rank := own["rank"]) > (most := min(view[-2:])):
+        scale = check_alpha(own["alpha"], rank) / SCALINGS[own["scaling"]](rank)
+        own |= {"rank": most, "alpha": scale * SCALINGS[own["scaling"]](most)}
+    return cls.make(beneath, view, adapter=adapter, **own)
 
-    Class, parameters and their order, `requires_grad`, state-dict keys and bits are what they were;
-    others' parametrizations stay.
+
+def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
+    """Take adapters off: without the last one class, order, flags, keys and bits are as before.
+
+    Others' parametrizations stay.
 
     Raises:
         AdapterError: There is no such adapter.
         LoRAError: The model is wrapped or sharded, or the call is made in `torch.inference_mode`.
 
     Example:
-        >>> import torch
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> remove_lora(model)
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
-    check_model(found := walk(model, "remove_lora"), "remove_lora")
+    found = walk(model, "remove_lora", Need.CHANGE)
     with all_or_nothing() as undo:
         # The adapters may have gone with a submodule, or torch may have taken them off.
         gone = adapter is None and not found.deltas and is_over(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .chains import chains_of
-from .checks import check_structure, deltas_called
+from .checks import Need, deltas_called, walk
 from .errors import AdapterError, LoRAError, TargetError
 from .groups import run_by_groups
 from .places import Place, Places
 from .routing import Routing, routed_here
 from .targets import matches
-from .walk import Walk, walk
+from .walk import Walk
 from .weight import Weight
 
 Setting = str | Mapping[str, float] | None
@@ -78,8 +77,7 @@ def lora_routed(
         ...     model(torch.ones(3, 3)).shape
         torch.Size([3, 2])
     """
-    found = walk(model, "lora_routed")
-    check_structure(found, "lora_routed")
+    found = walk(model, "lora_routed", Need.STRUCTURE)
     weights, chosen = _weights(adapters, names)
     for name in chosen:
         deltas_called(found, name)
@@ -89,8 +87,7 @@ def lora_routed(
         column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
         for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
             columns[module] = max(columns.get(module, -1), column)
-    modules = [module for _, module in found.modules]
-    own = {*itertools.chain(*([*m._parameters.values(), *m._buffers.values()] for m in modules))}
+    own = {t for _, m in found.modules for t in (*m._parameters.values(), *m._buffers.values())}
     run: Any = run_by_groups
     if "torch._dynamo" in sys.modules:
         run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
@@ -132,16 +129,18 @@ def _weights(
 def _check_rows(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
     """Raise for strengths or statistics that a row can't have, and for what would mix rows."""
     columns = dict(zip(chosen, weights.detach().t().tolist(), strict=True))
-    different = {name: {strength or 1.0 for strength in own} for name, own in columns.items()}
     movers = dict[tuple[str, int], str]()
     for weight, delta in walk.deltas:
-        name = delta.adapter
-        for strength in () if delta.of_buffers else different.get(name, ()):
+        name, own = delta.adapter, columns.get(delta.adapter, ())
+        for strength in () if delta.of_buffers else {*own} - {0.0}:
             try:
                 delta.check_strength(strength)
             except LoRAError as error:
                 raise LoRAError(f"{weight.name}: {error}") from None
-        for row, strength in enumerate(columns.get(name, ())) if delta.of_buffers else ():
+        if weights.requires_grad and own and not (delta.adds or delta.of_buffers):
+            reason = f"strengths of a {delta.kind} delta, of adapter {name!r}, can't be learned"
+            raise LoRAError(f"{weight.name}: {reason}; detach the tensor, or leave it out")
+        for row, strength in enumerate(own if delta.of_buffers else ()):
             if strength and (other := movers.setdefault((weight.name, row), name)) != name:
                 reason = "have statistics of their own here, of which a row can have one's"
                 raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
@@ -158,17 +157,14 @@ def _places(
     for each in [dim, *(dims or {}).values()]:
         if each is not None and (type(each) is not int or each < 0):
             raise LoRAError(f"a dimension must be an integer from 0 up, got {each!r:.40}")
-    flags, known, unused = dict[str | None, Place](), dict[nn.Module, Place](), {*(dims or ())}
+    known, unused = dict[nn.Module, Place](), {*(dims or ())}
+    flags: dict[str | None, tuple[int, int]] = {None: (dim or 0, dim is not None)}
     for path, module in walk.modules:
         own = module._modules.get("self_attn") or module  # says it for its layer
         first = own.__dict__.get("batch_first")
-        above = flags.get(
-            path.rpartition(".")[0] if path else None, Place(dim or 0, dim is not None)
-        )
-        flags[path] = (
-            Place(*above[:2], path) if first is None else Place(0 if first else 1, 1, path)
-        )
-        known[module] = flags[path]
+        above = flags.get(path.rpartition(".")[0] if path else None, flags[None])
+        flags[path] = above if first is None else (int(not first), 1)
+        known[module] = Place(*flags[path], path)
         for pattern, said in (dims or {}).items():
             if matches(pattern, Weight(path, module, "weight")):
                 known[module] = Place(said, 2, path)

@@ -43,7 +43,10 @@ class Routing:
     def __init__(self, weights: Tensor, columns: dict[Any, int], places: Places, run: Any) -> None:
         self.weights, self.columns, self.places = weights, columns, places
         self.run = run  # runs a module by groups of rows, past any compiler
-        self.rows = len(weights)
+        self.rows, self.settings = len(weights), weights.tolist()
+        found = [[(c, s) for c, s in enumerate(row) if s] for row in self.settings]
+        self.mixed = any(own[1:] for own in found)
+        self._choices = [(*own, (0, 0.0))[0] for own in found]
         self.plans: dict[Any, Any] = {}
         self._tables: dict[Any, Tensor] = {}
 
@@ -60,26 +63,28 @@ class Routing:
                 "a weight is read while each row of the batch has adapters of its own "
                 "(lora_routed); call its module on the batch, or do this outside of the block"
             )
-        strength: Any = self.weights[0, column]
-        if not strength.requires_grad:
-            strength = self._settings[0][column]
-        return Switch(bool(strength != 0) or isinstance(strength, Tensor), strength)
+        learned, number = self.weights.requires_grad, self.settings[0][column]
+        on = number != 0 or (learned and delta.adds)
+        return Switch(bool(on), self.weights[0, column] if learned else number)
 
     def separates(self, module: nn.Module) -> bool:
         """Say whether rows differ in what acts on them in a module, or a chain."""
         return self.rows > 1 and self.columns[module] >= 0
 
-    @cached_property
-    def _settings(self) -> list[list[float]]:
-        settings: list[list[float]] = self.weights.tolist()
-        return settings
+    def mixes(self, delta: nn.Module, others: Sequence[nn.Module]) -> bool:
+        """Say whether a row has a delta and another adapter's of these, or that isn't known."""
+        if not self.mixed or is_traced():
+            return self.mixed and bool(others)
+        own = self.columns[delta]
+        rest = {self.columns[each] for each in others} - {own}
+        return any(row[own] and any(row[c] for c in rest) for row in self.settings)
 
     @cached_property
     def groups(self) -> list[tuple[list[int], Routing]]:
         """Rows of one setting, and a routing of one row for them; of a learned mixture each."""
         rows: dict[Any, list[int]] = {}
         for row in range(self.rows):
-            own = row if self.weights.requires_grad else tuple(self._settings[row])
+            own = row if self.weights.requires_grad else tuple(self.settings[row])
             rows.setdefault(own, []).append(row)
         return [(each, self.of(self.weights[each[:1]])) for each in rows.values()]
 
@@ -87,12 +92,7 @@ class Routing:
     def choices(self) -> list[tuple[int, float]] | None:
         """Each row's only column and its strength; `None` if a row mixes, or that isn't known."""
         unknown = is_traced() or torch._C._are_functorch_transforms_active()
-        return None if self.weights.requires_grad or unknown else self._choices
-
-    @cached_property
-    def _choices(self) -> list[tuple[int, float]] | None:
-        found = [[(c, s) for c, s in enumerate(row) if s] for row in self._settings]
-        return None if any(own[1:] for own in found) else [(*own, (0, 0.0))[0] for own in found]
+        return None if unknown or self.weights.requires_grad or self.mixed else self._choices
 
     def table(self, deltas: Sequence[Any], widths: Sequence[int], like: Tensor) -> Tensor:
         """Return a number for each row and column of the deltas' joint inner factor, `[rows, n]`.

@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from .checks import deltas_called
+from .checks import deltas_called, walk
 from .deltas import Delta
 from .errors import AdapterError, LoRAError
 from .routing import Switch, unrouted
 from .undo import all_or_nothing
-from .walk import Walk, walk
+from .walk import Walk
 
 Selection = str | Iterable[str] | Mapping[str, float] | None
 """One adapter's name, several, names with strengths, or `None` for none."""
@@ -25,11 +25,10 @@ def select_lora(
 ) -> None:
     """Let these adapters act, with these strengths, and no others, and train what acts.
 
-    A weight then reads `W + sum(strength * update)`. A strength multiplies an adapter's update
-    beside its scale, which stays as it is; state dicts, our own files and `lora_summary` know both.
-    A batch norm's statistics are those of the one adapter that has some, at any strength. Factors
-    that aren't trained get `requires_grad=False` and lose their gradients; their flags come back
-    when the adapter is selected again. An adapter that is registered later acts beside these.
+    A weight then reads `W + sum(strength * update)`, where a strength is beside the scale. A batch
+    norm's statistics are those of the one adapter that has some, at any strength. Factors that
+    aren't trained get `requires_grad=False` and lose their gradients; their flags come back when
+    the adapter is selected again. An adapter that is registered later acts beside these.
 
     Args:
         model: An adapted model.
@@ -42,8 +41,6 @@ def select_lora(
         LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> for name in ("language", "task"):
         ...     _ = register_lora(model, rank=1, adapter=name)
@@ -61,13 +58,10 @@ def lora_selected(
 ) -> Iterator[None]:
     """Select adapters for a block, as `select_lora` does, then give back what was before.
 
-    Blocks may overlap, in threads or generators: the one that was entered last decides, for all
-    threads, among which those that route batches have chosen for themselves. Flags come back with
-    the block's end, and gradients of what wasn't trained in it. Raises what `select_lora` does.
+    Blocks may overlap, in threads or generators: the one that was entered last decides, for all.
+    Flags come back with the block's end, and gradients of what wasn't trained in it.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> with lora_selected(model, {"default": 0.5}):
@@ -84,11 +78,8 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> disable_lora(model)
         >>> enable_lora(model)
     """
     _switch(_turned(model, "enable_lora", adapter, on=True))
@@ -101,13 +92,9 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
-        >>> disable_lora(model)
-        >>> model.weight is model.parametrizations.weight.original
-        True
+        >>> disable_lora(model, "default")
     """
     _switch(_turned(model, "disable_lora", adapter, on=False))
 
@@ -116,19 +103,17 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
 def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
     """Switch adapters off for a block, then give each the state back that it had before.
 
-    Blocks may overlap, in threads or generators. A switch inside a block holds until its end.
-    Inside of `lora_routed`, they are off on all rows.
+    Blocks may overlap, as those of `lora_selected`. In `lora_routed`, they are off on all rows.
 
     Raises:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> with lora_disabled(model):
-        ...     base_output = model(torch.ones(1, 3))
+        ...     model.weight is model.parametrizations.weight.original
+        True
     """
     with _switched(_turned(model, "lora_disabled", adapter, on=False), adapter):
         yield

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_at_hand, check_present, deltas_called
+from .checks import Need, deltas_called, walk
 from .deltas import Delta
 from .errors import LoRAError, StateDictError
 from .sharding import alike, mesh_of, own_piece, spread, whole
 from .undo import all_or_nothing
-from .walk import Walk, walk
+from .walk import Walk
 
 NUMBERS = "_extra_state"
 """What torch calls the part of a state dict that holds no parameter: a delta's kind and numbers."""
@@ -32,8 +32,6 @@ def named_lora_parameters(
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> [(name, tuple(p.shape)) for name, p in named_lora_parameters(model)]
@@ -51,8 +49,6 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
@@ -75,14 +71,12 @@ def lora_state_dict(
         AdapterError: There is no such adapter.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> list(lora_state_dict(model))
         ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
-    check_at_hand(found := walk(model, "lora_state_dict"), "lora_state_dict")
+    found = walk(model, "lora_state_dict", Need.TENSORS)
     state: dict[str, Tensor] = {}
     for weight, delta in deltas_called(found, adapter):
         state |= delta.state_dict(prefix=f"{weight.name}.{delta.adapter}.")
@@ -103,8 +97,6 @@ def load_lora_state_dict(
             floating-point tensor, and numbers of another kind or rank.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> saved = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
@@ -112,8 +104,7 @@ def load_lora_state_dict(
     """
     if not isinstance(state_dict, Mapping):
         raise StateDictError(f"a state dict must be a mapping, got {type(state_dict).__name__}")
-    check_at_hand(found := walk(model, "load_lora_state_dict"), "load_lora_state_dict")
-    pairs = deltas_called(found, adapter)
+    pairs = deltas_called(walk(model, "load_lora_state_dict", Need.TENSORS), adapter)
     with all_or_nothing() as undo:
         load_deltas({f"{w.name}.{d.adapter}.": d for w, d in pairs}, state_dict, undo)
 
@@ -121,11 +112,7 @@ def load_lora_state_dict(
 def load_deltas(
     deltas: Mapping[str, Delta], state_dict: Mapping[str, Any], undo: ExitStack
 ) -> None:
-    """Load deltas from their states, by prefix, or raise an error that lists all that doesn't fit.
-
-    Raises:
-        StateDictError: Nothing was loaded.
-    """
+    """Load deltas from their states, by prefix, or raise one error of all that doesn't fit."""
     tensors = [tensor for delta in deltas.values() for tensor in delta.parameters()]
     with alike(mesh_of(tensors)):
         copies = _fitting(deltas, state_dict, undo)
@@ -145,18 +132,16 @@ def _fitting(
     for prefix, delta in deltas.items():
         for name, parameter in delta.state_dict(prefix=prefix, keep_vars=True).items():
             value = state_dict.get(name, parameter)
-            if name.endswith(NUMBERS):
-                continue
-            if fault := _fault(value, parameter):
+            if name == prefix + NUMBERS:
+                undo.callback(delta.set_extra_state, parameter)
+                try:
+                    delta.set_extra_state(value)
+                except LoRAError as error:
+                    complaints.append(f"{name}: {error}")
+            elif fault := _fault(value, parameter):
                 complaints.append(fault.format(name))
             else:  # a copy, for the case that it is a view of another delta's tensor
                 copies.append((parameter, value.detach().clone()))
-    for prefix, delta in deltas.items():
-        undo.callback(delta.set_extra_state, before := delta.get_extra_state())
-        try:
-            delta.set_extra_state(state_dict.get(prefix + NUMBERS, before))
-        except LoRAError as error:
-            complaints.append(f"{prefix}{NUMBERS}: {error}")
     if complaints:
         listing = "; ".join(complaints)
         raise StateDictError(f"the state dict doesn't fit, nothing was loaded: {listing}")
@@ -187,14 +172,12 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
-    check_present(walk(model, "base_state_dict"), "base_state_dict")
+    walk(model, "base_state_dict", Need.ADAPTERS)
     twin = _twin(model, {})
     with ExitStack() as undo:
         for weight in dict.fromkeys(weight.whole for weight, _ in Walk(twin).deltas):

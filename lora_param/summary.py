@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .activation import space_of
-from .checks import deltas_called
+from .checks import deltas_called, walk
 from .deltas import Delta
-from .walk import walk
 from .weight import Weight
 
 NUMERIC = ("rank", "alpha", "parameters")
@@ -39,10 +38,9 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One adapted weight, by its name in the plain model, with its adapters in their order.
+    """One adapted weight, with its adapters in their order.
 
-    Its space is `"activation"` where its layer never forms the adapted weight, `"weight"` where it
-    always does, or `"activation or weight, by cost"` of each input.
+    Its space is `"activation"`, `"weight"`, or `"activation or weight, by cost"` of each input.
     """
 
     name: str
@@ -60,9 +58,7 @@ class WeightSummary:
 class LoRASummary:
     """What `lora_summary` returns; `print` it for the table.
 
-    The adapted weights in model order, the buffers that are moved in copies, and numbers of
-    elements: of the model without adapters, shared tensors once; of all adapters; and of all that
-    requires a gradient.
+    `statistics` are the buffers that are moved in copies. The base's shared tensors count once.
     """
 
     weights: tuple[WeightSummary, ...]
@@ -115,8 +111,6 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         AdapterError: The model has no adapters.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(20, 10)
         >>> _ = register_lora(model, rank=2)
         >>> print(lora_summary(model))
@@ -129,13 +123,11 @@ def lora_summary(model: nn.Module) -> LoRASummary:
         60
     """
     found = walk(model, "lora_summary")
-    pairs = deltas_called(found, None)
-    deltas: defaultdict[str, list[Delta]] = defaultdict(list)
-    for weight, delta in pairs:
-        deltas[weight.name].append(delta)
-    adapted = {weight.name: weight for weight, _ in pairs}.values()
+    adapted: defaultdict[Weight, list[Delta]] = defaultdict(list)
+    for weight, delta in deltas_called(found, None):
+        adapted[weight].append(delta)
     weights, statistics = (
-        tuple(_summarised(w, deltas[w.name]) for w in adapted if w.is_buffer == buffers)
+        tuple(_summarised(w, deltas) for w, deltas in adapted.items() if w.is_buffer == buffers)
         for buffers in (False, True)
     )
     base = {id(tensor): tensor.numel() for _, tensor in found.parameters}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, combinations
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -36,44 +35,17 @@ def resolve(
 ) -> list[Weight]:
     """List the weights that `target` names and `exclude` doesn't, in model order.
 
-    What names a module names the tensors of its row, or of an unlisted module every tensor of at
-    least `least` dimensions. A glob that also covers biases and norms takes the weights among them.
-    Those of `whole` are left out; beside them there may be no target. A selector with rows gives a
-    block of each weight that it names.
+    A glob that also covers biases and norms takes those of at least `least` dimensions. Those of
+    `whole` are left out; beside them there may be no target. A selector with rows gives blocks.
     """
     if whole and is_nothing(target):
         return []
-    weights = {weight.name: weight for weight in walk.weights}
-    if target is None:
-        defaults = [(path, m) for path, m in walk.modules if layer_of(type(m)).default]
-        names = [join(path, name) for path, m in defaults for name in _row_tensors(m, least)]
-        chosen = {name: [weights[name]] for name in names}
-        if not chosen:
-            none = "target=None finds no linear, convolution, attention or recurrent layer"
-            raise TargetError(f"{none}; name the weights, for example {nearest('', weights)}")
-    places = [] if target is None and exclude is None else _places(walk, least)
-    if target is not None:
-        chosen = {}
-        for each in _selectors("target", target):
-            selector, rows = _split("target", each, places)
-            hits = _hits("target", selector, places, weights)
-            broad = {name for name in hits if not is_flat(weights[name].original, least)}
-            if not broad:
-                said = f"target {_show(selector)} matches only {', '.join(sorted(hits))}"
-                raise TargetError(f"{said}: an adapter needs a tensor of two or more dimensions")
-            for name in broad:
-                chosen.setdefault(name, []).append(_block(weights[name], rows))
-    for each in _selectors("exclude", exclude) if exclude is not None else ():
-        for name in _hits("exclude", _split("exclude", each, places)[0], places, weights):
-            chosen.pop(name, None)
-    if not chosen:
-        raise TargetError("exclude leaves nothing to adapt; narrow it, or drop the call")
-    both = [weight.name for weight in whole if weight.name in chosen]
+    chosen = _chosen(_Names(walk, least), "target", target, exclude)
+    both = [weight.name for weight in whole if chosen.pop(weight.name, None)]
     if both and target is not None:
         listing = ", ".join(both)
         warnings.warn(f"target and train both name {listing}: trained whole", stacklevel=4)
-    blocks = [chosen[name] for name in weights if name in chosen and name not in both]
-    return [each for own in blocks for each in (_disjoint(own) if own[1:] else own)]
+    return [each for own in chosen.values() for each in (_disjoint(own) if own[1:] else own)]
 
 
 def is_nothing(target: Target | None) -> bool:
@@ -82,19 +54,8 @@ def is_nothing(target: Target | None) -> bool:
 
 
 def resolve_whole(walk: Walk, train: Target, exclude: Target | None = None) -> list[Weight]:
-    """List the parameters that `train` names and `exclude` doesn't, in model order.
-
-    A module names all below it.
-    """
-    weights = {w.name: w for w in walk.weights if w.chain or w.original is not None}
-    places = _places(walk, None)
-    selectors = [_split("train", each, places)[0] for each in _selectors("train", train)]
-    chosen = set().union(*(_hits("train", each, places, weights) for each in selectors))
-    for each in _selectors("exclude", exclude) if exclude is not None else ():
-        chosen -= _hits("exclude", _split("exclude", each, places)[0], places, weights)
-    if not chosen:
-        raise TargetError("exclude leaves nothing to train; narrow it, or drop the call")
-    return [weight for name, weight in weights.items() if name in chosen]
+    """List the parameters that `train` names, of a module all, and `exclude` doesn't, in order."""
+    return [own[0] for own in _chosen(_Names(walk, 0), "train", train, exclude).values()]
 
 
 def number_for_each(
@@ -103,12 +64,11 @@ def number_for_each(
     """Give each weight its number: the one for all, or that of the first pattern to match it."""
     if not isinstance(value, Mapping):
         return [value] * len(weights)
-    names = {weight.name: weight for weight in weights}
     for pattern in value:
         if not isinstance(pattern, str):
             raise TargetError(f"{option}: a pattern must be a string, got {pattern!r}")
         if not any(matches(pattern, weight) for weight in weights):
-            raise TargetError(_unmatched(option, pattern, names, []))
+            raise TargetError(_unmatched(option, pattern, {w.name: w for w in weights}))
     deciders = [next((p for p in value if matches(p, weight)), None) for weight in weights]
     if None in deciders:
         unmatched = f'no pattern matches "{weights[deciders.index(None)].name}"'
@@ -119,26 +79,79 @@ def number_for_each(
     return [value[pattern] for pattern in deciders if pattern is not None]
 
 
-def _split(
-    option: str, selector: Selector | Ranged, places: Sequence[_Place]
-) -> tuple[Selector, Said | None]:
-    """Split a selector from its rows, unless it is a name that only looks like one with rows."""
-    rows: Said | None = None
-    if isinstance(selector, tuple):
-        selector, rows = selector
-    elif isinstance(selector, str):
-        pattern, rows = split_rows(selector)
-        if rows is None or _matched(operator.eq, selector, places):
-            return selector, None
-        selector = pattern
-    if rows is not None and option != "target":
-        raise TargetError(f"{option} {_show(selector)} can't have rows; only target names blocks")
-    return selector, rows
+class _Names:
+    """What can be named in a model: by each path, a module's or a weight's, the weights' names.
+
+    A module's names the tensors of its row, or of an unlisted module those of at least `least`
+    dimensions; with a `least` of 0 all below it. One that is shared has several paths.
+    """
+
+    def __init__(self, walk: Walk, least: int) -> None:
+        there = [w for w in walk.weights if least or w.chain or w.original is not None]
+        self.weights = {weight.name: weight for weight in there}
+        self.places, self.least = walk.places, least
+        own: defaultdict[nn.Module, list[Weight]] = defaultdict(list)
+        for weight in there:
+            own[weight.module].append(weight)
+        self.named: defaultdict[str, set[str]] = defaultdict(set)
+        for path, module in self.places:
+            above = [] if least else ["", *accumulate(path.split("."), "{}.{}".format)]
+            for weight in own[module]:
+                for each in (join(path, weight.tensor), *above):
+                    self.named[each].add(weight.name)
+        for path, module in self.places if least else ():
+            for tensor in _row_tensors(module, least):
+                self.named[path] |= self.named.get(join(path, tensor), set())
+
+    def chosen(self, option: str, target: Target) -> dict[str, list[Weight]]:
+        """Return the weights, or blocks of them, that a target names, by the weights' names."""
+        chosen: defaultdict[str, list[Weight]] = defaultdict(list)
+        for selector, rows in _selectors(option, target):
+            if isinstance(selector, str) and rows is None and not self.named.get(selector):
+                selector, rows = split_rows(selector)
+            if rows is not None and option != "target":
+                rule = "can't have rows; only target names blocks"
+                raise TargetError(f"{option} {_show(selector)} {rule}")
+            hits = [self.weights[name] for name in self._hits(option, selector)]
+            every = option != "target" or selector is _by_default
+            broad = [w for w in hits if every or not is_flat(w.original, self.least)]
+            if not broad:
+                flat = ", ".join(sorted(weight.name for weight in hits))
+                said = f"target {_show(selector)} matches only {flat}"
+                raise TargetError(f"{said}: an adapter needs a tensor of two or more dimensions")
+            for weight in broad:
+                block = weight if rows is None or weight.shape is None else weight.block(rows)
+                chosen[weight.name].append(block)
+        return chosen
+
+    def _hits(self, option: str, selector: Selector) -> set[str]:
+        """Return the names of the weights that a selector names, or raise if it names none."""
+        if not isinstance(selector, str):
+            paths = [path for path, m in self.places if _selects(option, selector, path, m)]
+        elif "[" in selector and self.named.get(selector):  # a name that looks like a glob
+            paths = [selector]
+        else:
+            paths = [path for path in self.named if _glob(selector, path)]
+        if not (hits := set[str]().union(*(self.named[path] for path in paths))):
+            raise TargetError(_unmatched(option, selector, self.weights, self.places))
+        return hits
 
 
-def _block(weight: Weight, rows: Said | None) -> Weight:
-    missing = not weight.chain and (weight.original is None or is_lazy(weight.original))
-    return weight if rows is None or missing else weight.block(rows)
+def _chosen(
+    names: _Names, option: str, target: Target | None, exclude: Target | None
+) -> dict[str, list[Weight]]:
+    """Return what a target names and `exclude` doesn't, in model order."""
+    chosen = names.chosen(option, _by_default if target is None else target)
+    kept = chosen.keys() - (names.chosen("exclude", exclude) if exclude is not None else ())
+    chosen = {name: chosen[name] for name in names.weights if name in kept}
+    if not chosen:
+        verb = "adapt" if option == "target" else option
+        raise TargetError(f"exclude leaves nothing to {verb}; narrow it, or drop the call")
+    return chosen
+
+
+def _by_default(path: str, module: nn.Module) -> bool:
+    return layer_of(type(module)).default
 
 
 def _disjoint(blocks: Sequence[Weight]) -> list[Weight]:
@@ -159,88 +172,31 @@ def _row_tensors(module: nn.Module, least: int) -> list[str]:
     return [name for name in present if not is_flat(Weight("", module, name).original, least)]
 
 
-class _Place(NamedTuple):
-    """A path at which a module is found; one that is shared has several."""
-
-    path: str
-    module: nn.Module
-    own: dict[str, str]  # the names of its own weights, by what they are called at this path
-    named: set[str]  # the names of the weights that naming the module names
-
-
-def _places(walk: Walk, least: int | None) -> list[_Place]:
-    """List the places at which modules are found; without `least`, what names one names it all."""
-    names: defaultdict[nn.Module, dict[str, str]] = defaultdict(dict)
-    for weight in walk.weights:
-        if least is not None or weight.chain or weight.original is not None:
-            names[weight.module][weight.tensor] = weight.name
-    places = [
-        _Place(path, module, {join(path, t): name for t, name in names[module].items()}, set())
-        for path, module in walk.places
-    ]
-    called = {alias: name for place in places for alias, name in place.own.items()}
-    above: defaultdict[str, set[str]] = defaultdict(set)
-    for path, module, own, named in places:
-        if least is not None:
-            row = [join(path, name) for name in _row_tensors(module, least)]
-            named |= {called[name] for name in row if name in called}
-        else:
-            for outer in ("", *accumulate(path.split("."), "{}.{}".format)):
-                above[outer].update(own.values())
-    if least is None:
-        places = [place._replace(named=above[place.path]) for place in places]
-    return places
-
-
-def _hits(
-    option: str, selector: Selector, places: Sequence[_Place], weights: Mapping[str, Weight]
-) -> set[str]:
-    """Return the names of the weights that a selector names, or raise if it names none."""
-    hits: set[str] = set()
-    if not isinstance(selector, str):
-        hits = hits.union(*(each.named for each in places if _selects(option, selector, each)))
-    else:
-        if "[" in selector:  # also a name that looks like a glob
-            hits = _matched(operator.eq, selector, places)
-        hits = hits or _matched(_glob, selector, places)
-    if not hits:
-        raise TargetError(_unmatched(option, selector, weights, places))
-    return hits
-
-
-def _matched(
-    matches: Callable[[str, str], bool], pattern: str, places: Sequence[_Place]
-) -> set[str]:
-    names = [
-        name for place in places for alias, name in place.own.items() if matches(pattern, alias)
-    ]
-    return set(names).union(*(place.named for place in places if matches(pattern, place.path)))
-
-
-def _selects(option: str, selector: type[nn.Module] | Predicate, place: _Place) -> bool:
+def _selects(
+    option: str, selector: type[nn.Module] | Predicate, path: str, module: nn.Module
+) -> bool:
     if isinstance(selector, type):
-        return isinstance(place.module, selector)
+        return isinstance(module, selector)
     try:
-        return bool(selector(place.path, place.module))
+        return bool(selector(path, module))
     except Exception as error:
-        fault = f'the predicate {_show(selector)} failed at "{place.path}" with {error!r}'
+        fault = f'the predicate {_show(selector)} failed at "{path}" with {error!r}'
         fix = "it takes (path, module) and returns a bool"
         raise TargetError(f"{option}: {fault}; {fix}") from error
 
 
-def _selectors(option: str, target: Target) -> list[Selector | Ranged]:
-    """List what was given as one selector or as several, all of them of a right type."""
+def _selectors(option: str, target: Target) -> list[tuple[Selector, Said | None]]:
+    """List what was given as one selector or as several, with rows, all of them of a right type."""
     if isinstance(target, (str, type)) or (callable(target) and not isinstance(target, Iterable)):
         target = [target]
     if not isinstance(target, Iterable) or isinstance(target, (nn.Module, Mapping)):
         rule = "a pattern, a module type, a predicate or several of these"
         raise TargetError(f"{option} must be {rule}, got {type(target).__name__}")
-    if not (selectors := list(target)):
-        fix = "give None, or at least one pattern, type or predicate"
-        raise TargetError(f"{option} is empty; {fix}")
-    for each in selectors:
-        selector, rows = each if isinstance(each, tuple) and len(each) == 2 else (each, ":")
-        if not (isinstance(rows, (slice, Iterable)) or callable(rows)):
+    selectors: list[tuple[Selector, Said | None]] = []
+    for each in cast("Iterable[Any]", target):
+        ranged = isinstance(each, tuple) and len(each) == 2
+        selector, rows = each if ranged else (each, None)
+        if ranged and not (isinstance(rows, (slice, Iterable)) or callable(rows)):
             rule = "text, a slice, numbers or a function from how many there are"
             raise TargetError(f"{option} {_show(selector)}: rows must be {rule}, got {rows!r:.60}")
         is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
@@ -248,6 +204,10 @@ def _selectors(option: str, target: Target) -> list[Selector | Ranged]:
         if not (isinstance(selector, str) or is_type or is_predicate):
             rule = "a pattern, a subclass of torch.nn.Module or a predicate (path, module) -> bool"
             raise TargetError(f"{option}: a selector must be {rule}, got {selector!r}")
+        selectors.append((selector, rows))
+    if not selectors:
+        fix = "give None, or at least one pattern, type or predicate"
+        raise TargetError(f"{option} is empty; {fix}")
     return selectors
 
 
@@ -276,17 +236,23 @@ def is_flat(tensor: Tensor | None, least: int = 2) -> bool:
 
 
 def _unmatched(
-    option: str, selector: Selector, weights: Mapping[str, Weight], places: Sequence[_Place]
+    option: str,
+    selector: Selector,
+    weights: Mapping[str, Weight],
+    places: Sequence[tuple[str, nn.Module]] = (),
 ) -> str:
     """Say why a selector comes to nothing, and what is near."""
     said = f"{option} {_show(selector)}"
+    if selector is _by_default:
+        none = "target=None finds no linear, convolution, attention or recurrent layer"
+        return f"{none}; name the weights, for example {nearest('', weights)}"
     if not isinstance(selector, str):
         return f"{said} matches no weight; there are {nearest('', weights)}"
     parts = [weight.path.split(".") for weight in weights.values()]
     parents = [".".join(each[:end]) for each in parts for end in range(1, len(each))]
     if any(_glob(selector, parent) for parent in parents):
         return f'{said} has no weight of its own; for all below it, write "{selector}.*"'
-    if known := {type(place.module).__name__ for place in places if _glob(selector, place.path)}:
+    if known := {type(module).__name__ for path, module in places if _glob(selector, path)}:
         return f"{said} is a {', '.join(sorted(known))} with nothing to adapt"
     broad = [weight for weight in weights.values() if not is_flat(weight.original)]
     if any(matches(f"{selector}*", weight) for weight in broad):

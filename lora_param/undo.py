@@ -22,9 +22,7 @@ def all_or_nothing() -> Iterator[ExitStack]:
 
 def keep_entries(undo: ExitStack, *places: tuple[dict[str, Any], Collection[str]]) -> None:
     """Note tables' entries of some names, there or not, and the tables' order: they may change."""
-    kept = []
-    for table, names in places:
-        kept.append((table, dict(table), names))
+    kept = [(table, dict(table), names) for table, names in places]
 
     def put_back() -> None:
         for table, before, names in kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,37 +117,23 @@ class Walk:
 
     @cached_property
     def shared(self) -> dict[str, list[Weight]]:
-        """What has its memory in common with others, whole or in part, by name with these.
-
-        Of the parameters and of the buffers that training moves.
-        """
-        spans = []
-        moving = [(weight, weight.original) for weight in self.moving]
-        for index, (weight, tensor) in enumerate([*self.parameters, *moving]):
-            spans.append((*_span(tensor), index, weight))  # type: ignore[arg-type]
+        """Parameters and moving buffers that have memory in common with others, with these."""
+        moving: Any = [(weight, weight.original) for weight in self.moving]
+        tensors = enumerate([*self.parameters, *moving])
+        spans = sorted((*_span(tensor), index, weight) for index, (weight, tensor) in tensors)
         shared: dict[str, list[Weight]] = {}
-        before: list[tuple[int, int, int, Weight]] = []
-        for span in sorted(spans):
-            start, _, _, weight = span
-            while before and before[0][1] <= start:
-                del before[0]
-            for _, end, _, other in before:
-                if end > start:
-                    shared.setdefault(weight.name, []).append(other)
-                    shared.setdefault(other.name, []).append(weight)
-            before.append(span)
+        for place, (_, end, _, weight) in enumerate(spans):
+            for later in range(place + 1, len(spans)):
+                if spans[later][0] >= end:
+                    break
+                other = spans[later][-1]
+                shared.setdefault(weight.name, []).append(other)
+                shared.setdefault(other.name, []).append(weight)
         return shared
 
     def partners(self, weight: Weight) -> list[Weight]:
         """List the others that are the same tensor, or a part of its memory."""
         return self.shared.get(weight.whole.name, [])
-
-
-def walk(model: object, call: str) -> Walk:
-    """Walk a model once, or raise if it is no module."""
-    if not isinstance(model, nn.Module):
-        raise LoRAError(f"{call} takes a torch.nn.Module, got {type(model).__name__}; pass a model")
-    return Walk(model)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

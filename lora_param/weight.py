@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
 from .deltas.protocol import Delta, Shape
+from .deltas.switching import Chain
 from .errors import TargetError
 from .install import METHODS, parametrized_class, properties_of
 from .layers import Layer, layer_of
@@ -157,7 +158,7 @@ class Weight:
             chains[name] = _new_chain(self.whole.original, module.training)
         if is_sharded(original := chains[name]._parameters.get("original")):
             lay_out(delta, original, delta.along)
-        chains[name]._modules[str(len(chains[name]._modules))] = delta
+        chains[name].add_module(str(len(chains[name])), delta)
         left_out(module, chains[name], delta)
         if delta.training != module.training:
             delta.train(module.training)
@@ -172,6 +173,8 @@ class Weight:
             self._keep(undo)
             chain._modules.clear()
             chain._modules.update({str(index): entry for index, entry in enumerate(remaining)})
+            if isinstance(chain, Chain):
+                chain.note()
             _settle(self.module, type_before(self.module))
         else:
             self.make_plain(chain.original, undo)
@@ -204,6 +207,8 @@ class Weight:
             places.append((holder._modules, [self.tensor]))
         if (chain := chains_of(module).get(self.tensor)) is not None:
             places.append((chain._modules, [*chain._modules, str(len(chain._modules))]))
+            if isinstance(chain, Chain):
+                undo.callback(chain.note)  # once all is back
         undo.callback(object.__setattr__, module, "__class__", type(module))
         keep_entries(undo, *places)
 
@@ -239,10 +244,10 @@ METHODS["named_modules"] = _shown_plain
 _TEMPLATE = ParametrizationList([nn.Identity()], nn.Parameter(torch.empty(0)), unsafe=True)
 
 
-def _new_chain(original: Tensor | None, training: bool) -> ParametrizationList:
+def _new_chain(original: Tensor | None, training: bool) -> Chain:
     # Past torch's constructor, which calls set_() on the tensor that it is given and so would
     # invalidate any graph that has saved the original.
-    chain = ParametrizationList.__new__(ParametrizationList)
+    chain = Chain.__new__(Chain)
     nn.Module.__init__(chain)
     chain.__dict__.update({**vars(_TEMPLATE), **vars(chain), "training": training})
     table: Any = chain._parameters if isinstance(original, nn.Parameter) else chain._buffers

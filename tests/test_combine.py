@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_param import (
     AdapterError,
@@ -18,6 +19,7 @@ from lora_param import (
     lora_summary,
     named_lora_parameters,
     register_lora,
+    resize_lora,
     select_lora,
 )
 from lora_param.lowrank import dare, factorised, recompressed, ties
@@ -180,6 +182,36 @@ def test_dare_drops_at_random_and_keeps_the_expectation() -> None:
     values = {round(value, 6) for value in total.flatten().tolist()}
     assert values == {0.0, 2.5, -0.625, 1.875}
     assert total.mean().item() == pytest.approx(0.75, abs=0.05)
+
+
+@pytest.mark.parametrize("work", ["combine", "share", "resize", "singular values"])
+def test_a_sums_matrix_is_never_formed(work: str) -> None:
+    model = nn.Linear(90, 80)
+    for name in ("a", "b"):
+        register_lora(model, rank=2, adapter=name)
+    shake(model)
+    with Largest() as seen:
+        if work == "resize":
+            resize_lora(model, 1, "a")
+        elif work == "singular values":
+            lora: Any = model.parametrizations.weight
+            lora[0].singular_values((80, 90))
+        else:
+            combine_lora(model, {"a": 1, "b": 2}, adapter="c", rank=1 if work == "combine" else 0.9)
+    assert 2 * 90 <= seen.largest < 80 * 90 / 4
+
+
+class Largest(TorchDispatchMode):
+    """Notes how large the largest result in memory of its own is."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {each.untyped_storage().data_ptr() for each in flat((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        own = [e.numel() for e in flat(result) if e.untyped_storage().data_ptr() not in given]
+        self.largest = max([self.largest, *own])
+        return result
 
 
 @pytest.mark.parametrize("method", ["ties", "dare"])

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import copy
+import io
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils.parametrize import register_parametrization
 
-from lora_param import LoRAParametrization, lora_routed, register_lora, select_lora
+from lora_param import (
+    LoRAError,
+    LoRAParametrization,
+    disable_lora,
+    enable_lora,
+    lora_routed,
+    lora_selected,
+    register_lora,
+    remove_lora,
+    select_lora,
+)
+from lora_param.undo import all_or_nothing
+from lora_param.walk import walk
 
 from .cases import shake
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's look
-
-LIMIT = (
-    "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-)
 
 
 class Attended(nn.Module):
@@ -38,25 +52,53 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    model = MODELS[request.param]()
-    for index in range(4):
-        register_lora(model, rank=2, adapter=f"a{index}")
+NAMES = [f"a{index}" for index in range(10)]
+
+
+def adapted(model: nn.Module, names: Sequence[str] = NAMES, **options: Any) -> nn.Module:
+    for name in names:
+        register_lora(model, adapter=name, **(options or {"rank": 2}))
     shake(model)
     return model
 
 
-def graphs(model: nn.Module, changes: Sequence[Callable[[], object]]) -> int:
-    """Count the graphs of a compiled model that gives after each change what the model gives."""
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return adapted(MODELS[request.param](), NAMES)
+
+
+def gradients(model: nn.Module, y: Tensor) -> dict[str, Tensor]:
+    factors = dict(model.named_parameters())
+    for factor in factors.values():
+        factor.grad = None
+    y.square().sum().backward()
+    return {name: each.grad for name, each in factors.items() if each.grad is not None}
+
+
+def graphs(
+    model: nn.Module, changes: Iterable[Callable[[], object]], trained: bool = False
+) -> list[int]:
+    """List how many inputs each graph of a compiled model has, which is right after each change."""
     torch._dynamo.reset()
-    counter, x = CompileCounter(), torch.randn(3, 2, 6)
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch._dynamo.config.patch({LIMIT: 16}):
-        for change in changes:
-            change()
-            torch.testing.assert_close(compiled(x), model(x))
-    return int(counter.frame_count)
+    found, x = [], torch.randn(3, 2, 6)
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(len(inputs))
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for change in changes:
+        change()
+        with torch.set_grad_enabled(trained):
+            y, expected = compiled(x), model(x)
+        torch.testing.assert_close(y, expected)
+        if trained:
+            torch.testing.assert_close(gradients(model, y), gradients(model, expected))
+    return found
+
+
+def selecting(model: nn.Module, *adapters: Any) -> list[Callable[[], object]]:
+    return [lambda each=each: select_lora(model, each) for each in adapters]
 
 
 def rescale(model: nn.Module, scale: float) -> None:
@@ -69,34 +111,143 @@ def test_changing_a_scale_keeps_the_graph(model: nn.Module) -> None:
     select_lora(model, "a0")
     scales = (1.0, 0.5, 2.0, -1.0, 7.0, 0.1)
     changes = [lambda scale=scale: rescale(model, scale) for scale in scales]
-    assert graphs(model, changes) <= 2  # of one value, and of any
+    assert len(graphs(model, changes)) <= 2  # of one value, and of any
 
 
 def test_changing_strengths_keeps_the_graph(model: nn.Module) -> None:
     shares = [0.05 + index / 10 for index in range(5)]
-    changes = [lambda s=s: select_lora(model, {"a0": s, "a1": 1 - s}) for s in shares]
-    assert graphs(model, changes) <= 2
+    assert len(graphs(model, selecting(model, *({"a0": s, "a1": 1 - s} for s in shares)))) <= 2
 
 
-def test_coming_back_to_an_adapter_compiles_nothing(model: nn.Module) -> None:
-    changes = [lambda index=index: select_lora(model, f"a{index}") for index in range(4)]
-    once = graphs(model, changes)
-    assert graphs(model, changes * 3) == once <= 4
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+def test_ten_adapters_selected_in_turn_share_one_graph(model: nn.Module, trained: bool) -> None:
+    assert len(graphs(model, selecting(model, *NAMES, *NAMES), trained)) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "dora", "rank": 2},
+        {"kind": "dense"},
+        {"init": "pissa", "rank": 2},
+        {"dropout": 0.1, "rank": 2},
+    ],
+    ids=str,
+)
+def test_adapters_of_any_kind_share_one_graph(options: dict[str, Any]) -> None:
+    model = adapted(MODELS["activation space"](), **options).eval()
+    assert len(graphs(model, selecting(model, *NAMES), trained=True)) == 1
+
+
+def test_pairs_of_adapters_share_one_graph(model: nn.Module) -> None:
+    pairs = itertools.pairwise(NAMES)
+    assert len(graphs(model, selecting(model, *map(list, pairs)))) == 1
+
+
+def test_a_graph_computes_nothing_of_adapters_that_are_off(model: nn.Module) -> None:
+    alone = copy.deepcopy(model)
+    for name in NAMES[1:]:
+        remove_lora(alone, name)
+    ten, one = (graphs(each, selecting(each, "a0")) for each in (model, alone))
+    assert ten == one
+
+
+def test_adapters_selected_in_blocks_that_nest_share_a_graph(model: nn.Module) -> None:
+    with ExitStack() as blocks:
+        changes = [
+            lambda name=name: blocks.enter_context(lora_selected(model, name)) for name in NAMES
+        ]
+        assert len(graphs(model, [*changes, blocks.close, lambda: select_lora(model, "a3")])) == 2
+
+
+def test_switching_all_off_and_on_again_keeps_two_graphs(model: nn.Module) -> None:
+    select_lora(model, "a0")
+    switch = [lambda: disable_lora(model, "a0"), lambda: enable_lora(model, "a0")]
+    assert len(graphs(model, [*switch * 5, *selecting(model, None, "a4")])) == 2
+
+
+def saved_whole(model: nn.Module) -> nn.Module:
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    return cast("nn.Module", torch.load(file, weights_only=False))
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, saved_whole])
+def test_the_adapters_of_a_copy_share_a_graph_of_the_copys_own(model: nn.Module, twin: Any) -> None:
+    select_lora(model, "a0")
+    other = twin(model)
+    select_lora(model, None)
+    assert len(graphs(other, selecting(other, *NAMES))) == 1
+
+
+def test_an_adapter_that_comes_later_keeps_the_graph(model: nn.Module) -> None:
+    def load(name: str) -> None:
+        adapted(model, [name])
+        select_lora(model, name)
+
+    later = [lambda name=f"b{index}": load(name) for index in range(9)]
+    assert len(graphs(model, [*selecting(model, "a0"), *later])) == 1
+    changes = [lambda name=name: remove_lora(model, name) for name in NAMES]
+    assert len(graphs(model, [*selecting(model, "b8"), *changes])) == 1
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def appended(model: nn.Linear) -> None:
+    register_parametrization(model, "weight", Halved())
+
+
+def inserted(model: nn.Linear) -> None:
+    chain_of(model).insert(0, Halved())
+
+
+def replaced(model: nn.Linear) -> None:
+    chain_of(model)[0] = copy.deepcopy(chain_of(model)[1])
+
+
+def deleted(model: nn.Linear) -> None:
+    del chain_of(model)[0]
+
+
+def chain_of(model: nn.Module) -> Any:
+    return model.parametrizations.weight  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [appended, inserted, replaced, deleted])
+def test_what_others_do_to_a_chain_acts(change: Callable[[nn.Linear], None]) -> None:
+    model = cast("nn.Linear", adapted(nn.Linear(6, 6), ["a0", "a1"]))
+    select_lora(model, "a0")
+    assert len(graphs(model, [lambda: None, lambda: change(model)])) == 2
+    expected = chain_of(model).original
+    for entry in chain_of(model):
+        expected = entry(expected)
+    assert torch.equal(model.weight, expected)
+
+
+def test_a_refused_change_of_a_chain_leaves_what_acts(model: nn.Module) -> None:
+    select_lora(model, "a3")
+    x = torch.randn(3, 2, 6)
+    expected = model(x)
+    with contextlib.suppress(LoRAError), all_or_nothing() as undo:
+        for weight, delta in walk(model, "a test").deltas:
+            weight.detach(delta, undo)
+        raise LoRAError("a fault behind them")
+    assert torch.equal(model(x), expected)
+    assert graphs(model, selecting(model, *NAMES))[1:] == []
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="no compiled code reads a context variable")
 def test_ten_adapters_routed_by_their_names_share_one_graph() -> None:
-    model, x = MODELS["activation space"](), torch.randn(3, 6)
-    names = [f"a{index}" for index in range(10)]
-    for name in names:
-        register_lora(model, rank=2, adapter=name)
-    shake(model)
+    model, x = adapted(MODELS["activation space"]()), torch.randn(3, 6)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for name in names:
+    for name in NAMES:
         select_lora(model, name)
         expected = model(x)
-        with lora_routed(model, [name] * 3, names=names):
+        with lora_routed(model, [name] * 3, names=NAMES):
             torch.testing.assert_close(compiled(x), expected)
     assert counter.frame_count == 1

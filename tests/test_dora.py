@@ -27,6 +27,7 @@ from lora_param import (
 )
 from lora_param.deltas import dora as kind
 from lora_param.deltas.dora import length_of_sum
+from lora_param.ops import LinearRun
 
 from .activation_cases import ACTIVATION, check, each_case, each_smooth
 from .cases import Case, adapted, outputs, shake
@@ -239,21 +240,6 @@ def test_nothing_of_the_weights_size_is_kept(frozen: bool) -> None:
     assert kind._lengths[delta_of(layer)][1].numel() == 400
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(9, 8), lambda: Conv1D(8, 9)])
-def test_dropout_drops_from_all_but_the_base(make: Callable[[], Any], path: str) -> None:
-    layer, x = make().double(), torch.randn(5, 9).double()
-    plain = copy.deepcopy(layer)
-    dora(layer, dropout=0.5).train()
-    torch.manual_seed(0)
-    got = layer(x)
-    torch.manual_seed(0)
-    dropped = F.dropout(x, 0.5)
-    with torch.no_grad():
-        difference = layer.eval().weight - original_of(layer)
-    difference = difference.T if isinstance(layer, Conv1D) else difference
-    torch.testing.assert_close(got, plain(x) + F.linear(dropped, difference))
-
-
 def test_strengths_are_refused() -> None:
     layer = dora(nn.Linear(9, 8))
     select_lora(layer, {"default": 1.0})
@@ -303,6 +289,27 @@ def test_a_block_of_outputs_has_lengths_of_its_own(path: str) -> None:
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
         torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))
         assert torch.equal(layer(x)[:, :2], plain(x)[:, :2])
+
+
+def test_all_blocks_of_an_adapter_act_at_once_and_form_no_weight(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    layer, x, count = nn.Linear(9, 8).double(), torch.randn(5, 9).double(), []
+    register_lora(layer, target=["weight[0:3]", "weight[3:4]", "weight[6:]"], rank=1, kind="dora")
+    shake(layer)
+    want, down = F.linear(x, layer.weight, layer.bias), LinearRun.down
+    monkeypatch.setattr(LinearRun, "down", lambda *args: count.append(args) or down(*args))
+    monkeypatch.setattr(kind.DoRA, "value", None)
+    torch.testing.assert_close(layer(x), want)
+    assert len(count) == 1
+
+
+def test_blocks_of_an_adapter_act_apart_where_another_is_between_them(path: str) -> None:
+    layer, x = nn.Linear(9, 8).double(), torch.randn(5, 9).double()
+    for name, target in (("a", "weight[0:3]"), ("b", "weight"), ("a", "weight[3:8]")):
+        register_lora(layer, target=target, rank=1, adapter=name, kind="dora")
+    shake(layer)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 @each_smooth

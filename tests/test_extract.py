@@ -97,6 +97,15 @@ def test_an_error_is_the_best_there_is(rank: int | float) -> None:
     assert got.item() == pytest.approx(best, rel=1e-9)
 
 
+def test_equal_weights_are_left_out_in_another_dtype_and_where_they_are_not_finite() -> None:
+    model, tuned = nn.Linear(4, 3), nn.Linear(4, 3)
+    model.weight.data.copy_(model.weight.bfloat16())
+    model.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]))
+    weights = {"weight": model.weight.bfloat16(), "bias": tuned.bias, "mask": model.mask}
+    fits = extract_lora(model, {name: each.detach() for name, each in weights.items()})
+    assert [fit.weight for fit in fits] == ["bias"]
+
+
 def test_a_half_precision_change_comes_back_to_the_bit_where_it_is_dense() -> None:
     model, tuned = twins(torch.bfloat16)
     extract_lora(model, tuned, rank=4)
@@ -132,9 +141,12 @@ def test_statistics_that_moved_are_extracted() -> None:
     with torch.no_grad():
         tuned[0].weight += 1
         tuned(torch.randn(8, 4).double())
+    twin = copy.deepcopy(model)
     extract_lora(model, tuned)
     x = torch.randn(3, 4).double()
     torch.testing.assert_close(model.eval()(x), tuned.eval()(x), rtol=0, atol=1e-10)
+    with pytest.warns(UserWarning, match=r"not extracted: 1\.running_mean, 1\.running_var, 1\.num"):
+        extract_lora(twin, tuned, target="0")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +221,18 @@ def test_files_are_combined_as_strong_as_they_were_saved(tmp_path: Path) -> None
     select_lora(model, {"a": -1.5})
     want = model(X)
     torch.testing.assert_close(outputs(model, tmp_path / "alone.safetensors"), want)
+
+
+def test_files_of_blocks_are_combined_on_their_rows(tmp_path: Path) -> None:
+    model, _ = twins()
+    files = {tmp_path / f"{name}.safetensors": 1.0 for name in "ab"}
+    for path in files:
+        register_lora(model, rank=1, target="first[1:3]", adapter=path.stem)
+        shake(model, path.stem)
+        save_lora(model, path, path.stem)
+    combine_files(files, tmp_path / "ab.safetensors")
+    want = model(X)
+    torch.testing.assert_close(outputs(model, tmp_path / "ab.safetensors"), want)
 
 
 def test_the_command_line_resizes_files(tmp_path: Path, capsys: Any) -> None:

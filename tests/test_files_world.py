@@ -26,11 +26,11 @@ from lora_param import (
     register_lora,
     save_lora,
 )
+from lora_param.checks import walk
 from lora_param.deltas import KINDS, Delta
 from lora_param.errors import StateDictError
 from lora_param.io import convert_file, file_summary, merge_checkpoint
 from lora_param.register import install
-from lora_param.walk import walk
 from lora_param.weight import Weight
 
 from .cases import shake

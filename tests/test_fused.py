@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from torch import Tensor, nn
 
-from lora_param import FileError, load_lora, lora_parameters
+from lora_param import FileError, load_lora, lora_parameters, save_lora
 
 from .kohya_cases import saved
 
@@ -135,6 +135,18 @@ def test_a_split_file_goes_onto_fused_layers_as_blocks(tmp_path: Path) -> None:
         torch.testing.assert_close(added(net, whole), expected)
     kept = sum(each.numel() for each in tensors.values())
     assert sum(each.numel() for each in lora_parameters(net)) == kept
+
+
+def test_blocks_of_fused_layers_come_back_onto_split_ones_by_kohyas_file(tmp_path: Path) -> None:
+    fused, split, path = model(FUSED_FLUX), model(SPLIT_FLUX), tmp_path / "back.safetensors"
+    load_lora(fused, saved(tmp_path, diffusers(SPLIT_FLUX)))
+    with pytest.warns(UserWarning, match="has no blocks of rows"):
+        save_lora(fused, path, format="kohya")
+    with pytest.warns(UserWarning, match="rank lowered"):  # to that of these small layers
+        load_lora(split, path)
+    for whole, parts in PARTS:
+        expected = added(fused, whole)
+        torch.testing.assert_close(torch.cat([added(split, part) for part in parts]), expected)
 
 
 def test_some_parts_of_a_fused_layer_leave_the_others_alone(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lora_param import FileError, load_lora
+from lora_param.checks import walk
 from lora_param.deltas import LoRAParametrization
 from lora_param.io.formats import open_adapter, write_adapter
 from lora_param.io.outline import UNKNOWN, Outline, facts_of, outline_of_model, outline_of_tensors
 from lora_param.io.tensors import About
-from lora_param.walk import walk
 
 from .peft_cases import (
     CASES,

@@ -21,6 +21,8 @@ from lora_param import (
 )
 
 from .cases import Case, shake
+from .test_activation import Operations
+from .test_combine import Largest
 from .test_route import NAMES, build, close, linear, one_by_one
 
 
@@ -75,6 +77,42 @@ def test_a_mixture_can_be_learned(kind: str) -> None:
         layer, case, (x,), [dict(zip(NAMES, row, strict=True)) for row in mixture.tolist()]
     )
     close(run(mixture), want[0])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_more_rows_take_no_more_operations(kind: str) -> None:
+    layer, counted = linear(kind=kind), []
+    for rows in (3, 300):
+        with Operations() as seen, lora_routed(layer, [*NAMES] * (rows // 3)):
+            layer(torch.randn(rows, 6).double()).sum().backward()
+        counted.append(seen.calls.total())
+    assert counted[0] == counted[1] > 10
+
+
+@pytest.mark.parametrize("copy_cost", [0, 10**9], ids=["gathered", "joined"])
+def test_no_result_is_of_the_weights_size(copy_cost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "COPY", copy_cost)
+    layer = nn.Linear(90, 80)
+    for name in NAMES:
+        register_lora(layer, rank=2, adapter=name)
+    with Largest() as seen, lora_routed(layer, NAMES):
+        layer(torch.randn(3, 90)).sum().backward()
+    assert 3 * 90 <= seen.largest < 80 * 90 / 4
+
+
+def test_a_learned_strength_of_zero_leaves_an_adapters_statistics_off() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double()
+    for name, spread in (("a", 1.0), ("b", 3.0)):
+        register_lora(model, rank=2, adapter=name, target="0")
+        with lora_selected(model, name):
+            model(torch.randn(9, 6).double() * spread)
+    shake(model.eval())
+    x, weights = torch.randn(3, 6).double(), torch.tensor([[1.0, 0], [0, 1], [0, 0]]).double()
+    with lora_routed(model, weights.requires_grad_(), names=["a", "b"]):
+        got = model(x)
+    case = Case("", lambda: model, lambda: (x,))
+    close(got, one_by_one(model, case, (x,), [{"a": 1.0}, {"b": 1.0}, {}])[0])
 
 
 def test_adapters_may_differ_in_rank_dtype_and_alpha() -> None:

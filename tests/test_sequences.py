@@ -27,7 +27,7 @@ from lora_param import (
     register_lora,
     remove_lora,
 )
-from lora_param.walk import walk
+from lora_param.checks import walk
 
 from .cases import shake
 

@@ -293,3 +293,14 @@ def test_in_a_cached_block_training_with_the_adapter_off_moves_nothing_that_eval
         F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
         model.eval()
         assert same(statistics(norm), statistics(plain[0]))
+
+
+def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(3, 4), nn.Identity(), nn.BatchNorm1d(4))
+    other = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2)), nn.BatchNorm1d(2))
+    register_lora(source, rank=1)
+    source(torch.randn(5, 3))
+    with pytest.warns(UserWarning, match="never trained"):
+        save_lora(source, tmp_path / "adapter.safetensors")
+    with pytest.raises(LoRAError, match=r"2.running_mean: its S is \(4,\), should be \(2,\)"):
+        load_lora(other, tmp_path / "adapter.safetensors")

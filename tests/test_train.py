@@ -101,6 +101,18 @@ def read(model: nn.Module, name: str) -> Tensor:
     return value
 
 
+def test_a_type_that_is_the_models_own_names_all_below_it() -> None:
+    model = Classifier()
+    names = [name for name, _ in model.named_parameters()]
+    assert register_lora(model, target=(), train=Classifier) == names
+
+
+def test_a_weight_that_its_row_expects_and_that_is_none_is_passed_over() -> None:
+    layer = nn.Linear(3, 2)
+    layer.register_parameter("weight", None)
+    assert register_lora(layer, target=(), train="*") == ["bias"]
+
+
 def test_full_fine_tuning_is_a_special_case_with_the_base_intact() -> None:
     model, twin = (torch.manual_seed(0), Classifier())[1], (torch.manual_seed(0), Classifier())[1]
     before = fingerprint(model)

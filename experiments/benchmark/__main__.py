@@ -5,9 +5,9 @@ and backward to the input in training, forward alone in inference. All ways take
 meet the same machine; a figure is the median over rounds of the ratio within a round.
 
 Command: `python -m experiments.benchmark` measures all cells, and how the verbs' time grows;
-    `--quick` a few, `--cells "Linear 64*"` some, `--scale` growth alone, `--decoder` a model of a
-    billion parameters, on CUDA. `--report FILE` shows a run's `benchmark.json` again and draws it;
-    `--compare FILE` holds an earlier run beside it.
+    `--quick` a few, `--cells "Linear 64*"` some, `--cells "*: Linear 1024, 1024 *"` the kinds,
+    `--scale` growth alone, `--decoder` a model of a billion parameters, on CUDA. `--report FILE`
+    shows a run's `benchmark.json` again and draws it; `--compare FILE` holds an earlier run beside.
 Needs: `pip install -e ".[benchmark]"` for PEFT, loralib and transformers; without them those
     columns and cells are left out.
 Where others use the machine: `--threads 1 --clock cpu`.

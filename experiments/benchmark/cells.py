@@ -168,6 +168,9 @@ def cells(pattern: str = "*") -> list[Cell]:
     found += [linear(1024, 128, 16, f"{n} registered: ", adapters=n) for n in (1, 8, 64)]
     name, rows = "8 adapters routed: Linear 1024, 32 x 64 tokens, rank 16", (32, 64, 1024)
     found.append(Cell(name, lambda: linears(1024), rows, 16, EVEN, True, adapters=8, routed=True))
+    if pattern != "*":  # those that are asked for by name alone
+        named = {"LoRA": "lora", "rsLoRA": "rslora", "PiSSA": "pissa", "dense": "dense"}
+        found += [linear(1024, 1024, 16, f"{what}: ", kind=kind) for what, kind in named.items()]
     chosen = [cell for cell in found if fnmatch(cell.name, pattern)]
     if not chosen:
         names = "; ".join(cell.name for cell in found)

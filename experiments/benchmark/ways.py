@@ -14,6 +14,15 @@ import lora_param as lp
 
 from .cells import Called, Cell
 
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "lora": ({}, {}),
+    "rslora": ({"scaling": "rslora"}, {"use_rslora": True}),
+    "pissa": ({"init": "pissa"}, {"init_lora_weights": "pissa_niter_2"}),
+    "dora": ({"kind": "dora"}, {"use_dora": True}),
+    "dense": ({"kind": "dense"}, None),
+}
+"""How each kind is asked for, here and in PEFT, where it has it."""
+
 
 def routed(model: nn.Module, cell: Cell) -> nn.Module:
     """Give each row its adapter, by lora_param."""
@@ -48,7 +57,10 @@ def lora_param(model: nn.Module, cell: Cell) -> nn.Module:
     target = cell.adapted(model)
     target += [f"{name}.out_proj" for name in target if _is_attention(model, name)]
     for adapter in cell.names:
-        lp.register_lora(model, rank=cell.rank, target=target, kind=cell.kind, adapter=adapter)
+        options = KINDS[cell.kind][0]
+        if options.get("kind") != "dense":
+            options = {**options, "rank": cell.rank}
+        lp.register_lora(model, target=target, adapter=adapter, **options)
     lp.select_lora(model, cell.names if cell.routed else cell.names[0])
     return routed(model, cell) if cell.routed else model
 
@@ -80,8 +92,10 @@ def peft(model: nn.Module, cell: Cell) -> nn.Module:
     """Wrap the same layers with PEFT."""
     from peft import LoraConfig, get_peft_model
 
-    options: dict[str, Any] = {"use_dora": cell.kind == "dora", "lora_alpha": cell.rank}
-    config = LoraConfig(r=cell.rank, target_modules=cell.adapted(model), **options)
+    if (options := KINDS[cell.kind][1]) is None:
+        raise NotImplementedError(f"PEFT has no such kind as {cell.kind}")
+    sizes: dict[str, Any] = {"r": cell.rank, "lora_alpha": cell.rank}
+    config = LoraConfig(target_modules=cell.adapted(model), **sizes, **options)
     # Else its factors would be float32 on a bfloat16 model, and ours not.
     same: dict[str, Any] = {"autocast_adapter_dtype": False}
     wrapped: Any = get_peft_model(model, config, cell.names[0], **same)

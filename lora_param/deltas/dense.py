@@ -55,11 +55,6 @@ class DenseDelta(Delta):
         options["dtype"] = options.get("dtype") or weight.dtype
         return cls(tuple(weight.shape), device=weight.device, **options)
 
-    def misfit(self, shape: Shape, view: Shape) -> str | None:
-        """Say that `D` has another shape than the weight, if it has."""
-        got = tuple(self.D.shape)
-        return None if got == shape else f"its D is {got}, should be {shape}"
-
     def value(self, weight: Tensor) -> Tensor:
         """Return `W + D`, computed in the wider dtype and rounded once to `W`'s."""
         strength = self.now().strength

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from ..ops import autocasts
 from ..quantised import dense
-from .pair import Pair
+from .pair import Pair, joined
 from .protocol import Shape
 
 SMALL = 1 << 16
@@ -86,10 +86,6 @@ class DoRA(Pair):
             self.magnitude.detach().fill_(torch.nan)
             self.__dict__["_waits"] = True
 
-    def along(self, name: str, dim: int) -> int | None:
-        """Return of the magnitude the same dimension."""
-        return dim if name == "magnitude" else super().along(name, dim)
-
     def rebased(self, old: Tensor, new: Tensor) -> dict[str, Tensor]:
         """Return the lengths of a new base, if training has not moved those of the old one."""
         own = self.magnitude.detach()
@@ -118,33 +114,56 @@ class DoRA(Pair):
             divisor = length.where(length > 0, 1)
         return (m - length) / divisor
 
-    def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[DoRA]) -> Any:
-        """Scale a layer's output by the lengths, and add the pair's part scaled alike."""
-        for delta in (self, *others):
-            y = delta._act(y, x, run)
-        return y
+    def routes(self, routing: Any, before: Sequence[Any], transposed: bool) -> bool:
+        """Say whether it acts on outputs, and on its rows nothing in front of it does."""
+        return not (self._is_of_inputs(transposed) or routing.mixes(self, before))
 
-    def _act(self, y: Tensor, x: Tensor, run: Any) -> Tensor:
-        before = [delta for each in run.acting for delta in each]
-        before = before[: before.index(self)]
-        weight = dense(run.weight)
-        for delta in before:
-            weight = delta(weight)
-        dropping = bool(self.dropout) and self.training
-        x = F.dropout(x, self.dropout) if dropping else x
-        of_inputs = self.rows is not None and self.dim != run.transposed  # an embedding's tokens
-        if of_inputs or self.magnitude.numel() > self.magnitude.shape[run.transposed]:
-            return cast("Tensor", y + run.product(x, self.forward(weight) - weight))
-        change = self._change(self._length_of(weight, run, alone=not before))
-        base = run.product(x, weight) if dropping else run.unbiased(y)
+    def _is_of_inputs(self, transposed: bool) -> bool:
+        m, of_tokens = self.magnitude, self.rows is not None and self.dim != transposed
+        return of_tokens or m.numel() > m.shape[transposed]
+
+    def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[DoRA]) -> Any:
+        """Scale a layer's output by the lengths, and add the pair's part scaled alike.
+
+        Those that never meet are one product: blocks of one adapter, or what each row has.
+        """
+        routed, own, rest = run.routing is not None and run.routing.rows > 1, [self], [*others]
+        while rest and rest[0]._turn(routed) == self._turn(routed):
+            own.append(rest.pop(0))
+        y = self._act(y, x, run, own, routed)
+        return rest[0].act(y, x, run, rest[1:]) if rest else y
+
+    def _turn(self, routed: bool) -> tuple[str, float]:
+        return "" if routed else self.adapter, self.dropout if self.training else 0.0
+
+    def _act(self, y: Tensor, x: Tensor, run: Any, own: Sequence[DoRA], routed: bool) -> Any:
+        weight, before = dense(run.weight), [delta for each in run.acting for delta in each]
+        before = [] if routed else before[: before.index(self)]
+        (_, dropout), of_inputs = self._turn(routed), self._is_of_inputs(run.transposed)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(dropout or of_inputs)):
+            for delta in before:
+                weight = delta(weight)
+        x = F.dropout(x, dropout) if dropout else x
+        if of_inputs:
+            return y + sum(run.product(x, each(weight) - weight) for each in own)
+        base = run.product(x, weight) if dropout else run.unbiased(y)
+        changes, factors = zip(*(each._gated(weight, run, not before) for each in own), strict=True)
+        if routed:
+            here = run.routing.table(own, [1] * len(own), y).t()[:, :, None]  # [deltas, rows, 1]
+            y = y + run.by_row(base, sum(map(torch.mul, here, changes)))  # by [rows, out]
+        else:
+            change = sum(changes[1:], changes[0])  # [out]
+            y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
+        return joined(y, x, run, own, factors)
+
+    def _gated(self, weight: Tensor, run: Any, alone: bool) -> tuple[Tensor, Any]:
+        """Return `m / |V| - 1`, `[out]`, and both factors, of which one is scaled."""
+        change = self._change(self._length_of(weight, run, alone))
         gate, A, B = (1 + change) * self.scale, self.lora_A, self.lora_B
         A, B = (A * gate, B) if run.transposed else (A, B * gate[:, None])
         if self.rows is not None:
             change = self.rows.spread(change, 0, run.shape[self.dim])
-            A, B = run.whole(A, B, self.rows, self.dim)
-        inner, outer = run.factors(A, B)
-        y = torch.addcmul(y, base, run.across(change.to(y.dtype)))
-        return cast("Tensor", run.up(y, run.down(x, inner), outer, 1.0))
+        return change, run.whole(A, B, self.rows, self.dim)
 
     @torch.no_grad()
     def _length_of(self, weight: Tensor, run: Any, alone: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRAError
+from ..lowrank import range_of
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
 Start: TypeAlias = Callable[[Tensor, int, float, "torch.Generator | None"], Factors]
@@ -56,12 +57,7 @@ def pissa(W: Tensor, rank: int, scale: float, generator: torch.Generator | None)
     width = rank + OVERSAMPLED
     if min(W.shape[-2:]) <= max(EXACT, width):
         return _halves(W, slice(rank), scale)
-    source = W.device if generator is None else generator.device
-    shape = (*W.shape[:-2], W.shape[-1], width)
-    draw = torch.randn(shape, generator=generator, device=source, dtype=W.dtype).to(W.device)
-    Q = torch.linalg.qr(W @ draw)[0]
-    for _ in range(2):
-        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]
+    Q = range_of(W, width, 2, generator)
     B, A = _halves(Q.mT @ W, slice(rank), scale)
     return Q @ B, A
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from ..ops import is_unseen
-from .pair import Pair
+from .pair import Pair, joined
 
 
 class LoRAParametrization(Pair):
@@ -66,7 +66,6 @@ class LoRAParametrization(Pair):
 
     kind = "lora"
     adds = True
-    routes = True
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -92,17 +91,20 @@ class LoRAParametrization(Pair):
         A, B = self._both
         if self.rows is not None or A.dtype != weight.dtype or not weight.is_contiguous():
             return cast("Tensor", self(weight))
-        factor, flat = self.scale * self._places[-1].switch.strength, weight.dim() == 2
+        factor, flat = self.scale * self._switch.strength, weight.dim() == 2
         matrix = weight if flat else weight.flatten(1)
         value = torch.addmm(matrix, B, A, alpha=factor)
         return value if flat else value.view_as(weight)
+
+    def routes(self, *how: Any) -> bool:
+        """Say that rows may differ in any way."""
+        return True
 
     def act(self, y: Tensor, x: Tensor, run: Any, others: Sequence[LoRAParametrization]) -> Any:
         """Add `((x A^T) B^T) * scale` to a layer's output; `B @ A` is never formed.
 
         Those of `others` that meet the same input are one product: all that drop nothing of it, and
-        the blocks of one adapter; where rows differ, with the low columns weighed by row,
-        `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`.
+        the blocks of one adapter; where rows differ, all that drop as much.
         """
         routing = run.routing
         if routing is None and not others:
@@ -111,7 +113,7 @@ class LoRAParametrization(Pair):
             inner, outer = run.factors(
                 *(run.whole(A, B, self.rows, self.dim) if self.rows else (A, B))
             )
-            factor = self.scale * self._places[-1].switch.strength  # without a call more
+            factor = self.scale * self._switch.strength  # without a call more
             return run.up(y, run.down(x, inner), outer, factor)
         routed = routing is not None and routing.rows > 1
         mixing = not routed or routing.choices is None  # else those that drop alike never meet
@@ -122,23 +124,9 @@ class LoRAParametrization(Pair):
                 pair
             )
         for (_, dropout), pairs in meeting.items():
-            As, Bs = zip(
-                *(
-                    run.whole(
-                        p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim
-                    )
-                    for p in pairs
-                ),
-                strict=True,
-            )
-            kept = F.dropout(x, dropout) if dropout else x
-            if routed and (chosen := run.chosen(pairs, As)) is not None:
-                y = run.gathered(y, kept, As, Bs, *chosen)
-                continue
-            # [sum of ranks, fan_in] and [fan_out, the same]
-            inner, outer = run.factors(torch.cat(As), torch.cat(Bs, 1))
-            low = run.down(kept, inner)
-            if routed:
-                low = run.by_row(low, routing.table(pairs, [len(A) for A in As], low))
-            y = run.up(y, low, outer, 1.0)
+            factors = [
+                run.whole(p.lora_A, p.lora_B * (p.scale if routed else p._factor()), p.rows, p.dim)
+                for p in pairs
+            ]
+            y = joined(y, F.dropout(x, dropout) if dropout else x, run, pairs, factors)
         return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -201,9 +201,9 @@ class Pair(Delta):
         return cast("tuple[Tensor, Tensor]", both)
 
     def along(self, name: str, dim: int) -> int | None:
-        """Return a stack's dimension in both, the rows' in what ends in B, the columns' in A."""
+        """Return the rows' in what ends in B, the columns' in A, and else the same dimension."""
         batch, side = self._kept[0].ndim - 2, name[-2:]
-        if dim < batch:
+        if dim < batch or side not in ("_A", "_B"):
             return dim
         return {("_A", False): batch + 1, ("_B", True): batch}.get((side, dim == batch))
 
@@ -263,3 +263,20 @@ class Pair(Delta):
         sides = self.lora_A.mT, self.lora_B
         A, B = (torch.linalg.qr(each.detach().double())[1] for each in sides)
         return cast("Tensor", torch.linalg.svdvals(B @ A.mT) * abs(self.scale * self.strength))
+
+
+def joined(y: Tensor, x: Tensor, run: Any, pairs: Sequence[Pair], factors: Any) -> Tensor:
+    """Add the product with all pairs' factors `(A, B)` at once; where rows differ, weighed by row.
+
+    `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`, or with those of each row alone.
+    """
+    routed, (As, Bs) = run.routing is not None and run.routing.rows > 1, zip(*factors, strict=True)
+    if routed and (chosen := run.chosen(pairs, As)) is not None:
+        return cast("Tensor", run.gathered(y, x, As, Bs, *chosen))
+    # [sum of ranks, fan_in] and [fan_out, the same]
+    A, B = (torch.cat(As), torch.cat(Bs, 1)) if len(As) > 1 else (*As, *Bs)
+    inner, outer = run.factors(A, B)
+    low = run.down(x, inner)
+    if routed:
+        low = run.by_row(low, run.routing.table(pairs, [len(A) for A in As], low))
+    return cast("Tensor", run.up(y, low, outer, 1.0))

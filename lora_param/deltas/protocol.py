@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +46,11 @@ class Delta(Switched):
     act: ClassVar[Any] = None
     """`(y, x, run, others)` to a layer's output for the input `x`, which was `y` so far and may be
     changed in place; `others` are deltas of the kind directly behind. `None` where there is none.
-    `run`, of `ops`, is all that is known of the layer; `routes = True` says that `act` heeds its
-    `routing`, of rows that differ in what acts on them."""
+    `run`, of `ops`, is all that is known of the layer."""
+
+    routes: ClassVar[Any] = None
+    """`(routing, before, transposed)` to whether `act` heeds a routing, of rows that differ in what
+    acts on them, behind these deltas and on a weight stored so; `None` where it never does."""
 
     sum: ClassVar[Any] = None
     """`(weight)` to its value within rounding, quicker, where a `width` is all that this costs."""
@@ -123,7 +125,10 @@ class Delta(Switched):
 
     def misfit(self, shape: Shape, view: Shape) -> str | None:
         """Say why it can't be a weight's of this shape and matrix view; `None` if it can."""
-        raise NotImplementedError
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            if (got := tuple(own.shape)) != shape:
+                return f"its {name} is {got}, should be {shape}"
+        return None
 
     def value(self, weight: Tensor) -> Tensor:
         """Return the adapted weight, in the weight's shape and dtype."""
@@ -138,8 +143,8 @@ class Delta(Switched):
         return {}
 
     def singular_values(self, shape: Shape) -> Tensor:
-        """Return those of what is added to a weight of this shape, `[*batch, count]`."""
-        raise NotImplementedError
+        """Return those of what is added to a weight of this shape, `[*batch, count]`, if any is."""
+        return torch.zeros(0)
 
     def along(self, name: str, dim: int) -> int | None:
         """Return which dimension of a tensor of its lies along one of the weight's, if any does."""
@@ -213,7 +218,7 @@ class Delta(Switched):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for hold in self._holds:  # a copy's
-            hold.deltas.add(ref(self))
+            hold.add(self)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         try:
@@ -226,6 +231,12 @@ class Delta(Switched):
         said = self.numbers | ({} if self.strength == 1 else {"strength": self.strength})
         numbers = [f"{n}={v if isinstance(v, str) else format(v, 'g')}" for n, v in said.items()]
         return ", ".join([repr(self.adapter), *numbers, "enabled" if self.enabled else "disabled"])
+
+
+def tensors_of(delta: Delta) -> dict[str, Tensor]:
+    """Return a delta's parameters and buffers by name, without a graph."""
+    own = (*delta.named_parameters(), *delta.named_buffers())
+    return {name: tensor.detach() for name, tensor in own}
 
 
 def check_adapter(adapter: object) -> None:

@@ -41,11 +41,6 @@ class StatisticsDelta(Delta):
         """Build a copy of a buffer."""
         return cls(weight, **options)
 
-    def misfit(self, shape: Shape, view: Shape) -> str | None:
-        """Say that the copy has another shape than the buffer, if it has."""
-        got = tuple(self._buffers["S"].shape)  # type: ignore[union-attr]
-        return None if got == shape else f"its S is {got}, should be {shape}"
-
     def value(self, weight: Tensor) -> Tensor:
         """Return the copy itself, for a layer to move."""
         return self._buffers["S"]  # type: ignore[return-value]
@@ -64,7 +59,3 @@ class StatisticsDelta(Delta):
         """Return the copy of some of the entries."""
         S = self.value(torch.empty(0))
         return self.made_of({"S": (S if S.ndim else S.view(1))[start:stop]}, {})
-
-    def singular_values(self, shape: Shape) -> Tensor:
-        """Return none: nothing is added."""
-        return torch.zeros(0)

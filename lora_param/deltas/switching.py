@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
+from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from ..chains import originals_of, run_through
 from ..errors import LoRAError
 from ..routing import Routing, Switch, routing_of
 
@@ -37,6 +41,8 @@ class Switched(nn.Module):
     """Another object after every change of a switch: what was planned before holds no more."""
 
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
+    _switch = Switch()  # the last of their switches
+    _chain = cast("ref[Chain] | None", None)
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init__(self) -> None:
@@ -46,7 +52,7 @@ class Switched(nn.Module):
     @property
     def switch(self) -> Switch:
         """How it acts now."""
-        return self._places[-1].switch
+        return self._switch
 
     @switch.setter
     def switch(self, switch: Switch) -> None:
@@ -57,7 +63,7 @@ class Switched(nn.Module):
         """How it acts here and now: by its switch, or as the batch is routed."""
         if Routing.used and (routing := routing_of(self)) is not None:
             return routing.switch(self)
-        return self._places[-1].switch
+        return self._switch
 
     @contextmanager
     def switched_for_now(self, switch: Switch) -> Iterator[None]:
@@ -79,7 +85,12 @@ class Switched(nn.Module):
 
     def _switched(self) -> None:
         """Let plans know, and flags follow: those that were taken away come back."""
+        with _flags:
+            self.__dict__["_switch"] = self._places[-1].switch
         Switched.switched = object()
+        chain = self._chain() if self._chain else None
+        if chain is not None and self._switch.on != (self in chain.acting):
+            chain.note()
         if self.switch.trained and not self._resting:
             return
         with _flags:
@@ -90,6 +101,9 @@ class Switched(nn.Module):
             for name in resting:
                 own[name].requires_grad_(trained)
                 own[name].grad = own[name].grad if trained else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_chain": None}  # which can't be pickled
 
     @property
     def trains(self) -> bool:
@@ -123,3 +137,42 @@ class Switched(nn.Module):
         if strength != 1 and not self.adds:
             reason = f"a {self.kind} delta adds nothing that could be multiplied"
             raise LoRAError(f"a strength must be 1, because {reason}, got {strength!r}")
+
+
+def _noting(name: str) -> Any:
+    method = getattr(ParametrizationList, name)
+
+    @functools.wraps(method)
+    def call(self: Chain, *args: Any) -> None:
+        method(self, *args)
+        self.note()
+
+    return call
+
+
+class Chain(ParametrizationList):
+    """A weight's parametrizations, of which `acting` are on: what is off costs a call nothing.
+
+    Compiled code finds those by one path, and depends on how many and of what they are alone.
+    """
+
+    acting: tuple[nn.Module, ...] = ()
+    add_module, insert = _noting("add_module"), _noting("insert")  # by torch and by hand
+    __setattr__, __setstate__ = _noting("__setattr__"), _noting("__setstate__")
+
+    def forward(self) -> Tensor:
+        """Return the weight that they make of the original."""
+        entries = tuple(self._modules.values()) if Routing.used else self.acting
+        return run_through(entries, originals_of(self))
+
+    def note(self) -> None:
+        """Find out which of its entries act."""
+        own, acting = ref(self), []
+        with _flags:
+            for entry in self._modules.values():
+                if isinstance(entry, Switched):
+                    entry.__dict__["_chain"] = own
+                    if not entry._switch.on:
+                        continue
+                acting.append(entry)
+            self.__dict__["acting"] = tuple(acting)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..checks import check_model
+from ..checks import Need, walk
 from ..combine import Fit, Method, check_options, combined, resized
 from ..deltas import Delta
 from ..deltas.protocol import FLOATS, check_adapter
@@ -19,7 +19,6 @@ from ..layers import listed_tensors
 from ..lowrank import Rank, check_rank_or_share
 from ..register import install
 from ..targets import Target
-from ..walk import walk
 from ..weight import Weight, tensor_names
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
@@ -71,8 +70,7 @@ def extract_lora(
         >>> [(fit.weight, fit.rank) for fit in extract_lora(model, tuned, rank=0.99)]
         [('weight', 1)]
     """
-    found = walk(model, "extract_lora")
-    check_model(found, "extract_lora")
+    found = walk(model, "extract_lora", Need.CHANGE)
     check_adapter(adapter)
     check_rank_or_share(rank)
     with ExitStack() as stack:
@@ -124,8 +122,7 @@ def combine_files(
         deltas, fits = dict[str, Delta](), list[Fit]()
         for name, own in progress(list(terms.items()), "combining"):
             weight = cast("Weight", weights.weight(name))  # of the files' own outlines
-            place = name, own, tuple(weight.like.shape), weight.view
-            deltas[name], fit = combined(*place, method=method, rank=rank, density=density)
+            deltas[name], fit = combined(weight, own, method=method, rank=rank, density=density)
             fits += [] if deltas[name].of_buffers else [fit]
         write_adapter("native", Path(out), deltas, weights, about)
     return fits
@@ -163,8 +160,7 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
         deltas, fits = file.fit(weights), list[Fit]()
         for name, delta in progress(list(deltas.items()), "resizing"):
             if "rank" in delta.numbers:
-                view = cast("Weight", weights.weight(name)).view
-                deltas[name], fit = resized(name, delta, view, rank)
+                deltas[name], fit = resized(cast("Weight", weights.weight(name)), delta, rank)
                 fits.append(fit)
         if not fits:
             raise LoRAError(f"{path}: there is no pair of factors to resize")

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from .. import checks
 from ..chains import type_before
 from ..deltas import Delta, StatisticsDelta
-from ..deltas.protocol import check_adapter
+from ..deltas.protocol import check_adapter, tensors_of
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
 from ..register import install
 from ..sharding import alike, mesh_of
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
-from ..walk import Walk, walk
+from ..walk import Walk
 from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
-from .formats.native import tensors_of
 from .outline import Outline, outline_of_model
 from .progress import progress
 from .tensors import About, AnyPath, check_strings, shortened
@@ -75,8 +74,7 @@ def save_lora(
         >>> load_lora(torch.nn.Linear(3, 2), "adapter.safetensors", base="ignore")
         ['weight']
     """
-    found = walk(model, "save_lora")
-    checks.check_present(found, "save_lora")
+    found = checks.walk(model, "save_lora", checks.Need.ADAPTERS)
     pairs = checks.deltas_called(found, adapter)
     names = sorted({delta.adapter for _, delta in pairs})
     if len(names) > 1:
@@ -141,7 +139,7 @@ def load_lora(
             `base="require"` belongs to another base. The model is as it was.
         LoRAError: A weight can't be adapted, or an argument is bad.
     """
-    found = walk(model, "load_lora")
+    found = checks.walk(model, "load_lora")
     if type(freeze) is not bool or type(trainable) is not bool:
         raise LoRAError(f"freeze and trainable must be bools, got {freeze!r} and {trainable!r}")
     if base not in ("require", "warn", "ignore"):
@@ -152,7 +150,8 @@ def load_lora(
             adapter = file.about.adapter if adapter is None else adapter
             check_adapter(adapter)
             own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
-            checks.check_model(found, "load_lora", changes=not own)
+            need = checks.Need.ADAPTERS if own else checks.Need.CHANGE
+            checks.check_model(found, "load_lora", need)
             if trainable:
                 checks.check_trainable(found)
             weights = outline_of_model(found)

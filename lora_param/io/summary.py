@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ..deltas import Delta
+from ..deltas.protocol import tensors_of
 from ..errors import FileError
 from ..layers import Shape
 from .bases import open_both
-from .formats.native import tensors_of
 from .progress import progress
 from .tensors import AnyPath
 

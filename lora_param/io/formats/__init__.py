@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ...checks import check_weights
 from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
-from ...deltas.protocol import FLOATS, Shape, show_dtypes
+from ...deltas.protocol import FLOATS, Shape, show_dtypes, tensors_of
 from ...errors import FileError, LoRAError
 from ...sharding import whole
 from ...state import NUMBERS
@@ -229,7 +229,7 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
     if not deltas:
         yield "there is no adapter in it"
     for name, delta in progress(list(deltas.items()), "checking the factors"):
-        tensors = list(native.tensors_of(delta).values())
+        tensors = list(tensors_of(delta).values())
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1 or not (dtypes <= set(FLOATS) or delta.of_buffers):
             allowed, got = show_dtypes(*FLOATS), show_dtypes(*(each.dtype for each in tensors))

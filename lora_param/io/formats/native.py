@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from ...deltas import KINDS, Delta
+from ...deltas.protocol import tensors_of
 from ...errors import FileError
 from ...frozen import digest_of
 from ...rows import Rows
-from ...state import NUMBERS
 from ..outline import Outline, facts_of
 from ..progress import progress
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
@@ -124,11 +124,6 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     delta.rows = Rows.read(spec["rows"]) if "rows" in spec else None
     delta.strength = spec.get("strength", 1.0)
     return delta
-
-
-def tensors_of(delta: Delta) -> dict[str, Tensor]:
-    """Return a delta's tensors by the names that it has for them."""
-    return {name: tensor for name, tensor in delta.state_dict().items() if name != NUMBERS}
 
 
 def render(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...deltas import Delta
+from ...deltas.protocol import tensors_of
 from ...errors import FileError, TargetError
 from ...rows import Rows
 from ...sharding import is_sharded
@@ -20,7 +21,6 @@ from ..outline import LINEARS, Outline, class_name
 from ..tensors import About, Config
 from ..values import NewValues
 from . import factors as shared
-from . import native
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 OF_TOKENS = "PEFT trains rows of an embedding, or of a linear layer without bias"
@@ -202,7 +202,7 @@ def _value(name: str, delta: Delta, weights: Outline) -> Tensor:
         raise FileError(
             f"{name}: PEFT keeps its new values; convert a native file with the base, by --base"
         )
-    full = delta.made_of(native.tensors_of(delta), delta.numbers)
+    full = delta.made_of(tensors_of(delta), delta.numbers)
     full.strength = 1.0  # as the pairs beside it are written
     return full.value(tensor.detach()).detach()
 
