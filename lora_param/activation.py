@@ -216,7 +216,6 @@ def _known_plan(
     chain: Any, layer: Layer, entries: Any, plans: Any, key: Any, routing: Routing | None = None
 ) -> Plan:
     plan: Plan | None = plans.get(key)
-    plan = plans.get(key)
     if not plan or plan.switched is not Switched.switched or plan.entries != entries:
         plan = plans[key] = _plan(chain, layer, entries, routing)
     return plan

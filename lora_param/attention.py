@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType, FunctionType
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
@@ -106,37 +106,29 @@ class Projection(Tensor):
         return formed(module, name, chains_of(module)[name], routing is not None)[self.rows]
 
 
-def attends(frame: FrameType) -> Mapping[str, Any] | None:
-    """Return the variables of a frame of torch's attention or encoder layer, on a plain batch."""
+def attended(
+    frame: FrameType, module: nn.Module, name: str, layer: Layer, routing: Routing | None, form: Any
+) -> Any:
+    """Return a weight for a frame of torch's attention or encoder layer; for another `None`."""
     if (argument := READERS.get(frame.f_globals.get("__name__", ""))) is None:
         return None
-    seen = frame.f_locals
-    module, x = map(seen.get, ("self", argument))
-    encodes = type(module) is nn.TransformerEncoderLayer
-    if not (encodes or isinstance(module, nn.MultiheadAttention)) or "forward" in module.__dict__:
+    seen, chain = frame.f_locals, chains_of(module)[name]
+    reader, x = map(seen.get, ("self", argument))
+    encodes = type(reader) is nn.TransformerEncoderLayer
+    if not (encodes or isinstance(reader, nn.MultiheadAttention)) or "forward" in reader.__dict__:
         return None
-    return seen if isinstance(x, Tensor) and not x.is_nested else None
-
-
-def attended(
-    module: nn.Module, name: str, layer: Layer, routing: Routing | None, seen: Any, form: Any
-) -> Any:
-    """Return a weight as torch's attention or encoder layer reads it, formed once for a kernel."""
-    chain = chains_of(module)[name]
-    if (formed_before := _formed.get(chain)) is not None:
-        for each in seen.get("tensor_args", ()):  # of what it asks before that
-            if each is formed_before:
-                return each
-    value = _projection(module, name, layer, routing)
+    for each in seen.get("tensor_args", ()):  # of what it asks, before a kernel gets it
+        if each is _formed.get(chain, ()):
+            return each
+    value = (
+        None if not isinstance(x, Tensor) or x.is_nested else _read(module, name, layer, routing)
+    )
     if value is None:
         value = _formed[chain] = form(module, chain, routing)
     return value
 
 
-def _projection(
-    module: nn.Module, name: str, layer: Layer, routing: Routing | None
-) -> Projection | None:
-    """Return a weight as torch's attention reads it; `None` where it reads the sum."""
+def _read(module: nn.Module, name: str, layer: Layer, routing: Routing | None) -> Any:
     found = acting(module, name, layer, False, routing)
     if found is None or not (is_unseen(found[0]) and computes_as_its_row(type_before(module))):
         return None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .activation import formed, in_activation_space
-from .attention import attended, attends
+from .attention import attended
 from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
 from .deltas.switching import Switched
@@ -114,13 +114,12 @@ def _weight_property(name: str, layer: Layer) -> property:
             state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         if key not in store:
-            seen = attends(sys._getframe(1)) if projects and eager else None
-            if seen is None:
-                store[key] = compute(self, chain, routing)
-            elif store is parametrize._cache:
-                return attended(self, name, layer, routing, seen, compute)
-            else:
-                store[key] = attended(self, name, layer, routing, seen, compute)
+            value = None
+            if projects and eager:
+                value = attended(sys._getframe(1), self, name, layer, routing, compute)
+            if value is not None and store is parametrize._cache:
+                return value
+            store[key] = compute(self, chain, routing) if value is None else value
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
