@@ -16,7 +16,8 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
-from .ops import PLAIN
+from .offloaded import brought_in, is_hooked
+from .ops import PLAIN, is_exact
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
@@ -33,7 +34,6 @@ class Plan(NamedTuple):
 
     switched: object
     entries: tuple[nn.Module, ...]
-    on: tuple[nn.Module, ...]
     in_front: tuple[nn.Module, ...]
     acting: Runs
     space: str  # "weight" too where no other can be
@@ -66,6 +66,9 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
             return in_weight_space(self, *args, **kwargs)
         if not (found := acting(self, "weight", layer, traced, routing)):
+            if not traced and (hooked := _hooked(self)):
+                with brought_in(hooked):
+                    return forward(self, *args, **kwargs)
             return in_weight_space(self, *args, **kwargs)
         weight, plan = found
         if routing is not None and routing.rows > 1:
@@ -104,13 +107,15 @@ def acts(module: nn.Module, name: str) -> bool:
     layer, chain = layer_of(base), chains_of(module).get(name)
     if not layer.run or name not in layer.tensors or not computes_as_its_row(base):
         return False
-    if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
+    patched = "forward" in module.__dict__ and not (name == "weight" and is_hooked(module))
+    if patched or (layer.suits is not None and not layer.suits(module)):
         return False
     if chain is None:
         return True
     plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
-    return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
+    seen = not _hooked(module) and _is_watched(chain, plan.acting)
+    return (plan.space != "weight" or asked) and not seen
 
 
 def space_of(module: nn.Module, name: str) -> str:
@@ -145,21 +150,6 @@ def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
     return is_exact(run.x, weight)
 
 
-_precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch 2.9 on
-
-
-def is_exact(x: Tensor, weight: Tensor) -> bool:
-    """Say whether a product rounds a weight no further, which would lose a small update in it."""
-    if not weight.is_cpu or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-        return False
-    if weight.dtype != torch.float32:
-        return weight.dtype == torch.float64
-    if _precision is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    matmul, convolution = _precision("mkldnn", "matmul"), _precision("mkldnn", "conv")
-    return {matmul, convolution} <= {"none", "ieee"}
-
-
 @functools.lru_cache(maxsize=1024)
 def _saved(shape: torch.Size, rank: int, run: Any, trained: bool) -> tuple[int, int]:
     """Count the multiplications that a sum saves in a forward: at once, and for each position.
@@ -183,11 +173,17 @@ def acting(
         return None
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
-    plans = {} if traced or not record else record.plans if routing is None else routing.plans
+    plan: Plan | None = None if traced or not record else record.plans.get(name)
+    if routing is not None:
+        plan = None if traced else routing.plans.get(chain)
     entries = chain.__dict__.get("acting") if routing is None else None
     entries = tuple(chain._modules.values()) if entries is None else entries
-    key = name if routing is None else chain
-    plan = _known_plan(chain, layer, entries, plans, key, routing)
+    if not plan or plan.switched is not Switched.switched or plan.entries != entries:
+        plan = _plan(chain, layer, entries, routing)
+        if routing is not None:
+            routing.plans[chain] = plan
+        elif record and not traced:
+            record.plans[name] = plan
     if not plan.acting and (traced or routing is not None):
         return None
     if plan.space == "weight" and not plan.rank:
@@ -202,23 +198,11 @@ def acting(
     return weight, plan
 
 
-def formed(module: nn.Module, name: str, chain: nn.Module, routed: bool) -> Any:
-    """Return a weight as its chain makes it; deltas that are off, however many, cost nothing."""
-    record = module.__dict__.get("_lora")
-    if routed or not record or torch.compiler.is_compiling() or _is_watched(chain, ()):
-        return chain()
-    entries, layer = tuple(chain._modules.values()), layer_of(type(module))
-    plan = _known_plan(chain, layer, entries, record.plans, name)
-    return run_through(plan.on, originals_of(chain))
-
-
-def _known_plan(
-    chain: Any, layer: Layer, entries: Any, plans: Any, key: Any, routing: Routing | None = None
-) -> Plan:
-    plan: Plan | None = plans.get(key)
-    if not plan or plan.switched is not Switched.switched or plan.entries != entries:
-        plan = plans[key] = _plan(chain, layer, entries, routing)
-    return plan
+def _hooked(module: nn.Module) -> list[nn.Module]:
+    """List a weight's chain and what acts in it, as far as accelerate's hooks bring them in."""
+    chain: Any = chains_of(module).get("weight")
+    found = () if chain is None else (chain, *chain.__dict__.get("acting", ()))
+    return [each for each in found if is_hooked(each)]
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:
@@ -231,17 +215,18 @@ def _is_watched(chain: nn.Module, acting: Runs) -> bool:
 
 def _plan(chain: Any, layer: Layer, entries: Any, routing: Routing | None = None) -> Plan:
     switched = Switched.switched  # before any switch is looked at, which may change meanwhile
-    on = tuple(each for each in entries if not isinstance(each, Delta) or _is_on(each, routing))
     ours = [isinstance(entry, Delta) for entry in entries]
     first = ours.index(True) if True in ours else len(entries)
     runs: list[tuple[Delta, ...]] = []
-    for each in on[first:]:
+    for each in entries[first:]:
+        if isinstance(each, Delta) and not _is_on(each, routing):
+            continue
         can_act = isinstance(each, Delta) and each.has_own("act")
         if can_act and routing is not None and routing.rows > 1:
             before = [*itertools.chain(*runs)]
             can_act = each.has_own("routes") and each.routes(routing, before, layer.transposed)
         if not can_act or (not first and _misfits(each, originals_of(chain)[0], layer)):
-            return Plan(switched, entries, on, entries[:first], (), "weight")
+            return Plan(switched, entries, entries[:first], (), "weight")
         if runs and type(runs[-1][0]) is type(each):
             runs[-1] += (each,)
         else:
@@ -250,11 +235,11 @@ def _plan(chain: Any, layer: Layer, entries: Any, routing: Routing | None = None
     space = min((delta.space for delta in acting), key=SPACES.index, default="auto")
     dropping = tuple(delta for delta in acting if delta.numbers.get("dropout"))
     space = "auto" if dropping and space == "weight" else space  # in which nothing can be dropped
-    rank, counted = 0, layer.run is not None and all(delta.width for delta in acting)
+    rank, counted = 0, all(delta.width for delta in acting)
     # What is in front runs once in a forward, of which some move a state of theirs.
     if counted and layer.run.forming and space in (("auto",) if first else ("auto", "weight")):
         rank = sum(delta.width for delta in acting)
-    return Plan(switched, entries, on, entries[:first], tuple(runs), space, rank, dropping)
+    return Plan(switched, entries, entries[:first], tuple(runs), space, rank, dropping)
 
 
 def _is_on(delta: Delta, routing: Routing | None) -> bool:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.utils._pytree import tree_map_only
 
-from .activation import Plan, acting, computed, formed, is_exact
+from .activation import Plan, acting, computed
 from .chains import chains_of, type_before
 from .deltas.protocol import Delta
 from .groups import SHAPE
 from .layers import Layer, computes_as_its_row
-from .ops import LinearRun, is_unseen
+from .ops import LinearRun, is_exact, is_unseen
 from .routing import Routing
 
 READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
@@ -68,7 +68,7 @@ class Projection(Tensor):
     because it is no plain tensor. All else gets the sum.
     """
 
-    of: tuple[Any, ...]  # module, name, weight, plan and routing
+    of: tuple[Any, ...]  # chain, weight, plan and routing
     rows = slice(None)
 
     @classmethod
@@ -89,7 +89,7 @@ class Projection(Tensor):
         return answer if name in SHAPE else args[0]._blocks(answer)
 
     def _project(self, x: Tensor, bias: Tensor | None = None) -> Any:
-        _, _, weight, plan, routing = self.of
+        _, weight, plan, routing = self.of
         run = ProjectionRun(x, bias, self.rows, is_unseen(weight))
         run.routing = routing
         return computed(run, weight, plan)
@@ -102,8 +102,7 @@ class Projection(Tensor):
         return blocks
 
     def _formed(self) -> Any:
-        module, name, *_, routing = self.of
-        return formed(module, name, chains_of(module)[name], routing is not None)[self.rows]
+        return self.of[0]()[self.rows]
 
 
 def attended(
@@ -124,7 +123,7 @@ def attended(
         None if not isinstance(x, Tensor) or x.is_nested else _read(module, name, layer, routing)
     )
     if value is None:
-        value = _formed[chain] = form(module, chain, routing)
+        value = _formed[chain] = form(module, chain)
     return value
 
 
@@ -138,7 +137,7 @@ def _read(module: nn.Module, name: str, layer: Layer, routing: Routing | None) -
     if not (torch.is_grad_enabled() or _leaves_kernels(plan, weight)):
         return None
     read = weight.detach().as_subclass(Projection)
-    read.of = module, name, weight, plan, routing
+    read.of = chains_of(module)[name], weight, plan, routing
     return read
 
 

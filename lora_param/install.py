@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .activation import formed, in_activation_space
+from .activation import in_activation_space
 from .attention import attended
 from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
@@ -86,8 +86,8 @@ def _weight_property(name: str, layer: Layer) -> property:
     packs, projects = layer.dense is not None, layer.run and name in layer.tensors
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
-    def compute(self: Any, chain: Any, routing: Routing | None) -> Any:
-        value = formed(self, name, chain, routing is not None)
+    def compute(self: Any, chain: Any) -> Any:
+        value = chain()
         if "forward" in self.__dict__:
             value = in_its_forward(self, value)
         # Of a buffer of the base's own a copy, because whoever reads it may move it.
@@ -119,7 +119,7 @@ def _weight_property(name: str, layer: Layer) -> property:
                 value = attended(sys._getframe(1), self, name, layer, routing, compute)
             if value is not None and store is parametrize._cache:
                 return value
-            store[key] = compute(self, chain, routing) if value is None else value
+            store[key] = compute(self, chain) if value is None else value
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:

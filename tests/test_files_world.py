@@ -246,7 +246,7 @@ def test_blocks_of_rows_come_back_and_merge(
     for factor in lora_parameters(model):
         nn.init.normal_(factor)
     save_lora(model, path)
-    assert f"{names[1]}.lora_A" in header_of(path).tensors
+    assert f"{names[1]}.lora_A" in header_of(path).entries
     fresh.load_state_dict(base_state_dict(model))
     save_file(fresh.state_dict(), tmp_path / "base.safetensors")
     assert load_lora(fresh, path, base="require") == names

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
+from ..progress import progress
 from ..rows import Rows
 from .bases import open_both
 from .formats import write_adapter
-from .progress import progress
 from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
 
 BLOCK = 2**22
@@ -46,7 +46,6 @@ def check_checkpoint(
         FileError: Not all are equal, or the file doesn't say its base's bits.
 
     Example:
-        >>> from lora_param.io import check_checkpoint
         >>> check_checkpoint("adapter.safetensors", "base.pt")
         2
     """
@@ -96,7 +95,6 @@ def merge_checkpoint(
         FileError: The files don't belong together, or a merged weight would not be finite.
 
     Example:
-        >>> from lora_param.io import merge_checkpoint
         >>> merge_checkpoint("adapter.safetensors", "base.pt", "merged.safetensors")
         (1, 2)
     """
@@ -106,8 +104,8 @@ def merge_checkpoint(
         check_apart(Path(out), *(opened.path for opened in {*checkpoint.files.values()}))
         names = checkpoint.names
         deltas: defaultdict[str, list[Delta]] = defaultdict(list)
-        for name, delta in found.items():
-            deltas[name.rpartition("[")[0] if delta.rows else name].append(delta)
+        for weight, delta in found.items():
+            deltas[weight.whole.name].append(delta)
         hidden = {name for key, name in names.items() if "parametrizations." in key}
         if hidden := hidden & deltas.keys():
             listed = shortened(sorted(hidden))
@@ -162,17 +160,14 @@ def convert_file(
         LoRAError: A format doesn't know an option.
 
     Example:
-        >>> from lora_param.io import convert_file
         >>> convert_file("adapter.safetensors", "for_peft", "peft")
         ['0.weight']
     """
     check_apart(Path(out), *(Path(each) for each in (path, base) if each))
     with open_both(path, base, base_prefix, options or {}) as (file, _, weights, deltas):
-        if weights.unknown:
-            fix = "give the checkpoint that it was trained on with --base"
-            raise FileError(f"{file.unsaid}; {fix}")
+        file.check_said(weights, "give the checkpoint that it was trained on with --base")
         write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
-    return list(deltas)
+    return [weight.name for weight in deltas]
 
 
 def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> list[str]:

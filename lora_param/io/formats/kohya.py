@@ -47,12 +47,12 @@ OTHERS = r".+\.oft_\w+"
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are the family's, be they plain LoRA's or not."""
-    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.header.tensors)
+    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.entries)
 
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[tuple[str, Delta]]:
+) -> list[shared.Named]:
     """Read a LoRA, another kind of LyCORIS's, and whole differences.
 
     Names are resolved forward from the model's own modules.
@@ -74,19 +74,19 @@ def parse(
         *(factors, weights, others),
         lambda name: [*flat.get(name, []), *theirs.get(name, [])[:1]],
     )
-    whole: list[tuple[str, Delta]] = [
-        shared.dense(join(weight.path, WHOLE[role]), tensor)
+    whole = [
+        (join(weight.path, WHOLE[role]), shared.dense(tensor))
         for name, weight in found.items()
         for role, tensor in factors[name].items()
         if role in WHOLE
     ]
     pairs = [name for name, own in factors.items() if own.keys() - WHOLE.keys()]
-    read = shared.collect(lambda name: lycoris.read_layer(name, found[name], factors[name]), pairs)
-    return [*read, *whole]
+    read = shared.collect(lambda name: lycoris.read_layer(found[name], factors[name]), pairs)
+    return [*zip((found[name].name for name in pairs), read, strict=True), *whole]
 
 
 def render(
-    deltas: Mapping[str, Delta], weights: Outline, about: About, *, prefix: str = ""
+    deltas: Mapping[Weight, Delta], weights: Outline, about: About, *, prefix: str = ""
 ) -> Content:
     """Lay a LoRA out, and what is trained whole.
 
@@ -98,14 +98,14 @@ def render(
         raise FileError(f"no name in the file can have a dot, so no prefix, got {prefix!r}")
     flat, cls = flat_names(weights, prefix), about.cls.rpartition(".")[2]
 
-    def tensors_of(weight_name: str) -> dict[str, Tensor]:
-        weight, delta = weights.weights[weight_name], deltas[weight_name]
+    def tensors_of(weight: Weight) -> dict[str, Tensor]:
+        delta = deltas[weight]
         path, tensor, dense = weight.path, weight.tensor, isinstance(delta, DenseDelta)
         name, own = _flat_name(path, weights, cls, prefix), weights.layer_weight(path)
         norm = dense and own is not None and len(own.shape or ()) == 1
         able = tensor == "weight" or (dense and tensor == "bias")
         if not (path and able and (norm or is_plain(weight))):
-            raise FileError(f"no place for {weight_name} of a {class_name(weight.module)}")
+            raise FileError(f"no place for {weight.name} of a {class_name(weight.module)}")
         if flat.get(name) != [path]:
             others = " or ".join(flat.get(name, ["another part"]))
             raise FileError(f"{name} could be {others}")
@@ -115,7 +115,7 @@ def render(
 
     layers = shared.collect(tensors_of, deltas, "written")
     tensors = {key: tensor for layer in layers for key, tensor in layer.items()}
-    if dropped := [name for name, each in deltas.items() if each.numbers.get("dropout")]:
+    if dropped := [w.name for w, each in deltas.items() if each.numbers.get("dropout")]:
         warnings.warn(f"Kohya's files hold no dropout: {', '.join(dropped)}", stacklevel=5)
     return Content(tensors, {"format": "pt", **about.metadata})
 

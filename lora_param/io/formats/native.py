@@ -16,9 +16,10 @@ from ...deltas import KINDS, Delta
 from ...deltas.protocol import tensors_of
 from ...errors import FileError
 from ...frozen import digest_of
+from ...progress import progress
 from ...rows import Rows
+from ...weight import Weight
 from ..outline import Outline, facts_of
-from ..progress import progress
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
 
 KEY, VERSION = "lora_param", 1
@@ -47,12 +48,12 @@ if it is a block its rows, and a strength that isn't 1."""
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file is one of ours, whatever its version."""
-    return KEY in file.header.metadata
+    return KEY in file.metadata
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
     """Return the record in our metadata, checked, with the other strings; and what it says."""
-    strings = dict(file.header.metadata)
+    strings = dict(file.metadata)
     try:
         record = strict_json(strings.pop(KEY))
         version = record["version"]
@@ -127,7 +128,7 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
 
 
 def render(
-    deltas: Mapping[str, Delta],
+    deltas: Mapping[Weight, Delta],
     weights: Outline,
     about: About,
     *,
@@ -142,7 +143,8 @@ def render(
     from ... import __version__  # the package imports this module
 
     specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
-    for name, delta in deltas.items():
+    for weight, delta in deltas.items():
+        name = weight.name
         spec: dict[str, Any] = {"kind": delta.kind, "numbers": delta.numbers}
         if delta.strength != 1:
             spec["strength"] = delta.strength
@@ -152,8 +154,7 @@ def render(
                 name = f"{name.removesuffix(f'[{delta.rows}]')}[{len(specs)}]"
         specs[name] = spec
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
-    adapted = [weight for name in deltas if (weight := weights.weight(name))]
-    layers = {weight.path: facts_of(weight.module) for weight in adapted}
+    layers = {weight.path: facts_of(weight.module) for weight in deltas}
     record = {
         "version": VERSION,
         "library": __version__,
