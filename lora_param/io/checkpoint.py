@@ -199,9 +199,8 @@ def merged_blocks(
             value = _with_updates(weight, index * rows, deltas)
             if not value.isfinite().all() and weight.isfinite().all():
                 raise FileError(f"{file.path}: {name} would not be finite in {dtype}")
-            yield bytes_of(name, value)
-        else:
-            yield content
+            content = bytes_of(name, value)
+        yield content
     if base.get(name, digested.hexdigest()) != digested.hexdigest():
         raise FileError(f"{file.path}: {name} has other bits; {OTHER_BASE}")
 

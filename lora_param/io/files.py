@@ -197,8 +197,8 @@ def _load(file: AdapterFile, own: Deltas, deltas: Deltas, trainable: bool) -> No
     for weight, delta in deltas.items():
         if weight in own and own[weight].kind == delta.kind:
             held = own[weight].numbers
-            silent = {number: held[number] for number in file.format.silent if number in held}
-            delta.numbers = delta.numbers | silent
+            if "dropout" in held and not file.format.says_dropout:
+                delta.numbers = delta.numbers | {"dropout": held["dropout"]}
             if not file.format.any_kind:
                 delta.strength = own[weight].strength
         state |= delta.state_dict(prefix=f"{weight.name}.{adapter}.")
