@@ -64,8 +64,6 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})

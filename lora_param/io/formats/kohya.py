@@ -70,10 +70,11 @@ def parse(
     shared.refuse(complaints)
     others = fused.elsewhere(weights)
     theirs = flat_names(weights, prefix, others)
-    factors, found = fused.placed(
-        *(factors, weights, others),
-        lambda name: [*flat.get(name, []), *theirs.get(name, [])[:1]],
-    )
+
+    def paths(name: str) -> list[str]:
+        return [*flat.get(name, []), *theirs.get(name, [])[:1]]
+
+    factors, found = fused.placed(factors, weights, others, paths)
     whole = [
         (join(weight.path, WHOLE[role]), shared.dense(tensor))
         for name, weight in found.items()
