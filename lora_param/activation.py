@@ -16,6 +16,7 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
+from .offloaded import brought_in, is_hooked
 from .ops import PLAIN, is_exact, is_unseen
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
@@ -65,6 +66,9 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
             return in_weight_space(self, *args, **kwargs)
         if not (found := _acting(self, layer, traced, routing)):
+            if not traced and (hooked := _hooked(self)):
+                with brought_in(hooked):
+                    return forward(self, *args, **kwargs)
             return in_weight_space(self, *args, **kwargs)
         weight, plan = found
         if routing is not None and routing.rows > 1:
@@ -94,13 +98,15 @@ def acts(module: nn.Module, name: str) -> bool:
     layer, chain = layer_of(base), chains_of(module).get(name)
     if name != "weight" or not layer.run or not computes_as_its_row(base):
         return False
-    if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
+    patched = "forward" in module.__dict__ and not is_hooked(module)
+    if patched or (layer.suits is not None and not layer.suits(module)):
         return False
     if chain is None:
         return True
     plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
-    return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
+    seen = not _hooked(module) and _is_watched(chain, plan.acting)
+    return (plan.space != "weight" or asked) and not seen
 
 
 def space_of(module: nn.Module, name: str) -> str:
@@ -183,17 +189,11 @@ def _acting(
     return weight, plan
 
 
-def formed(module: nn.Module, name: str, chain: nn.Module, routed: bool) -> Any:
-    """Return a weight as its chain makes it; deltas that are off, however many, cost nothing."""
-    record = module.__dict__.get("_lora")
-    if routed or not record or torch.compiler.is_compiling() or _is_watched(chain, ()):
-        return chain()
-    switched, entries = Switched.switched, tuple(chain._modules.values())
-    known = record.on.get(name)
-    if not known or known[0] is not switched or known[1] != entries:
-        on = [each for each in entries if not isinstance(each, Delta) or each.enabled]
-        known = record.on[name] = switched, entries, on
-    return run_through(known[2], originals_of(chain))
+def _hooked(module: nn.Module) -> list[nn.Module]:
+    """List a weight's chain and what acts in it, as far as accelerate's hooks bring them in."""
+    chain: Any = chains_of(module).get("weight")
+    found = () if chain is None else (chain, *chain.__dict__.get("acting", ()))
+    return [each for each in found if is_hooked(each)]
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:

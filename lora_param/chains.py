@@ -11,15 +11,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Record:
-    """What a module remembers, as `_lora`: its class and order of parameters before, and plans.
+    """What a module remembers, as `_lora`: its class and order of parameters before, and a plan.
 
-    A copy has neither class nor plans, because torch makes a class for one module alone.
+    A copy has neither class nor plan, because torch makes a class for one module alone.
     """
 
     def __init__(self, type: type[nn.Module] | None = None, order: tuple[str, ...] = ()) -> None:
         self.type, self.order = type, order
         self.plan: Any = None
-        self.on: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Record, (None, self.order)

@@ -38,7 +38,7 @@ class Hold(WeakSet[Delta]):
 def freeze(walk: Walk, undo: ExitStack) -> None:
     """Freeze the base and clear its gradients, which an optimizer built earlier would apply."""
     hold, flagged = Hold(), [weight for weight, each in walk.parameters if each.requires_grad]
-    keep_entries(undo, *((weight.module.__dict__, [FROZEN]) for weight in flagged))
+    keep_entries(undo, *[(weight.module.__dict__, [FROZEN]) for weight in flagged])
     for weight in flagged:
         notes = weight.module.__dict__
         notes[FROZEN] = {**notes.get(FROZEN, {}), weight.tensor: hold}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .activation import formed, in_activation_space
+from .activation import in_activation_space
 from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
 from .deltas.switching import Switched
@@ -84,8 +84,8 @@ def _weight_property(name: str, layer: Layer) -> property:
     packs = layer.dense is not None
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
-    def compute(self: Any, chain: Any, routing: Routing | None) -> Any:
-        value = formed(self, name, chain, routing is not None)
+    def compute(self: Any, chain: Any) -> Any:
+        value = chain()
         if "forward" in self.__dict__:
             value = in_its_forward(self, value)
         # Of a buffer of the base's own a copy, because whoever reads it may move it.
@@ -111,9 +111,9 @@ def _weight_property(name: str, layer: Layer) -> property:
             state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         else:
-            return compute(self, chain, routing)
+            return compute(self, chain)
         if key not in store:
-            store[key] = compute(self, chain, routing)
+            store[key] = compute(self, chain)
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:

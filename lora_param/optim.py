@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .checks import deltas_called, walk
+from .deltas.numbers import real
 from .errors import LoRAError
 from .targets import matches, number_for_each
 
@@ -61,7 +62,11 @@ def lora_parameter_groups(
     if not isinstance(factors, Mapping) or not all(isinstance(each, str) for each in factors):
         raise LoRAError(f"factors must map patterns to numbers, got {factors!r:.60}")
     numbers = {f"factors of {key!r}": number for key, number in factors.items()}
-    _check(numbers | {"lr": lr, "ratio": ratio, "weight_decay": weight_decay})
+    numbers |= {"lr": lr, "ratio": ratio, "weight_decay": weight_decay}
+    for name, number in numbers.items():
+        least = "positive" if name == "ratio" else "at least 0"
+        if not 0 <= real(number) < math.inf or (not number and name == "ratio"):
+            raise LoRAError(f"{name} must be a finite number and {least}, got {number!r:.40}")
     pairs = deltas_called(walk(model, "lora_parameter_groups"), adapter)
     weights = [weight for weight, _ in pairs]
     if not all(any(matches(each, weight) for each in factors) for weight in weights):
@@ -75,11 +80,3 @@ def lora_parameter_groups(
             decays = parameter.ndim > 1 and name != "magnitude"
             groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
     return [{"params": each, "lr": r, "weight_decay": d} for (r, d), each in groups.items()]
-
-
-def _check(numbers: Mapping[str, float]) -> None:
-    for name, number in numbers.items():
-        real = isinstance(number, (int, float)) and not isinstance(number, bool)
-        least = "positive" if name == "ratio" else "at least 0"
-        if not real or not 0 <= number < math.inf or (not number and name == "ratio"):
-            raise LoRAError(f"{name} must be a finite number and {least}, got {number!r:.40}")

@@ -179,10 +179,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     walk(model, "base_state_dict", Need.ADAPTERS)
     twin = _twin(model, {})
-    with ExitStack() as undo:
-        for weight in dict.fromkeys(weight.whole for weight, _ in Walk(twin).deltas):
-            weight.detach(set(weight.deltas), undo)
-        return twin.state_dict()
+    for weight in dict.fromkeys(weight.whole for weight, _ in Walk(twin).deltas):
+        weight.detach(set(weight.deltas), ExitStack())  # of what nobody will see again
+    return twin.state_dict()
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:

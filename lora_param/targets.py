@@ -132,7 +132,7 @@ class _Names:
             paths = [selector]
         else:
             paths = [path for path in self.named if _glob(selector, path)]
-        if not (hits := set[str]().union(*(self.named[path] for path in paths))):
+        if not (hits := set[str]().union(*[self.named[path] for path in paths])):
             raise TargetError(_unmatched(option, selector, self.weights, self.places))
         return hits
 

@@ -120,7 +120,8 @@ class Walk:
         """Parameters and moving buffers that have memory in common with others, with these."""
         moving: Any = [(weight, weight.original) for weight in self.moving]
         tensors = enumerate([*self.parameters, *moving])
-        spans = sorted((*_span(tensor), index, weight) for index, (weight, tensor) in tensors)
+        spans = [(*_span(tensor), index, weight) for index, (weight, tensor) in tensors]
+        spans.sort()
         shared: dict[str, list[Weight]] = {}
         for place, (_, end, _, weight) in enumerate(spans):
             for later in range(place + 1, len(spans)):

@@ -13,7 +13,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
 from .deltas.protocol import Delta, Shape
@@ -155,7 +154,7 @@ class Weight:
         # Past ModuleDict's own check, which refuses a parameter called "keys" or "values".
         chains: Any = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
         if name not in chains:
-            chains[name] = _new_chain(self.whole.original, module.training)
+            chains[name] = Chain(self.whole.original, module.training)
         if is_sharded(original := chains[name]._parameters.get("original")):
             lay_out(delta, original, delta.along)
         chains[name].add_module(str(len(chains[name])), delta)
@@ -171,10 +170,7 @@ class Weight:
         chain = chains_of(self.module)[self.tensor]
         if remaining := [entry for entry in self.chain if entry not in deltas]:
             self._keep(undo)
-            chain._modules.clear()
-            chain._modules.update({str(index): entry for index, entry in enumerate(remaining)})
-            if isinstance(chain, Chain):
-                chain.note()
+            chain._modules = {str(index): entry for index, entry in enumerate(remaining)}
             _settle(self.module, type_before(self.module))
         else:
             self.make_plain(chain.original, undo)
@@ -206,9 +202,7 @@ class Weight:
         if holder is not None:
             places.append((holder._modules, [self.tensor]))
         if (chain := chains_of(module).get(self.tensor)) is not None:
-            places.append((chain._modules, [*chain._modules, str(len(chain._modules))]))
-            if isinstance(chain, Chain):
-                undo.callback(chain.note)  # once all is back
+            undo.callback(setattr, chain, "_modules", dict(chain._modules))
         undo.callback(object.__setattr__, module, "__class__", type(module))
         keep_entries(undo, *places)
 
@@ -240,19 +234,6 @@ def _laid_out_anew(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 METHODS["named_modules"] = _shown_plain
-
-_TEMPLATE = ParametrizationList([nn.Identity()], nn.Parameter(torch.empty(0)), unsafe=True)
-
-
-def _new_chain(original: Tensor | None, training: bool) -> Chain:
-    # Past torch's constructor, which calls set_() on the tensor that it is given and so would
-    # invalidate any graph that has saved the original.
-    chain = Chain.__new__(Chain)
-    nn.Module.__init__(chain)
-    chain.__dict__.update({**vars(_TEMPLATE), **vars(chain), "training": training})
-    table: Any = chain._parameters if isinstance(original, nn.Parameter) else chain._buffers
-    table["original"] = original
-    return chain
 
 
 def _settle(module: nn.Module, base: type[nn.Module]) -> None:

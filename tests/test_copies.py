@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -203,3 +204,18 @@ def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
     assert all(map(torch.equal, got, expected))
     got[0].square().sum().backward()
     assert all(factor.grad is not None for factor in lora_parameters(layer))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_stays_frozen_until_its_own_last_adapter_goes(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    layer = nn.Linear(3, 2)
+    for name in ("a", "b"):
+        register_lora(layer, rank=1, adapter=name)
+    twin = copied(layer)
+    remove_lora(layer)
+    remove_lora(twin, "a")
+    assert not twin.bias.requires_grad
+    remove_lora(twin)
+    assert twin.bias.requires_grad

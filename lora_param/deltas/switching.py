@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ class _Place:
     switch = Switch()
 
 
-_flags = threading.Lock()
+_flags = threading.RLock()
 
 
 class Switched(nn.Module):
@@ -47,7 +46,7 @@ class Switched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_places"] = [_Place()]
+        self.__dict__.update(_places=[_Place()], _switch=Switch())
 
     @property
     def switch(self) -> Switch:
@@ -87,14 +86,13 @@ class Switched(nn.Module):
         """Let plans know, and flags follow: those that were taken away come back."""
         with _flags:
             self.__dict__["_switch"] = self._places[-1].switch
-        Switched.switched = object()
-        chain = self._chain() if self._chain else None
-        if chain is not None and self._switch.on != (self in chain.acting):
-            chain.note()
-        if self.switch.trained and not self._resting:
-            return
-        with _flags:
-            own, trained = dict(self.named_parameters()), self.switch.trained
+            Switched.switched = object()
+            chain = self._chain() if self._chain else None
+            if chain is not None and self._switch.on != (self in chain.acting):
+                chain.note()
+            if (trained := self._switch.trained) and not self._resting:
+                return
+            own = dict(self.named_parameters())
             flagged = [name for name in own if own[name].requires_grad]
             resting = tuple(dict.fromkeys((*self._resting, *flagged)))
             self.__dict__["_resting"] = () if trained else resting
@@ -142,23 +140,33 @@ class Switched(nn.Module):
 def _noting(name: str) -> Any:
     method = getattr(ParametrizationList, name)
 
-    @functools.wraps(method)
     def call(self: Chain, *args: Any) -> None:
         method(self, *args)
+        for entry in self._modules.values():
+            if isinstance(entry, Switched):
+                entry.__dict__["_chain"] = ref(self)  # which is one object for all
         self.note()
 
     return call
 
 
 class Chain(ParametrizationList):
-    """A weight's parametrizations, of which `acting` are on: what is off costs a call nothing.
+    """A weight's parametrizations, of which `acting` are on: those that are off cost nothing.
 
-    Compiled code finds those by one path, and depends on how many and of what they are alone.
+    Compiled code finds those by one path, and depends on how many and of what kind they are alone.
     """
 
-    acting: tuple[nn.Module, ...] = ()
+    acting = cast("tuple[nn.Module, ...]", ())
+    unsafe, is_tensor, ntensors = True, True, 1
     add_module, insert = _noting("add_module"), _noting("insert")  # by torch and by hand
     __setattr__, __setstate__ = _noting("__setattr__"), _noting("__setstate__")
+
+    def __init__(self, original: Tensor | None, training: bool) -> None:
+        # Past torch's constructor, which calls set_() on the tensor that it is given and so would
+        # invalidate any graph that has saved the original.
+        nn.Module.__init__(self)
+        table: Any = self._parameters if isinstance(original, nn.Parameter) else self._buffers
+        table["original"], self.__dict__["training"] = original, training
 
     def forward(self) -> Tensor:
         """Return the weight that they make of the original."""
@@ -166,13 +174,8 @@ class Chain(ParametrizationList):
         return run_through(entries, originals_of(self))
 
     def note(self) -> None:
-        """Find out which of its entries act."""
-        own, acting = ref(self), []
+        """Find out which of its entries are on."""
         with _flags:
-            for entry in self._modules.values():
-                if isinstance(entry, Switched):
-                    entry.__dict__["_chain"] = own
-                    if not entry._switch.on:
-                        continue
-                acting.append(entry)
-            self.__dict__["acting"] = tuple(acting)
+            entries = self._modules.values()
+            on = [each for each in entries if not isinstance(each, Switched) or each._switch.on]
+            self.__dict__["acting"] = tuple(on)
