@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
-from weakref import ref
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -41,7 +41,7 @@ class Switched(nn.Module):
 
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
     _switch = Switch()  # the last of their switches
-    _chain = cast(Any, type(None))  # a weak reference
+    _chains = cast("WeakSet[Chain]", frozenset())  # in which it stands, a chain's copies too
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init__(self) -> None:
@@ -86,8 +86,9 @@ class Switched(nn.Module):
         with _flags:
             self.__dict__["_switch"] = self._places[-1].switch
             Switched.switched = object()
-            if (chain := self._chain()) is not None and self._switch.on != (self in chain.acting):
-                chain.note()
+            for chain in [*self._chains]:
+                if self._switch.on != (self in chain.acting):
+                    chain.note()
             if (trained := self._switch.trained) and not self._resting:
                 return
             own = dict(self.named_parameters())
@@ -99,7 +100,7 @@ class Switched(nn.Module):
                 own[name].grad = own[name].grad if trained else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_chain": type(None)}  # which can't be pickled
+        return {name: own for name, own in self.__dict__.items() if name != "_chains"}
 
     @property
     def trains(self) -> bool:
@@ -151,7 +152,8 @@ class Chain(ParametrizationList):
     acting = cast("tuple[nn.Module, ...]", ())
     unsafe, is_tensor, ntensors = True, True, 1
     add_module, insert = _noting("add_module"), _noting("insert")  # by torch and by hand
-    __setattr__, __setstate__ = _noting("__setattr__"), _noting("__setstate__")
+    __setattr__, __delattr__ = _noting("__setattr__"), _noting("__delattr__")
+    __setstate__ = _noting("__setstate__")
 
     def __init__(self, original: Tensor | None, training: bool) -> None:
         # Past torch's own, whose set_() on the original would invalidate graphs that have saved it.
@@ -166,11 +168,11 @@ class Chain(ParametrizationList):
 
     def note(self) -> None:
         """Find out which of its entries are on, and be told by their switches."""
-        own, on = ref(self), []
+        on = []
         with _flags:
             for entry in self._modules.values():
                 if isinstance(entry, Switched):
-                    entry.__dict__["_chain"] = own
+                    entry.__dict__.setdefault("_chains", WeakSet()).add(self)
                 if not isinstance(entry, Switched) or entry._switch.on:
                     on.append(entry)
             self.__dict__["acting"] = tuple(on)
