@@ -86,9 +86,8 @@ class Switched(nn.Module):
         with _flags:
             self.__dict__["_switch"] = self._places[-1].switch
             Switched.switched = object()
-            for chain in [*self._chains]:
-                if self._switch.on != (self in chain.acting):
-                    chain.note()
+            for chain in [c for c in self._chains if self._switch.on != (self in c.acting)]:
+                chain.note()
             if (trained := self._switch.trained) and not self._resting:
                 return
             own = dict(self.named_parameters())
@@ -168,11 +167,9 @@ class Chain(ParametrizationList):
 
     def note(self) -> None:
         """Find out which of its entries are on, and be told by their switches."""
-        on = []
         with _flags:
             for entry in self._modules.values():
                 if isinstance(entry, Switched):
                     entry.__dict__.setdefault("_chains", WeakSet()).add(self)
-                if not isinstance(entry, Switched) or entry._switch.on:
-                    on.append(entry)
+            on = [e for e in self._modules.values() if not isinstance(e, Switched) or e._switch.on]
             self.__dict__["acting"] = tuple(on)
