@@ -112,7 +112,7 @@ class _Names:
             if rows is not None and option != "target":
                 rule = "can't have rows; only target names blocks"
                 raise TargetError(f"{option} {_show(selector)} {rule}")
-            hits = [self.weights[name] for name in self._hits(option, selector)]
+            hits = self._hits(option, selector)
             every = option != "target" or selector is _by_default
             broad = [w for w in hits if every or not is_flat(w.original, self.least)]
             if not broad:
@@ -124,8 +124,8 @@ class _Names:
                 chosen[weight.name].append(block)
         return chosen
 
-    def _hits(self, option: str, selector: Selector) -> set[str]:
-        """Return the names of the weights that a selector names, or raise if it names none."""
+    def _hits(self, option: str, selector: Selector) -> list[Weight]:
+        """Return the weights that a selector names, in model order, or raise if it names none."""
         if not isinstance(selector, str):
             paths = [path for path, m in self.places if _selects(option, selector, path, m)]
         elif "[" in selector and self.named.get(selector):  # a name that looks like a glob
@@ -134,7 +134,7 @@ class _Names:
             paths = [path for path in self.named if _glob(selector, path)]
         if not (hits := set[str]().union(*[self.named[path] for path in paths])):
             raise TargetError(_unmatched(option, selector, self.weights, self.places))
-        return hits
+        return [weight for name, weight in self.weights.items() if name in hits]
 
 
 def _chosen(
