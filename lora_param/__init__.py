@@ -8,8 +8,7 @@
 >>> optimizer = torch.optim.AdamW(lora_parameters(model))
 >>> remove_lora(model)
 
-Other docstrings' examples take `import torch` and `from lora_param import *` for granted, and a
-`model` that is an adapted `torch.nn.Linear(3, 2)`.
+Other docstrings' examples take `import torch` and `from lora_param import *` for granted.
 """
 
 from .combine import Fit, combine_lora, resize_lora

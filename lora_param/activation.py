@@ -16,7 +16,8 @@ from .deltas.protocol import SPACES, Delta
 from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
-from .ops import PLAIN, is_exact, is_unseen
+from .offloaded import brought_in, is_hooked
+from .ops import PLAIN, is_exact
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
@@ -64,43 +65,57 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         bias = chains_of(self).get("bias") if routing is not None else None
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
             return in_weight_space(self, *args, **kwargs)
-        if not (found := _acting(self, layer, traced, routing)):
+        if not (found := acting(self, "weight", layer, traced, routing)):
+            if not traced and (hooked := _hooked(self)):
+                with brought_in(hooked):
+                    return forward(self, *args, **kwargs)
             return in_weight_space(self, *args, **kwargs)
         weight, plan = found
         if routing is not None and routing.rows > 1:
             x = routing.places.spread(self, x)
-        in_place = is_unseen(weight)
+        # As `is_unseen`, without a call more.
+        seen = traced or torch._C._are_functorch_transforms_active()
+        in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)
-        at_work.weight, at_work.acting, at_work.routing = weight, plan.acting, routing
-        if in_place and plan.rank and routing is None and _is_summed(plan, weight, at_work):
-            for delta in itertools.chain(*plan.acting):
-                weight = delta.sum(weight)
-            return at_work.result(at_work.base(weight))
-        if plan.space == "weight":
-            return in_weight_space(self, *args, **kwargs)
-        if routing is not None and routing.rows > 1:
+        at_work.routing = routing
+        if routing is not None and routing.rows > 1 and plan.space != "weight":
             at_work.rows_in = routing.places.dim_of(self, x, len(at_work.batch))
-        y = at_work.base(weight)
-        for first, *others in plan.acting:
-            y = first.act(y, at_work.x, at_work, others)
-        return at_work.result(y)
+        y = computed(at_work, weight, plan)
+        return in_weight_space(self, *args, **kwargs) if y is None else y
 
     return forward
+
+
+def computed(run: Any, weight: Tensor, plan: Plan) -> Any:
+    """Return the output of a layer at work with its deltas; `None` for one in weight space."""
+    run.weight, run.acting = weight, plan.acting
+    if run.in_place and plan.rank and run.routing is None and _is_summed(plan, weight, run):
+        for delta in itertools.chain(*plan.acting):
+            weight = delta.sum(weight)
+        return run.result(run.base(weight))
+    if plan.space == "weight":
+        return None
+    y = run.base(weight)
+    for first, *others in plan.acting:
+        y = first.act(y, run.x, run, others)
+    return run.result(y)
 
 
 def acts(module: nn.Module, name: str) -> bool:
     """Say whether a module can compute a tensor's deltas, and one more, in activation space."""
     base = type_before(module)
     layer, chain = layer_of(base), chains_of(module).get(name)
-    if name != "weight" or not layer.run or not computes_as_its_row(base):
+    if not layer.run or name not in layer.tensors or not computes_as_its_row(base):
         return False
-    if "forward" in module.__dict__ or (layer.suits is not None and not layer.suits(module)):
+    patched = "forward" in module.__dict__ and not (name == "weight" and is_hooked(module))
+    if patched or (layer.suits is not None and not layer.suits(module)):
         return False
     if chain is None:
         return True
     plan = _plan(chain, layer, tuple(chain._modules.values()))
     asked = bool(plan.acting)  # for weight space, which another beside it may change
-    return (plan.space != "weight" or asked) and not _is_watched(chain, plan.acting)
+    seen = not _hooked(module) and _is_watched(chain, plan.acting)
+    return (plan.space != "weight" or asked) and not seen
 
 
 def space_of(module: nn.Module, name: str) -> str:
@@ -149,16 +164,16 @@ def _saved(shape: torch.Size, rank: int, run: Any, trained: bool) -> tuple[int, 
     return CALLS - (rank + run.forming) * size, each - trained * size // 3
 
 
-def _acting(
-    module: nn.Module, layer: Layer, traced: bool, routing: Routing | None
+def acting(
+    module: nn.Module, name: str, layer: Layer, traced: bool, routing: Routing | None
 ) -> tuple[Tensor, Plan] | None:
     """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
     chains: Any = module._modules.get("parametrizations")  # gone, where a shallow copy's twin left
-    if chains is None or (chain := chains._modules.get("weight")) is None:
+    if chains is None or (chain := chains._modules.get(name)) is None:
         return None
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
-    plan: Plan | None = None if traced or not record else record.plan
+    plan: Plan | None = None if traced or not record else record.plans.get(name)
     if routing is not None:
         plan = None if traced else routing.plans.get(chain)
     entries = chain.__dict__.get("acting") if routing is None else None
@@ -168,7 +183,7 @@ def _acting(
         if routing is not None:
             routing.plans[chain] = plan
         elif record and not traced:
-            record.plan = plan
+            record.plans[name] = plan
     if not plan.acting and (traced or routing is not None):
         return None
     if plan.space == "weight" and not plan.rank:
@@ -183,17 +198,10 @@ def _acting(
     return weight, plan
 
 
-def formed(module: nn.Module, name: str, chain: nn.Module, routed: bool) -> Any:
-    """Return a weight as its chain makes it; deltas that are off, however many, cost nothing."""
-    record = module.__dict__.get("_lora")
-    if routed or not record or torch.compiler.is_compiling() or _is_watched(chain, ()):
-        return chain()
-    switched, entries = Switched.switched, tuple(chain._modules.values())
-    known = record.on.get(name)
-    if not known or known[0] is not switched or known[1] != entries:
-        on = [each for each in entries if not isinstance(each, Delta) or each.enabled]
-        known = record.on[name] = switched, entries, on
-    return run_through(known[2], originals_of(chain))
+def _hooked(module: nn.Module) -> list[nn.Module]:
+    """List a weight's chain and what acts in it, as far as accelerate's hooks bring them in."""
+    chain: Any = chains_of(module).get("weight")
+    return [each for each in (chain, *getattr(chain, "acting", ())) if each and is_hooked(each)]
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:

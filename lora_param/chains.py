@@ -18,17 +18,16 @@ class Record:
 
     def __init__(self, type: type[nn.Module] | None = None, order: tuple[str, ...] = ()) -> None:
         self.type, self.order = type, order
-        self.plan: Any = None
-        self.on: dict[str, Any] = {}
+        self.plans: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Record, (None, self.order)
 
 
 class Reading(threading.local):
-    """Whose stock forward runs in this thread, and what it has read so far."""
+    """The modules whose weights a stock forward reads in this thread, and what it has read."""
 
-    module: nn.Module | None = None
+    modules: Sequence[nn.Module | None] = ()
     values: Any = None
     beneath: Mapping[nn.Module, Tensor] = {}
     """What reading these chains gives for now, whatever is on."""

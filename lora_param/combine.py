@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -27,6 +28,7 @@ from .lowrank import (
     summed,
     ties,
 )
+from .progress import progress
 from .register import install
 from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
@@ -98,28 +100,50 @@ def combine_lora(
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
-    strengths = strengths_of(found, adapters)
-    check_options(method, rank, density)
-    options: Any = {"method": method, "rank": rank, "density": density, "generator": generator}
-    terms: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
-    for weight, delta in found.deltas:
-        if delta.adapter in adapters:
-            delta.check_strength(1 if delta.of_buffers else adapters[delta.adapter])
-            terms[weight].append((delta, strengths.get(delta.adapter, 0.0)))
-    check_weights([weight for weight in terms if not weight.is_buffer], adapter)
-    for weight in terms:
-        for other in terms if weight.rows is not None else ():
-            if other.whole == weight.whole and other != weight and weight.overlaps(other.rows):
-                fix = "combine adapters of the same blocks"
-                raise AdapterError(f"{weight.name}: overlaps {other.name} in part; {fix}")
-    made = [combined(weight, own, **options) for weight, own in terms.items()]
-    for delta, _ in made:
+    strengths_of(found, adapters)  # raises for names that there aren't
+    pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
+    check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
+    terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
+    made, fits = combine(terms, method, rank, density, generator)
+    for delta in made.values():
         delta.adapter, delta.enabled = adapter, False
-    install(found, [(w, delta) for w, (delta, _) in zip(terms, made, strict=True)], freeze=False)
-    return [fit for delta, fit in made if not delta.of_buffers]
+    install(found, list(made.items()), freeze=False)
+    return fits
 
 
-def check_options(method: object, rank: Rank | None, density: float | None) -> None:
+def combine(
+    terms: Iterable[tuple[Weight, Delta, float]],
+    method: Method = "sum",
+    rank: Rank | None = None,
+    density: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[Weight, Delta], list[Fit]]:
+    """Combine each weight's deltas, at these strengths, and say what the results miss."""
+    _check_options(method, rank, density)
+    own: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
+    for weight, delta, strength in terms:
+        delta.check_strength(1 if delta.of_buffers else strength)
+        own[weight].append((delta, strength))
+    for one, other in overlapping(own):
+        fix = "combine adapters of the same blocks"
+        raise AdapterError(f"{one.name}: overlaps {other.name} in part; {fix}")
+    made, fits = dict[Weight, Delta](), list[Fit]()
+    for weight, deltas in progress(list(own.items()), "combining"):
+        made[weight], fit = _combined(weight, deltas, method, rank, density or 1, generator)
+        fits += [] if weight.is_buffer else [fit]
+    return made, fits
+
+
+def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
+    """Yield pairs of blocks of one tensor that have rows in common."""
+    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        blocks[weight.whole].append(weight)
+    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
+    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
+
+
+def _check_options(method: object, rank: Rank | None, density: float | None) -> None:
     """Raise for options of a combination that are out of range."""
     if method not in ("sum", "ties", "dare"):
         raise LoRAError(f'method must be "sum", "ties" or "dare", got {method!r}')
@@ -132,14 +156,13 @@ def check_options(method: object, rank: Rank | None, density: float | None) -> N
         raise LoRAError(f'density {rule} with method="{method}", got {density!r}')
 
 
-def combined(
+def _combined(
     weight: Weight,
     terms: Terms,
-    *,
-    method: Method = "sum",
-    rank: Rank | None = None,
-    density: float | None = None,
-    generator: torch.Generator | None = None,
+    method: Method,
+    rank: Rank | None,
+    density: float,
+    generator: torch.Generator | None,
 ) -> tuple[Delta, Fit]:
     """Combine the deltas on one weight, at strength 1 each."""
     first, odd = terms[0][0], [delta for delta, _ in terms if not delta.adds]
@@ -153,7 +176,7 @@ def combined(
         elif method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
             made, error = _product_sum(cast("Any", terms), view, rank)
         else:
-            total = _total(terms, tuple(weight.like.shape), method, density or 1, generator)
+            total = _total(terms, tuple(weight.like.shape), method, density, generator)
             if rank is not None and len(view) > 1:
                 product = factorised(total.reshape(view), rank)
                 made, error = pair_of(product, _dtype(terms)), product.error

@@ -14,12 +14,13 @@ from .deltas import Delta, DenseDelta, StatisticsDelta
 from .deltas.protocol import FLOATS, Shape
 from .errors import LoRAError, TargetError
 from .lowrank import LARGE, Rank, factorised
+from .progress import progress
 from .targets import Target, resolve, resolve_whole
 from .walk import Walk
 from .weight import Weight
 
 
-def difference(
+def _difference(
     name: str, base: Tensor, tuned: Tensor, view: Shape | None, rank: Rank
 ) -> tuple[Delta, Fit] | None:
     """Return what turns a base's weight into a tuned one's: a pair, or without a view dense."""
@@ -43,9 +44,9 @@ def differences(
     walk: Walk,
     tuned: Mapping[str, Tensor],
     rank: Rank,
-    adapter: str,
-    target: Target | None,
-    exclude: Target | None,
+    adapter: str = "default",
+    target: Target | None = None,
+    exclude: Target | None = None,
 ) -> tuple[list[tuple[Weight, Delta]], list[Fit]]:
     """Pair a model's weights with what turns them into a tuned model's, one at a time."""
     tensors = {weight.name: (weight, tensor) for weight, tensor in walk.tensors}
@@ -59,7 +60,7 @@ def differences(
         low_rank = set()  # a model without such layers has dense deltas alone
     moving = {weight.name for weight in walk.moving}
     pairs, fits, left = list[tuple[Weight, Delta]](), list[Fit](), list[str]()
-    for name, (weight, base) in tensors.items():
+    for name, (weight, base) in progress(tensors.items(), "extracting"):
         if name in excluded or name not in tuned:
             continue
         odd = weight.is_buffer or base.dtype not in FLOATS or not base.ndim
@@ -71,7 +72,7 @@ def differences(
                 left.append(name)
             continue
         view = weight.view if name in low_rank else None
-        if found := difference(name, base, tuned[name], view, rank):
+        if found := _difference(name, base, tuned[name], view, rank):
             pairs.append((weight, found[0]))
             fits.append(found[1])
     if not pairs:

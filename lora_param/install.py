@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .activation import formed, in_activation_space
+from .activation import in_activation_space
+from .attention import attended
 from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
 from .deltas.switching import Switched
@@ -81,11 +83,11 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str, layer: Layer) -> property:
     moving = name in layer.moving
-    packs = layer.dense is not None
+    packs, projects = layer.dense is not None, layer.run and name in layer.tensors
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
-    def compute(self: Any, chain: Any, routing: Routing | None) -> Any:
-        value = formed(self, name, chain, routing is not None)
+    def compute(self: Any, chain: Any) -> Any:
+        value = chain()
         if "forward" in self.__dict__:
             value = in_its_forward(self, value)
         # Of a buffer of the base's own a copy, because whoever reads it may move it.
@@ -104,16 +106,20 @@ def _weight_property(name: str, layer: Layer) -> property:
         routing = routing_of(chain) if Routing.used else None
         if routing is not None and routing.separates(chain):
             return weight_by_row(routing, self, name, originals_of(chain)[0])
-        if once and not torch.compiler.is_compiling() and reading.module is self:
-            store, key = reading.values, chain
+        store, key, eager = {}, chain, not torch.compiler.is_compiling()
+        if once and eager and self in reading.modules:
+            store = reading.values
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
             state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
-        else:
-            return compute(self, chain, routing)
         if key not in store:
-            store[key] = compute(self, chain, routing)
+            value = None
+            if projects and eager:
+                value = attended(sys._getframe(1), self, name, layer, routing, compute)
+            if value is not None and store is parametrize._cache:
+                return value
+            store[key] = compute(self, chain) if value is None else value
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
@@ -140,12 +146,12 @@ def _reading_once(base: Any, layer: Layer) -> Method:
     stock, own = base.forward, not _is_torchs(base.forward)
 
     def once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        outer = reading.module, reading.values
-        reading.module, reading.values = self, {}
+        outer = reading.modules, reading.values
+        reading.modules, reading.values = (self, *self._modules.values()), {}
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            reading.module, reading.values = outer
+            reading.modules, reading.values = outer
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -81,8 +81,8 @@ class _Run:
         weighed = low.reshape(*batch, columns) * table.view(*shape, columns)
         return weighed.to(low.dtype).view(low.shape)
 
-    def chosen(self, pairs: Sequence[Any], As: Sequence[Tensor]) -> Any:
-        """Return each row's only pair and its scale, where gathering these costs less."""
+    def gathered(self, y: Tensor, x: Tensor, pairs: Sequence[Any], As: Any, Bs: Any) -> Any:
+        """Return `y` with what each row's only pair adds, where gathering these costs less."""
         return None
 
     def positions(self) -> int:
@@ -124,8 +124,8 @@ class LinearRun(_Run):
         """Return `[tokens, rank]`."""
         return F.linear(x, inner if inner.dtype == x.dtype else inner.to(x.dtype))
 
-    def chosen(self, pairs: Sequence[Any], As: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Return each row's only pair and its scale, where gathering these costs less.
+    def gathered(self, y: Tensor, x: Tensor, pairs: Sequence[Any], As: Any, Bs: Any) -> Any:
+        """Return `y` with what each row's only pair adds, where gathering these costs less.
 
         A product with all factors costs each token the ranks of the other pairs; a copy of factors
         costs a row about what `COPY` tokens do.
@@ -136,29 +136,15 @@ class LinearRun(_Run):
         place = {self.routing.columns[pair]: index for index, pair in enumerate(pairs)}
         if choices is None or len(place) < len(pairs):
             return None
-        found = [(place.get(c, 0), strength * (c in place)) for c, strength in choices]
-        places, strengths = zip(*found, strict=True)
-        device, dtype = self.x.device, torch.promote_types(self.x.dtype, torch.float32)
-        return torch.tensor(places, device=device), torch.tensor(
-            strengths, device=device, dtype=dtype
-        )
-
-    def gathered(
-        self,
-        y: Tensor,
-        x: Tensor,
-        As: Sequence[Tensor],
-        Bs: Sequence[Tensor],
-        places: Tensor,
-        strengths: Tensor,
-    ) -> Tensor:
-        """Add each row's own pair's part: `[rows, tokens, in]` times `[rows, in, rank]`."""
-        pairs = zip(*(self.factors(A, B) for A, B in zip(As, Bs, strict=True)), strict=True)
-        inner, outer = (torch.stack(each).index_select(0, places).to(x.dtype) for each in pairs)
-        rows = len(places)
-        low = torch.bmm(x.view(rows, -1, x.shape[1]), inner.mT)  # [rows, tokens, rank]
+        own = torch.tensor([place.get(c, 0) for c, _ in choices], device=x.device)
+        numbers = [strength * (c in place) for c, strength in choices]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        strengths = torch.tensor(numbers, device=x.device, dtype=dtype)
+        factors = zip(*map(self.factors, As, Bs), strict=True)
+        inner, outer = (torch.stack(each).index_select(0, own).to(x.dtype) for each in factors)
+        low = torch.bmm(x.view(len(own), -1, x.shape[1]), inner.mT)  # [rows, tokens, rank]
         low = (low * strengths[:, None, None]).to(y.dtype)
-        rest = y.view(rows, -1, y.shape[1]), low, outer.to(y.dtype)
+        rest = y.view(len(own), -1, y.shape[1]), low, outer.to(y.dtype)
         if self.in_place and not torch.is_grad_enabled():  # autograd copies what a view changes
             rest[0].baddbmm_(*rest[1:])
             return y
@@ -312,20 +298,18 @@ _precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch
 
 def is_exact(x: Tensor, weight: Tensor) -> bool:
     """Say whether a product rounds a weight no further, which would lose a small update in it."""
-    if not weight.is_cpu or x.dtype != weight.dtype or autocasts(x):
+    if not weight.is_cpu or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
     if weight.dtype != torch.float32:
         return weight.dtype == torch.float64
     if _precision is None:
         return torch.get_float32_matmul_precision() == "highest"
-    return {_precision("mkldnn", kind) for kind in ("matmul", "conv")} <= {"none", "ieee"}
+    matmul, convolution = _precision("mkldnn", "matmul"), _precision("mkldnn", "conv")
+    return {matmul, convolution} <= {"none", "ieee"}
 
 
 def is_unseen(weight: Tensor) -> bool:
-    """Say whether nothing but autograd would see a result of a weight's change in place.
-
-    A transform, a trace or a mode that keeps results must not; a subclass may not be able to.
-    """
+    """Say whether no trace, transform or mode sees what is made of a weight change in place."""
     if is_traced() or type(weight) not in PLAIN:
         return False
     return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())

@@ -32,6 +32,8 @@ def named_lora_parameters(
         AdapterError: There is no such adapter.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> [(name, tuple(p.shape)) for name, p in named_lora_parameters(model)]
         [('weight.default.lora_A', (1, 3)), ('weight.default.lora_B', (2, 1))]
     """
@@ -47,6 +49,8 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
         AdapterError: There is no such adapter.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
     """
     yield from (parameter for _, parameter in named_lora_parameters(model, adapter))
@@ -67,6 +71,8 @@ def lora_state_dict(
         AdapterError: There is no such adapter.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> list(lora_state_dict(model))
         ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
@@ -91,6 +97,8 @@ def load_lora_state_dict(
             floating-point tensor, and numbers of another kind or rank.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> saved = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
         >>> load_lora_state_dict(model, saved)
     """
@@ -164,15 +172,16 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """
     walk(model, "base_state_dict", Need.ADAPTERS)
     twin = _twin(model, {})
-    with ExitStack() as undo:
-        for weight in dict.fromkeys(weight.whole for weight, _ in Walk(twin).deltas):
-            weight.detach(set(weight.deltas), undo)
-        return twin.state_dict()
+    for weight in dict.fromkeys(weight.whole for weight, _ in Walk(twin).deltas):
+        weight.detach(set(weight.deltas), ExitStack())  # of what nobody will see again
+    return twin.state_dict()
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -80,13 +81,7 @@ class LoRASummary:
     def __str__(self) -> str:
         """Return the table: a header, a line per weight, the totals."""
         header = ("weight", "shape", "space", "adapter", "kind", *NUMERIC[:2], "state", NUMERIC[2])
-        rows = [header, *(weight._row() for weight in self.weights)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sides = [">" if title in NUMERIC else "<" for title in header]
-        lines = []
-        for row in rows:
-            cells = zip(row, sides, widths, strict=True)
-            lines.append("  ".join(f"{text:{side}{width}}" for text, side, width in cells).rstrip())
+        lines = aligned([header, *(weight._row() for weight in self.weights)], NUMERIC)
         rule = "-" * max(map(len, lines))
         totals = (
             f"base {self.base_parameters:,} + LoRA {self.lora_parameters:,} = "
@@ -96,6 +91,14 @@ class LoRASummary:
         if self.statistics:
             totals += f"; {len(self.statistics)} buffers are moved in copies"
         return "\n".join([lines[0], rule, *lines[1:], rule, totals])
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[str]) -> list[str]:
+    """Return lines of columns, of which those with these titles are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [">" if title in right else "<" for title in rows[0]]
+    columns = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
+    return ["  ".join(columns).format(*row).rstrip() for row in rows]
 
 
 def show_alpha(alpha: float | None, scaling: str | None) -> str:

@@ -13,7 +13,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
 
 from .chains import Record, chains_of, originals_of, record_of, run_through, type_before
 from .deltas.protocol import Delta, Shape
@@ -143,8 +142,7 @@ class Weight:
         """Append a delta to the tensor's chain; the original stays the same object."""
         self._keep(undo)
         module, name, base = self.module, self.tensor, type_before(self.module)
-        delta.__dict__["rows"] = self.rows
-        delta.__dict__["dim"] = self.dim if self.rows else 0
+        delta.__dict__.update(rows=self.rows, dim=self.dim if self.rows else 0)
         if "_lora" not in module.__dict__:
             order = (*module._parameters, *module._buffers)
             module.__dict__["_lora"] = Record(type(module), order)
@@ -153,10 +151,12 @@ class Weight:
         # Past ModuleDict's own check, which refuses a parameter called "keys" or "values".
         chains: Any = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
         if name not in chains:
-            chains[name] = _new_chain(self.whole.original, module.training)
+            chains[name] = Chain(self.whole.original, module.training)
         if is_sharded(original := chains[name]._parameters.get("original")):
             lay_out(delta, original, delta.along)
-        chains[name].add_module(str(len(chains[name])), delta)
+        chains[name]._modules[str(len(chains[name]._modules))] = delta
+        if isinstance(chains[name], Chain):
+            chains[name].note()
         left_out(module, chains[name], delta)
         if delta.training != module.training:
             delta.train(module.training)
@@ -169,10 +169,7 @@ class Weight:
         chain = chains_of(self.module)[self.tensor]
         if remaining := [entry for entry in self.chain if entry not in deltas]:
             self._keep(undo)
-            chain._modules.clear()
-            chain._modules.update({str(index): entry for index, entry in enumerate(remaining)})
-            if isinstance(chain, Chain):
-                chain.note()
+            chain._modules = {str(index): entry for index, entry in enumerate(remaining)}
             _settle(self.module, type_before(self.module))
         else:
             self.make_plain(chain.original, undo)
@@ -204,9 +201,7 @@ class Weight:
         if holder is not None:
             places.append((holder._modules, [self.tensor]))
         if (chain := chains_of(module).get(self.tensor)) is not None:
-            places.append((chain._modules, [*chain._modules, str(len(chain._modules))]))
-            if isinstance(chain, Chain):
-                undo.callback(chain.note)  # once all is back
+            undo.callback(setattr, chain, "_modules", dict(chain._modules))
         undo.callback(object.__setattr__, module, "__class__", type(module))
         keep_entries(undo, *places)
 
@@ -238,19 +233,6 @@ def _laid_out_anew(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 METHODS["named_modules"] = _shown_plain
-
-_TEMPLATE = ParametrizationList([nn.Identity()], nn.Parameter(torch.empty(0)), unsafe=True)
-
-
-def _new_chain(original: Tensor | None, training: bool) -> Chain:
-    # Past torch's constructor, which calls set_() on the tensor that it is given and so would
-    # invalidate any graph that has saved the original.
-    chain = Chain.__new__(Chain)
-    nn.Module.__init__(chain)
-    chain.__dict__.update({**vars(_TEMPLATE), **vars(chain), "training": training})
-    table: Any = chain._parameters if isinstance(original, nn.Parameter) else chain._buffers
-    table["original"] = original
-    return chain
 
 
 def _settle(module: nn.Module, base: type[nn.Module]) -> None:

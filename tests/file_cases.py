@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from lora_param import LoRAError, load_lora, register_lora
-from lora_param.io.tensors import Header, open_file
+from lora_param.io.tensors import OpenFile, open_file
 
 from .cases import shake
 
@@ -53,9 +53,9 @@ def refused(model: nn.Module, path: Path, match: str = "", **options: Any) -> No
     assert same(before, state(model))
 
 
-def header_of(path: Path) -> Header:
+def header_of(path: Path) -> OpenFile:
     with open_file(path) as file:
-        return file.header
+        return file
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

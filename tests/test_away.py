@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -20,12 +18,9 @@ from lora_param import (
     base_state_dict,
     fingerprint,
     load_lora,
-    load_lora_state_dict,
     lora_parameters,
     lora_state_dict,
-    merge_lora,
     register_lora,
-    remove_lora,
     save_lora,
 )
 
@@ -149,80 +144,6 @@ def test_a_model_with_values_is_adapted_with_values_also_among_empty_weights() -
         register_lora(model, rank=2, train="0.bias")
     assert torch.equal(model(x), expected)
     assert not any(each.is_meta for each in model.parameters())
-
-
-# Offloaded by accelerate
-
-
-OFFLOADS: dict[str, Callable[[nn.Module, str], object]] = {
-    "cpu": lambda model, folder: cpu_offload(model, execution_device=torch.device("cpu")),
-    "disk": lambda model, folder: disk_offload(model, folder, execution_device=torch.device("cpu")),
-    "dispatch": lambda model, folder: dispatch_model(
-        model, {"0": "cpu", "1": "cpu", "2": "disk"}, main_device="cpu", offload_dir=folder
-    ),
-}
-
-
-@pytest.fixture(params=OFFLOADS)
-def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[nn.Module], None]:
-    def offload(model: nn.Module) -> None:
-        OFFLOADS[request.param](model, tempfile.mkdtemp(dir=tmp_path))
-
-    return offload
-
-
-def test_what_is_adapted_and_then_offloaded_computes_the_same(offload: Any) -> None:
-    model = net()
-    register_lora(model, rank=2)
-    shake(model)
-    x = torch.randn(3, 6)
-    expected = model(x)
-    offload(model)
-    assert any(each.is_meta for each in model.parameters())
-    torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize(
-    "verb",
-    [
-        merge_lora,
-        remove_lora,
-        base_state_dict,
-        lora_state_dict,
-        lambda model: load_lora_state_dict(model, {}),
-        lambda model: save_lora(model, "nowhere"),
-        lambda model: register_lora(model, rank=2, adapter="b"),
-    ],
-    ids=["merge", "remove", "base", "state", "load", "save", "register"],
-)
-def test_what_needs_the_values_of_an_offloaded_model_is_refused(offload: Any, verb: Any) -> None:
-    model = net()
-    register_lora(model, rank=2)
-    shake(model)
-    x = torch.randn(3, 6)
-    expected = model(x)
-    offload(model)
-    with pytest.raises(LoRAError, match="are away, where accelerate has put them; first"):
-        verb(model)
-    torch.testing.assert_close(model(x), expected)
-    remove_hook_from_submodules(model)
-    merge_lora(model)
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_what_was_offloaded_first_is_refused_until_it_is_back(offload: Any) -> None:
-    model = net()
-    x = torch.randn(3, 6)
-    expected = model(x)
-    offload(model)
-    with pytest.raises(LoRAError, match="register_lora can't be called: its weights are away"):
-        register_lora(model, rank=2)
-    with pytest.raises(LoRAError, match="has no bytes of its own"):
-        fingerprint(model)
-    remove_hook_from_submodules(model)
-    register_lora(model, rank=2)
-    offload(model)
-    torch.testing.assert_close(model(x), expected)
 
 
 # Partitioned

@@ -162,7 +162,7 @@ def test_two_tensors_of_one_name_are_refused_when_a_prefix_is_gone(
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda folder: None, "has none of *.index.json, *.safetensors"),
     "two": (lambda folder: [save_file({}, folder / f"{n}.safetensors") for n in "ab"], "has several of a.safetensors, b.safetensors; name a file"),
-    "no index": (lambda folder: (folder / "a.index.json").write_text("[]"), "no index of shards"),
+    "no index": (lambda folder: (folder / "a.index.json").write_text("[]"), "a.index.json: can't be read as JSON: no JSON object"),
     "no names": (lambda folder: (folder / "a.index.json").write_text('{"weight_map": {"a": 1}}'), "no index of shards"),
     "no JSON": (lambda folder: (folder / "a.index.json").write_text("{"), "a.index.json: can't be read"),
     "elsewhere": (lambda folder: (folder / "a.index.json").write_text('{"weight_map": {"a": "../b"}}'), "'../b' is no file beside it"),

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from lora_param import (
     LoRAError,
     LoRAParametrization,
+    base_state_dict,
     disable_lora,
     enable_lora,
     lora_routed,
@@ -28,7 +29,7 @@ from lora_param import (
     select_lora,
 )
 from lora_param.undo import all_or_nothing
-from lora_param.walk import walk
+from lora_param.walk import Walk
 
 from .cases import shake
 
@@ -227,13 +228,18 @@ def test_what_others_do_to_a_chain_acts(change: Callable[[nn.Linear], None]) -> 
     assert torch.equal(model.weight, expected)
 
 
+def test_a_base_state_dict_leaves_switches_to_act(model: nn.Module) -> None:
+    base_state_dict(model)
+    assert len(graphs(model, selecting(model, *NAMES))) == 1
+
+
 def test_a_refused_change_of_a_chain_leaves_what_acts(model: nn.Module) -> None:
     select_lora(model, "a3")
     x = torch.randn(3, 2, 6)
     expected = model(x)
     with contextlib.suppress(LoRAError), all_or_nothing() as undo:
-        for weight, delta in walk(model, "a test").deltas:
-            weight.detach(delta, undo)
+        for weight, delta in Walk(model).deltas:
+            weight.detach({delta}, undo)
         raise LoRAError("a fault behind them")
     assert torch.equal(model(x), expected)
     assert graphs(model, selecting(model, *NAMES))[1:] == []

@@ -60,9 +60,9 @@ def test_the_config_in_the_metadata_scales(part: str, tmp_path: Path) -> None:
 
 METADATA: list[tuple[str, str, str]] = [
     ("DoRA", json.dumps({"unet.r": 2, "unet.use_dora": True}), "use_dora=True"),
-    ("another rank", json.dumps({"unet.r": 3}), r"unet\.mid\.attn1\.to_q has rank 2, by its config 3"),
-    ("no JSON", "{", "lora_adapter_metadata is no JSON"),
-    ("no object", "[1]", "lora_adapter_metadata is no JSON object"),
+    ("another rank", json.dumps({"unet.r": 3}), r"unet\.mid\.attn1\.to_q: has rank 2, by its config 3"),
+    ("no JSON", "{", "lora_adapter_metadata can't be read as JSON"),
+    ("no object", "[1]", "can't be read as JSON: no JSON object"),
 ]  # fmt: skip
 
 

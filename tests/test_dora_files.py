@@ -151,14 +151,14 @@ MAGNITUDE = f"{PREFIX}0.lora_magnitude_vector"
 def test_a_folder_whose_lengths_and_config_differ_is_refused(tmp_path: Path) -> None:
     trained(LINEAR, tmp_path)
     edit_config(tmp_path, use_dora=False)
-    with pytest.raises(FileError, match=r"0 has a lora_magnitude_vector, by .* use_dora=False"):
+    with pytest.raises(FileError, match=r"0: has a lora_magnitude_vector, by .* use_dora=False"):
         load_lora(LINEAR.base(), tmp_path)
     edit_config(tmp_path, use_dora=True)
     edit_tensors(tmp_path, lambda tensors: tensors.update({MAGNITUDE: torch.ones(4)}))
     with pytest.raises(FileError, match=r"its magnitude is \(4, 1\), for a weight of \(5, 6\)"):
         load_lora(LINEAR.base(), tmp_path)
     edit_tensors(tmp_path, lambda tensors: tensors.pop(MAGNITUDE))
-    with pytest.raises(FileError, match=r"0 has no lora_magnitude_vector, by .* use_dora=True"):
+    with pytest.raises(FileError, match=r"0: has no lora_magnitude_vector, by .* use_dora=True"):
         load_lora(LINEAR.base(), tmp_path)
 
 
@@ -172,6 +172,13 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
     register_lora(attention, target="attention", rank=2, kind="dora")
     with pytest.raises(FileError, match="in_proj_weight: PEFT has no DoRA but of layers"):
         save_lora(attention, tmp_path / "attention", format="peft")
+    lengths = {"lora_down.weight": (2, 6), "lora_up.weight": (5, 2), "dora_scale": (1, 6)}
+    tensors = {f"lycoris_0.{role}": torch.rand(shape) for role, shape in lengths.items()}
+    save_file(tensors, tmp_path / "inputs.safetensors")
+    model = nn.Sequential(nn.Linear(6, 5))
+    load_lora(model, tmp_path / "inputs.safetensors")
+    with pytest.raises(FileError, match=r"0\.weight: PEFT has lengths of outputs, not of inputs"):
+        save_lora(model, tmp_path / "inputs", format="peft")
 
 
 def test_a_file_is_summed_up_without_its_model(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lora_param import (
     save_lora,
     select_lora,
 )
-from lora_param.io import combine_files
+from lora_param.io import combine_files, extract_checkpoint
 from lora_param.io.cli import main
 
 from .cases import describe, shake
@@ -159,6 +159,7 @@ def test_statistics_that_moved_are_extracted() -> None:
         (lambda s: None, {"rank": 0}, LoRAError, "rank must be a positive integer"),
         (lambda s: None, {"adapter": "a.b"}, AdapterError, "without dots"),
         (lambda s: None, {"tuned": 3}, LoRAError, "must be a module, a state dict of tensors or"),
+        (lambda s: None, {"tuned": {"a": 3}}, LoRAError, "or a path, got dict"),
         (lambda s: None, {"tuned": "nowhere.safetensors"}, FileError, "nowhere.safetensors"),
         (lambda s: None, {"tuned": None}, LoRAError, "there is no difference"),
     ],
@@ -199,7 +200,7 @@ def outputs(model: nn.Module, path: Path) -> Tensor:
 def test_the_command_line_combines_files(tmp_path: Path, capsys: Any) -> None:
     model, (a, b) = saved(tmp_path)
     out = tmp_path / "ab.safetensors"
-    assert main(["combine", f"{a}:0.7", f"{b}:-0.3", "--out", str(out)]) == 0
+    assert main(["combine", f"{a}:.7", f"{b}:-0.3", "--out", str(out), "--rank", "+8"]) == 0
     assert "first.weight" in capsys.readouterr().out
     combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
     with lora_selected(model, "ab"):
@@ -239,7 +240,7 @@ def test_the_command_line_resizes_files(tmp_path: Path, capsys: Any) -> None:
     model, (a, _) = saved(tmp_path)
     out = tmp_path / "small.safetensors"
     assert main(["resize", a, "--rank", "1", "--out", str(out)]) == 0
-    assert "first.weight       1" in capsys.readouterr().out
+    assert "first.weight      1" in capsys.readouterr().out
     resize_lora(model, 1, "a")
     with lora_selected(model, "a"):
         want = model(X)
@@ -254,8 +255,52 @@ def test_the_command_line_extracts_checkpoints(tmp_path: Path, capsys: Any) -> N
     base, other = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
     command = ["extract", "--base", str(base), "--tuned", str(other), "--rank", "12"]
     assert main([*command, "--out", str(out)]) == 0
-    assert "norm.bias             -" in capsys.readouterr().out
+    assert "norm.bias            -" in capsys.readouterr().out
     torch.testing.assert_close(outputs(model, out), tuned(X), rtol=0, atol=1e-10)
+
+
+def test_statistics_of_a_tuned_checkpoint_are_extracted(tmp_path: Path, capsys: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).double()
+    tuned = copy.deepcopy(model)
+    tuned(torch.randn(8, 4).double())
+    paths = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors", "out")]
+    for each, path in zip((model, tuned), paths, strict=False):
+        save_file(each.state_dict(), path)
+    names = [f"{path}" for path in paths]
+    command = ["extract", "--base", names[0], "--tuned", names[1], "--rank", "2"]
+    assert main([*command, "--out", names[2]]) == 0
+    assert "0 weights" in capsys.readouterr().out
+    load_lora(model, paths[2], base="require")
+    x = torch.randn(3, 4).double()
+    torch.testing.assert_close(model.eval()(x), tuned.eval()(x), rtol=0, atol=1e-12)
+
+
+def test_what_no_adapter_can_hold_of_a_tuned_checkpoint_is_named(tmp_path: Path) -> None:
+    base = {"0.weight": torch.randn(4, 4), "steps": torch.tensor(1)}
+    tuned = {"0.weight": torch.randn(4, 4), "steps": torch.tensor(2)}
+    paths = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors", "out")]
+    save_file(base, paths[0])
+    for change, message in (
+        ({}, "there is no difference"),
+        ({"a": torch.ones(1)}, "unexpected: a"),
+    ):
+        save_file(base | change, paths[1])
+        with pytest.raises(FileError, match=f"tuned.safetensors: held against .*{message}"):
+            extract_checkpoint(*paths)
+    save_file(tuned, paths[1])
+    with pytest.warns(UserWarning, match="changed, and not extracted: steps"):
+        assert [fit.weight for fit in extract_checkpoint(*paths)] == ["0.weight"]
+
+
+def test_blocks_that_overlap_are_not_combined(tmp_path: Path) -> None:
+    files = {}
+    for rows in ("0:4", "2:6"):
+        register_lora(model := nn.Sequential(nn.Linear(8, 8)), rank=1, target=f"0[{rows}]")
+        shake(model)
+        save_lora(model, tmp_path / f"{rows[0]}.safetensors", base={})
+        files[tmp_path / f"{rows[0]}.safetensors"] = 1.0
+    with pytest.raises(AdapterError, match=r"\[0:4\]: overlaps 0.weight\[2:6\] in part"):
+        combine_files(files, tmp_path / "out.safetensors")
 
 
 def test_files_of_different_bases_are_refused(tmp_path: Path, capsys: Any) -> None:
@@ -275,9 +320,12 @@ def test_files_of_different_bases_are_refused(tmp_path: Path, capsys: Any) -> No
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["combine", "{a}", "--out", "{out}"], "a file with its strength"),
-        (["combine", "{a}:1", "{a}:2", "--out", "{out}"], "can be given once"),
-        (["combine", "{a}:1", "--out", "{out}", "--rank", "x"], "rank must be a number"),
+        (["combine", "{a}", "--out", "{out}"], "give each file once, with its strength"),
+        (["combine", "{a}:1", "{a}:2", "--out", "{out}"], "give each file once"),
+        (
+            ["combine", "{a}:1", "--out", "{out}", "--rank", "x"],
+            "rank must be a positive integer, or a share",
+        ),
         (["combine", "{a}:1", "--out", "{out}", "--method", "ties"], "density must satisfy"),
         (["combine", "{a}:nan", "--out", "{out}"], "strength must be a finite number"),
         (["resize", "{a}", "--rank", "0", "--out", "{out}"], "rank must be a positive"),

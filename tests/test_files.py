@@ -222,7 +222,7 @@ def test_tensors_in_any_memory_layout_are_written_in_order(
     tensor = view(torch.randn(4, 6))
     save_tensors(path, {"a half": torch.ones(3).half(), "full": tensor}, {"odd": "x"})
     assert (
-        header_of(path).tensors["full"].begin % tensor.element_size() == 0
+        header_of(path).entries["full"].begin % tensor.element_size() == 0
     )  # readers view in place
     assert torch.equal(tensors_of(path)["full"], tensor)
 

@@ -61,7 +61,7 @@ BAD_SAVES: dict[str, tuple[Callable[[nn.Sequential], Any], dict[str, Any], str]]
     "format": (
         lambda model: None,
         {"format": "zip"},
-        "format must be one of \\['kohya', 'native', 'peft'\\], got 'zip'",
+        "format must be one of \\['native', 'peft', 'kohya'\\], got 'zip'",
     ),
     "option": (lambda model: None, {"colour": 1}, "native takes .*got colour"),
     "name without bytes": (
@@ -230,7 +230,7 @@ def test_an_alpha_that_is_no_real_number_is_refused(tmp_path: Path) -> None:
     write_blobs(file, entries, {}, [bytes(8 + 48 + 40)])
     register_lora(model, rank=2)
     with pytest.raises(
-        FileError, match=r"lora_unet_a has an alpha of|a damaged"
+        FileError, match=r"lora_unet_a: has an alpha of|a damaged"
     ):  # older releases' words
         load_lora(model, file)
     assert model["a"].parametrizations.weight[0].scale == 1.0

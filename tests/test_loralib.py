@@ -166,15 +166,15 @@ def test_a_bias_is_no_meta_models_own(tmp_path: Path) -> None:
 
 BROKEN: list[tuple[str, int, Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
     ("no alpha", 0, lambda s: None, {}, r"the file doesn't hold its lora_alpha; pass it as alpha="),
-    ("no enable_lora", 4, lambda s: None, {"alpha": 3}, "0 adapts 2 of 3 slices; say which by enable_lora="),
-    ("enable_lora of others", 4, lambda s: None, {"alpha": 3, "enable_lora": [True, False]}, "0 adapts 2 of 3 slices"),
-    ("enable_lora of fewer", 4, lambda s: None, {"alpha": 3, "enable_lora": [True, False, False]}, "0 adapts 2 of 3 slices"),
-    ("no B", 0, lambda s: s.pop("0.lora_B"), {"alpha": 3}, "0 has no lora_B"),
+    ("no enable_lora", 4, lambda s: None, {"alpha": 3}, "0: adapts 2 of 3 slices; say which by enable_lora="),
+    ("enable_lora of others", 4, lambda s: None, {"alpha": 3, "enable_lora": [True, False]}, "0: adapts 2 of 3 slices"),
+    ("enable_lora of fewer", 4, lambda s: None, {"alpha": 3, "enable_lora": [True, False, False]}, "0: adapts 2 of 3 slices"),
+    ("no B", 0, lambda s: s.pop("0.lora_B"), {"alpha": 3}, "0: has no lora_B"),
     ("another module", 0, lambda s: s.update({"7.lora_A": s.pop("0.lora_A"), "7.lora_B": s.pop("0.lora_B")}), {"alpha": 3}, "no module for 7; the nearest"),
-    ("another width", 0, lambda s: s.update({"0.lora_A": torch.ones(2, 7)}), {"alpha": 3}, r"0 has factors \(2, 7\)"),
-    ("another kernel", 7, lambda s: s.update({"0.lora_A": torch.ones(6, 7)}), {"alpha": 3}, r"0 has factors \(6, 7\)"),
-    ("three slices of none", 4, lambda s: s.update({"0.lora_A": torch.ones(3, 9)}), {"alpha": 3}, r"0 has factors \(3, 9\)"),
-    ("65 slices", 4, lambda s: s.update({"0.lora_A": torch.ones(65, 9), "0.lora_B": torch.ones(65, 1)}), {"alpha": 3}, r"0 has factors \(65, 9\)"),
+    ("another width", 0, lambda s: s.update({"0.lora_A": torch.ones(2, 7)}), {"alpha": 3}, r"0: has factors \(2, 7\)"),
+    ("another kernel", 7, lambda s: s.update({"0.lora_A": torch.ones(6, 7)}), {"alpha": 3}, r"0: has factors \(6, 7\)"),
+    ("three slices of none", 4, lambda s: s.update({"0.lora_A": torch.ones(3, 9)}), {"alpha": 3}, r"0: has factors \(3, 9\)"),
+    ("65 slices", 4, lambda s: s.update({"0.lora_A": torch.ones(65, 9), "0.lora_B": torch.ones(65, 1)}), {"alpha": 3}, r"0: has factors \(65, 9\)"),
     ("NaN", 0, lambda s: s["0.lora_A"].fill_(float("nan")), {"alpha": 3}, "its tensors must be finite"),
     ("NaN for an alpha", 0, lambda s: None, {"alpha": float("nan")}, "alpha must be a finite number"),
     ("no tensor", 0, lambda s: s.update({"0.lora_A": 1}), {"alpha": 3}, "a state dict must hold tensors by name"),
@@ -205,7 +205,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_whole(
 def test_a_layer_that_loralib_cannot_adapt_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter.pt"
     torch.save({"0.lora_A": torch.ones(6, 12), "0.lora_B": torch.ones(18, 6)}, path)
-    with pytest.raises(FileError, match="0 is a Conv1d, for which loralib has no layer"):
+    with pytest.raises(FileError, match="0: is a Conv1d, for which loralib has no layer"):
         load_lora(nn.Sequential(nn.Conv1d(4, 6, 3)), path, alpha=1)
 
 

@@ -177,13 +177,13 @@ def test_products_of_half_precision_are_kept_exactly(
 
 L = "lycoris_0"
 BROKEN: dict[str, tuple[dict[str, Tensor], str]] = {
-    "half a LoHa": ({"hada_w1_a": torch.ones(36, 2), "hada_w1_b": torch.ones(2, 24)}, "lycoris_0 has hada_w1_a, hada_w1_b, which are no loha's"),
+    "half a LoHa": ({"hada_w1_a": torch.ones(36, 2), "hada_w1_b": torch.ones(2, 24)}, "lycoris_0: has hada_w1_a, hada_w1_b, which are no loha's"),
     "one core": ({**dict.fromkeys(("hada_w1_a", "hada_w2_a"), torch.ones(2, 36)), **dict.fromkeys(("hada_w1_b", "hada_w2_b"), torch.ones(2, 24)), "hada_t1": torch.ones(2, 2)}, "which are no loha's"),
     "half a LoKr": ({"lokr_w1": torch.ones(4, 4)}, "has lokr_w1, which are no lokr's"),
     "two kinds": ({"lokr_w1": torch.ones(4, 4), "hada_w1_a": torch.ones(4, 4)}, "has hada_w1_a, lokr_w1, which are no"),
     "a core alone": ({"lora_mid.weight": torch.ones(2, 2, 3)}, "has lora_mid, which are no tucker's"),
     "another shape": ({"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(4, 4)}, r"is a lokr of 16x16 for a weight of \(36, 24\)"),
-    "other ranks": ({"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(9, 2), "lokr_w2_b": torch.ones(3, 6)}, "lycoris_0 "),
+    "other ranks": ({"lokr_w1": torch.ones(4, 4), "lokr_w2_a": torch.ones(9, 2), "lokr_w2_b": torch.ones(3, 6)}, "lycoris_0: has factors"),
     "no other module": ({"hada_w1_a": torch.ones(2, 2)}, "no module for"),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from lora_param import (
     FileError,
+    LoRAError,
     load_lora,
     lora_parameters,
     lora_summary,
@@ -23,7 +25,7 @@ from lora_param import (
     select_lora,
 )
 from lora_param.io import convert_file
-from lora_param.io.values import difference
+from lora_param.io.formats.peft_whole import difference
 
 from .cases import shake
 from .peft_cases import (
@@ -101,6 +103,23 @@ def test_a_head_trained_whole_here_is_saved_by_peft_as_its_own(make: Any, tmp_pa
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_new_values_that_no_weight_can_take_are_refused(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model = copy.deepcopy(base)
+    register_lora(model, rank=2, target="0", train="1")
+    shake(model)
+    save_lora(model, tmp_path, format="peft")
+    with pytest.raises(LoRAError, match="on the meta device; load when the model has values"):
+        load_lora(copy.deepcopy(base).to("meta"), tmp_path)
+    for shape in ((1,), (3,)):
+        edit_tensors(
+            tmp_path, lambda t, shape=shape: t.update({f"{PREFIX}1.bias": torch.ones(shape)})
+        )
+        got = re.escape(f"1.bias: its new values are {shape}, should be (4,)")
+        with pytest.raises(FileError, match=got):
+            load_lora(copy.deepcopy(base), tmp_path)
 
 
 def test_a_head_is_saved_as_strong_as_the_pairs_beside_it(tmp_path: Path) -> None:

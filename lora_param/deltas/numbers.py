@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ..errors import LoRAError
 
@@ -15,11 +15,11 @@ SCALINGS: dict[str, Callable[[int], float]] = {"lora": float, "rslora": math.sqr
 """What alpha is divided by, given the rank."""
 
 
-def check_rank(rank: object, fan_out: int, fan_in: int) -> int:
+def check_rank(rank: Any, fan_out: int, fan_in: int) -> int:
     """Return `rank` as an integer that a `(fan_out, fan_in)` matrix can have, or raise."""
     limit = min(fan_out, fan_in)
     whole = type(rank) is int or (isinstance(rank, Integral) and not isinstance(rank, bool))
-    number = int(cast(Any, rank)) if whole else 0
+    number = int(rank) if whole else 0
     if not 1 <= number <= limit:
         fix = "lower the rank" if number > limit else "give an integer from 1 up"
         bounds = f"1 <= rank <= min({fan_out}, {fan_in}) = {limit}"
@@ -51,10 +51,10 @@ def check_dropout(dropout: object) -> float:
     return value
 
 
-def real(value: object) -> float:
+def real(value: Any) -> float:
     """Return a real number as a float, and anything else as NaN."""
     known = isinstance(value, (float, Real)) and not isinstance(value, bool)
     try:
-        return float(cast(Any, value)) if known else math.nan
+        return float(value) if known else math.nan
     except OverflowError:
         return math.inf

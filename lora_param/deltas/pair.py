@@ -271,8 +271,8 @@ def joined(y: Tensor, x: Tensor, run: Any, pairs: Sequence[Pair], factors: Any) 
     `((x [A1; A2; ...]^T) * M) [B1, B2, ...]^T`, or with those of each row alone.
     """
     routed, (As, Bs) = run.routing is not None and run.routing.rows > 1, zip(*factors, strict=True)
-    if routed and (chosen := run.chosen(pairs, As)) is not None:
-        return cast("Tensor", run.gathered(y, x, As, Bs, *chosen))
+    if routed and (gathered := run.gathered(y, x, pairs, As, Bs)) is not None:
+        return cast("Tensor", gathered)
     # [sum of ranks, fan_in] and [fan_out, the same]
     A, B = (torch.cat(As), torch.cat(Bs, 1)) if len(As) > 1 else (*As, *Bs)
     inner, outer = run.factors(A, B)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ class _Place:
     switch = Switch()
 
 
-_flags = threading.Lock()
+_flags = threading.RLock()
 
 
 class Switched(nn.Module):
@@ -42,12 +41,12 @@ class Switched(nn.Module):
 
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
     _switch = Switch()  # the last of their switches
-    _chain = cast("ref[Chain] | None", None)
+    _chain = cast(Any, type(None))  # a weak reference
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_places"] = [_Place()]
+        self.__dict__.update(_places=[_Place()], _switch=Switch())
 
     @property
     def switch(self) -> Switch:
@@ -61,9 +60,8 @@ class Switched(nn.Module):
 
     def now(self) -> Switch:
         """How it acts here and now: by its switch, or as the batch is routed."""
-        if Routing.used and (routing := routing_of(self)) is not None:
-            return routing.switch(self)
-        return self._switch
+        routing = routing_of(self) if Routing.used else None
+        return self._switch if routing is None else routing.switch(self)
 
     @contextmanager
     def switched_for_now(self, switch: Switch) -> Iterator[None]:
@@ -87,14 +85,12 @@ class Switched(nn.Module):
         """Let plans know, and flags follow: those that were taken away come back."""
         with _flags:
             self.__dict__["_switch"] = self._places[-1].switch
-        Switched.switched = object()
-        chain = self._chain() if self._chain else None
-        if chain is not None and self._switch.on != (self in chain.acting):
-            chain.note()
-        if self.switch.trained and not self._resting:
-            return
-        with _flags:
-            own, trained = dict(self.named_parameters()), self.switch.trained
+            Switched.switched = object()
+            if (chain := self._chain()) is not None and self._switch.on != (self in chain.acting):
+                chain.note()
+            if (trained := self._switch.trained) and not self._resting:
+                return
+            own = dict(self.named_parameters())
             flagged = [name for name in own if own[name].requires_grad]
             resting = tuple(dict.fromkeys((*self._resting, *flagged)))
             self.__dict__["_resting"] = () if trained else resting
@@ -103,7 +99,7 @@ class Switched(nn.Module):
                 own[name].grad = own[name].grad if trained else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_chain": None}  # which can't be pickled
+        return self.__dict__ | {"_chain": type(None)}  # which can't be pickled
 
     @property
     def trains(self) -> bool:
@@ -142,7 +138,6 @@ class Switched(nn.Module):
 def _noting(name: str) -> Any:
     method = getattr(ParametrizationList, name)
 
-    @functools.wraps(method)
     def call(self: Chain, *args: Any) -> None:
         method(self, *args)
         self.note()
@@ -151,14 +146,18 @@ def _noting(name: str) -> Any:
 
 
 class Chain(ParametrizationList):
-    """A weight's parametrizations, of which `acting` are on: what is off costs a call nothing.
+    """A weight's parametrizations; compiled code finds those that are on in one place, `acting`."""
 
-    Compiled code finds those by one path, and depends on how many and of what they are alone.
-    """
-
-    acting: tuple[nn.Module, ...] = ()
+    acting = cast("tuple[nn.Module, ...]", ())
+    unsafe, is_tensor, ntensors = True, True, 1
     add_module, insert = _noting("add_module"), _noting("insert")  # by torch and by hand
     __setattr__, __setstate__ = _noting("__setattr__"), _noting("__setstate__")
+
+    def __init__(self, original: Tensor | None, training: bool) -> None:
+        # Past torch's own, whose set_() on the original would invalidate graphs that have saved it.
+        nn.Module.__init__(self)
+        table: Any = self._parameters if isinstance(original, nn.Parameter) else self._buffers
+        table["original"], self.__dict__["training"] = original, training
 
     def forward(self) -> Tensor:
         """Return the weight that they make of the original."""
@@ -166,13 +165,12 @@ class Chain(ParametrizationList):
         return run_through(entries, originals_of(self))
 
     def note(self) -> None:
-        """Find out which of its entries act."""
-        own, acting = ref(self), []
+        """Find out which of its entries are on, and be told by their switches."""
+        own, on = ref(self), []
         with _flags:
             for entry in self._modules.values():
                 if isinstance(entry, Switched):
                     entry.__dict__["_chain"] = own
-                    if not entry._switch.on:
-                        continue
-                acting.append(entry)
-            self.__dict__["acting"] = tuple(acting)
+                if not isinstance(entry, Switched) or entry._switch.on:
+                    on.append(entry)
+            self.__dict__["acting"] = tuple(on)

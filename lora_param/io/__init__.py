@@ -3,8 +3,7 @@
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .combination import combine_files, extract_checkpoint, extract_lora, resize_file
 from .files import load_lora, save_lora
-from .plot import plot_summary
-from .summary import FileSummary, UpdateSummary, file_summary
+from .summary import FileSummary, UpdateSummary, file_summary, plot_summary
 
 __all__ = [
     "FileSummary",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from ..walk import WRAPPERS
 from ..weight import join
 from .formats import AdapterFile, Deltas, open_adapter
 from .outline import UNKNOWN, Outline, outline_of_tensors
-from .tensors import AnyPath, OpenFile, check_regular, explained, open_file, shortened, strict_json
+from .tensors import AnyPath, OpenFile, open_file, read_json, shortened
 
 INDEX = ".index.json"
 FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")
@@ -42,7 +42,7 @@ class Base:
     def metadata(self) -> Mapping[str, str]:
         """The strings of its first file, of a pickle those that transformers asks for."""
         first = next(iter(self.files.values()), None)
-        return first.header.metadata if first and not first.header.fault else {"format": "pt"}
+        return first.metadata if first and not first.fault else {"format": "pt"}
 
 
 @contextmanager
@@ -52,19 +52,16 @@ def open_checkpoint(path: Path) -> Iterator[Base]:
         files: dict[str, OpenFile] = {}
         for shard in _shards(path):
             opened = stack.enter_context(open_file(shard))
-            files |= dict.fromkeys(opened.keys, opened)
+            names = opened.tensors if opened.fault else opened.entries
+            files |= dict.fromkeys(names, opened)
         yield Base(files, _each_once(path, {key: plain_name(key) for key in files}))
-
-
-Both = tuple[AdapterFile, Base, Outline, Deltas]
-"""An open adapter's file and its base, the base's outline, and the deltas as they fit it."""
 
 
 @contextmanager
 def open_both(
     path: AnyPath, base: AnyPath | None, prefix: str | None, options: Mapping[str, Any]
-) -> Iterator[Both]:
-    """Open an adapter's file, and if there is one the checkpoint that it was trained on.
+) -> Iterator[tuple[AdapterFile, Base, Outline, Deltas]]:
+    """Open an adapter's file and the base that it was trained on; yield the deltas as they fit it.
 
     Where the model's names begin with a `prefix` that the checkpoint's lack, or the other way
     round, it is found or given. Without a base an outline is what the file itself says.
@@ -74,11 +71,12 @@ def open_both(
         weights = file.outline
         if base is not None:
             plain = stack.enter_context(open_checkpoint(Path(base)))
-            names = _renamed(plain.names, prefix, lambda: _adapted(file, options))
+            if prefix is None:
+                prefix = _prefix(plain.names, _adapted(file, options))
+            names = _with_prefix(plain.names, prefix)
             found = Base(plain.files, _each_once(Path(base), names))
             weights = outline_of_tensors(found.tensors, file.about.layers)
-        read = file.parse if weights.unknown else file.fit
-        yield file, found, weights, read(weights, **options)
+        yield file, found, weights, file.fit(weights, **options)
 
 
 def _each_once(path: Path, names: dict[str, str]) -> dict[str, str]:
@@ -100,16 +98,12 @@ def _shards(path: Path) -> list[Path]:
         found = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [])
         if len(found) != 1:
             listed = ", ".join(each.name for each in found) or ", ".join(FILES)
-            raise FileError(
-                f"{path}: has {'several' if found else 'none'} of {listed}; name a file"
-            )
+            count = "several" if found else "none"
+            raise FileError(f"{path}: has {count} of {listed}; name a file")
         path = found[0]
     if not path.name.endswith(INDEX):
         return [path]
-    check_regular(path)
-    with explained(f"{path}: can't be read"):
-        content = strict_json(path.read_text("utf-8"))
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
         raise FileError(f"{path}: no index of shards")
     if strange := [name for name in names.values() if Path(name).name != name]:
@@ -117,19 +111,13 @@ def _shards(path: Path) -> list[Path]:
     return [path.with_name(name) for name in dict.fromkeys(names.values())]
 
 
-def _renamed(
-    plain: Mapping[str, str], prefix: str | None, adapted_names: Callable[[], Set[str]]
-) -> dict[str, str]:
-    """Give a checkpoint's tensors the model's names."""
-    if prefix is not None:
-        return _with_prefix(plain, prefix)
-    held, adapted = {*plain.values()}, adapted_names()
-    first = next(iter(adapted), "")
-    prefixes = {first.removesuffix(name) for name in held if first.endswith(f".{name}")}
-    prefixes |= {name.removesuffix(first) for name in held if first and name.endswith(f".{first}")}
-    choices = [dict(plain), *(_with_prefix(plain, each) for each in sorted(prefixes))]
-    counts = [len(adapted & {*names.values()}) for names in choices]
-    return choices[counts.index(max(counts))]
+def _prefix(plain: Mapping[str, str], adapted: Set[str]) -> str:
+    """Return the prefix with which, or without, most adapted weights are a checkpoint's."""
+    names, first = plain.values(), next(iter(adapted), "")
+    prefixes = {first.removesuffix(name) for name in names if first.endswith(f".{name}")}
+    prefixes |= {name.removesuffix(first) for name in names if first and name.endswith(f".{first}")}
+    choices = ["", *sorted(prefixes)]
+    return max(choices, key=lambda each: len(adapted & {*_with_prefix(plain, each).values()}))
 
 
 def _with_prefix(plain: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..deltas import Delta
 from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
+from ..progress import progress
 from ..rows import Rows
 from .bases import open_both
 from .formats import write_adapter
-from .progress import progress
 from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
 
 BLOCK = 2**22
@@ -46,7 +46,6 @@ def check_checkpoint(
         FileError: Not all are equal, or the file doesn't say its base's bits.
 
     Example:
-        >>> from lora_param.io import check_checkpoint
         >>> check_checkpoint("adapter.safetensors", "base.pt")
         2
     """
@@ -96,18 +95,17 @@ def merge_checkpoint(
         FileError: The files don't belong together, or a merged weight would not be finite.
 
     Example:
-        >>> from lora_param.io import merge_checkpoint
         >>> merge_checkpoint("adapter.safetensors", "base.pt", "merged.safetensors")
         (1, 2)
     """
     check_apart(Path(out), Path(path), Path(base))
     check_name(Path(out))
     with open_both(path, base, base_prefix, options) as (file, checkpoint, weights, found):
-        check_apart(Path(out), *(opened.path for opened in {*checkpoint.files.values()}))
-        names = checkpoint.names
+        files, names = checkpoint.files, checkpoint.names
+        check_apart(Path(out), *(opened.path for opened in {*files.values()}))
         deltas: defaultdict[str, list[Delta]] = defaultdict(list)
-        for name, delta in found.items():
-            deltas[name.rpartition("[")[0] if delta.rows else name].append(delta)
+        for weight, delta in found.items():
+            deltas[weight.whole.name].append(delta)
         hidden = {name for key, name in names.items() if "parametrizations." in key}
         if hidden := hidden & deltas.keys():
             listed = shortened(sorted(hidden))
@@ -120,15 +118,13 @@ def merge_checkpoint(
                 f"{base}: {shortened(twins)} may be adapted weights by other names, having their "
                 "bits, and would not change; take them out, or give --any-base if they aren't"
             )
-        blocks = (
-            block
-            for key, name in progress(list(names.items()), "merging")
-            for block in merged_blocks(
-                *(checkpoint.files[key], key, name), deltas.get(name, []), digests
-            )
-        )
-        entries = {key: opened.entry(key) for key, opened in checkpoint.files.items()}
-        write_blobs(Path(out), entries, checkpoint.metadata, blocks)
+
+        def blocks() -> Iterator[Any]:
+            for key, name in progress(list(names.items()), "merging"):
+                yield from merged_blocks(files[key], key, name, deltas.get(name, []), digests)
+
+        entries = {key: opened.entry(key) for key, opened in files.items()}
+        write_blobs(Path(out), entries, checkpoint.metadata, blocks())
     return len(deltas), len(names)
 
 
@@ -162,17 +158,14 @@ def convert_file(
         LoRAError: A format doesn't know an option.
 
     Example:
-        >>> from lora_param.io import convert_file
         >>> convert_file("adapter.safetensors", "for_peft", "peft")
         ['0.weight']
     """
     check_apart(Path(out), *(Path(each) for each in (path, base) if each))
     with open_both(path, base, base_prefix, options or {}) as (file, _, weights, deltas):
-        if weights.unknown:
-            fix = "give the checkpoint that it was trained on with --base"
-            raise FileError(f"{file.unsaid}; {fix}")
+        file.check_said(weights, "give the checkpoint that it was trained on with --base")
         write_adapter(format, Path(out), deltas, weights, file.about, **write_options or {})
-    return list(deltas)
+    return [weight.name for weight in deltas]
 
 
 def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> list[str]:
@@ -204,9 +197,8 @@ def merged_blocks(
             value = _with_updates(weight, index * rows, deltas)
             if not value.isfinite().all() and weight.isfinite().all():
                 raise FileError(f"{file.path}: {name} would not be finite in {dtype}")
-            yield bytes_of(name, value)
-        else:
-            yield content
+            content = bytes_of(name, value)
+        yield content
     if base.get(name, digested.hexdigest()) != digested.hexdigest():
         raise FileError(f"{file.path}: {name} has other bits; {OTHER_BASE}")
 

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from json import dumps, loads
 from pathlib import Path
@@ -14,21 +15,21 @@ from typing import Any, NoReturn
 
 from ..combine import Fit
 from ..errors import LoRAError
-from ..summary import show_alpha
+from ..lowrank import Rank
+from ..summary import aligned, show_alpha
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
 from .combination import combine_files, extract_checkpoint, resize_file
 from .formats import WRITTEN
-from .plot import plot_summary
-from .summary import FileSummary, UpdateSummary, file_summary
+from .summary import FileSummary, UpdateSummary, file_summary, plot_summary
 from .tensors import AnyPath
 
 PROGRAM = "lora-param"
 RAW = argparse.RawDescriptionHelpFormatter  # an example stays one line
 
 
-def info(*, file: Path, plot: Path | None, json: bool, option: dict[str, Any], **base: Any) -> None:
+def info(*, file: Path, base: Path | None, plot: Path | None, json: bool, **options: Any) -> None:
     """Print what a file holds: its format, its base, and each update's size."""
-    summary = file_summary(file, base["base"], base_prefix=base["prefix"], **option)
+    summary = file_summary(file, base, **options)
     if plot:
         plot_summary(summary, plot)
     totals = {"weights": len(summary.weights), "parameters": summary.parameters}
@@ -38,14 +39,11 @@ def info(*, file: Path, plot: Path | None, json: bool, option: dict[str, Any], *
 
 def _table(summary: FileSummary) -> str:
     header = ("weight", "kind", "shape", "rank", "alpha", "|dW|", "eff. rank")
-    rows = [header, *map(_cells, summary.weights)]
-    width = max(len(row[0]) for row in rows)
-    line = f"{{:{width}}}  {{:>6}}  {{:>14}}  {{:>5}}  {{:>8}}  {{:>11}}  {{:>9}}"
     lines = [
         _printable(f"format {summary.format}, base {summary.base or 'not said'}"),
         *(_printable(f"{name}: {text}") for name, text in summary.metadata.items()),
         "",
-        *(line.format(*row) for row in rows),
+        *aligned([header, *map(_cells, summary.weights)], header[2:]),
         f"\n{len(summary.weights):,} weights, {summary.parameters:,} parameters",
     ]
     return "\n".join(lines)
@@ -64,72 +62,51 @@ def _cells(update: UpdateSummary) -> tuple[str, ...]:
     )
 
 
-def convert(
-    *, file: Path, out: Path, to: str, base: Path, prefix: str | None, **options: Any
-) -> None:
+def convert(*, file: Path, out: Path, to: str, base: Path, **options: Any) -> None:
     """Write a file again in another format."""
-    said = {"options": options["option"], "write_options": options["write_option"]}
-    names = convert_file(file, out, to, base, base_prefix=prefix, **said)
+    given = {name: options.pop(name) for name in ("base_prefix", "write_options")}
+    names = convert_file(file, out, to, base, options=options, **given)
     print(f"{out}: {len(names):,} weights, format {to}")
 
 
-def check(*, file: Path, base: Path, prefix: str | None, option: dict[str, Any]) -> None:
+def check(*, file: Path, base: Path, **options: Any) -> None:
     """Compare a checkpoint with the base that a file was trained on, bit for bit."""
-    count = check_checkpoint(file, base, base_prefix=prefix, **option)
+    count = check_checkpoint(file, base, **options)
     print(f"{base}: the base to the bit, all {count:,} parameters")
 
 
-def merge(
-    *, file: Path, base: Path, out: Path, prefix: str | None, any_base: bool, option: dict[str, Any]
-) -> None:
+def merge(*, file: Path, base: Path, out: Path, **options: Any) -> None:
     """Fold a file's adapter into a checkpoint, some rows of one tensor in memory at a time."""
-    given = {"any_base": any_base, "base_prefix": prefix, **option}
-    changed, total = merge_checkpoint(file, base, out, **given)
+    changed, total = merge_checkpoint(file, base, out, **options)
     print(f"{out}: {changed:,} of {total:,} tensors changed")
 
 
-def combine(*, files: list[str], out: Path, rank: str | None, **options: Any) -> None:
+def combine(*, files: list[str], out: Path, **options: Any) -> None:
     """Combine adapters' files, each with a strength, into one of our own."""
     strengths: dict[AnyPath, float] = {}
-    for place, said in enumerate(files):
+    for said in files:
         path, _, strength = said.rpartition(":")
-        try:
-            strengths[path] = float(strength)
-        except ValueError:
-            rule = "a file with its strength, such as a.safetensors:0.7"
-            raise LoRAError(f"each must be {rule}, got {said}") from None
-        if not path or len(strengths) <= place:
-            raise LoRAError(f"each file can be given once, with its strength, got {said}")
-    _print_fits(out, combine_files(strengths, out, rank=_rank(rank), **options))
+        if not path or path in strengths or isinstance(_value(strength), str):
+            rule = "each file once, with its strength, such as a.safetensors:0.7"
+            raise LoRAError(f"give {rule}, got {said}")
+        strengths[path] = _value(strength)
+    _print_fits(out, combine_files(strengths, out, **options))
 
 
-def resize(*, file: Path, out: Path, rank: str) -> None:
+def resize(*, file: Path, out: Path, rank: Rank) -> None:
     """Give a file's updates another rank, the nearest of a lower one."""
-    _print_fits(out, resize_file(file, out, _rank(rank)))
+    _print_fits(out, resize_file(file, out, rank))
 
 
-def extract(*, base: Path, tuned: Path, out: Path, rank: str) -> None:
+def extract(*, base: Path, tuned: Path, out: Path, rank: Rank) -> None:
     """Write what turns a checkpoint into a tuned one as an adapter, a tensor at a time."""
-    _print_fits(out, extract_checkpoint(base, tuned, out, rank=_rank(rank)))
-
-
-def _rank(said: str | None) -> Any:
-    """Return a rank, or a share of the squared norm, as it was written."""
-    if said is None:
-        return None
-    try:
-        return float(said) if "." in said else int(said)
-    except ValueError:
-        raise LoRAError(f"rank must be a number such as 16, or a share, got {said:.40}") from None
+    _print_fits(out, extract_checkpoint(base, tuned, out, rank=rank))
 
 
 def _print_fits(out: Path, fits: Sequence[Fit]) -> None:
-    width = max(len(_name(fit.weight)) for fit in fits)
-    print("{:{}}  {:>5}  {:>10}".format("weight", width, "rank", "rel. error"))
-    for fit in fits:
-        rank = "-" if fit.rank is None else str(fit.rank)
-        print(f"{_name(fit.weight):{width}}  {rank:>5}  {fit.error:>10.3g}")
-    print(f"\n{out}: {len(fits):,} weights")
+    header = ("weight", "rank", "rel. error")
+    cells = [(_name(fit.weight), f"{fit.rank or '-'}", f"{fit.error:.3g}") for fit in fits]
+    print(*aligned([header, *cells], header[1:]), f"\n{out}: {len(fits):,} weights", sep="\n")
 
 
 def _name(weight: str) -> str:
@@ -153,11 +130,16 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise LoRAError(f"an option is written NAME=VALUE, got {text}")
-        try:
-            options[name] = loads(value)
-        except ValueError:
-            options[name] = value
+        options[name] = _value(value)
     return options
+
+
+def _value(text: str) -> Any:
+    """Return what is written as JSON or as a number, or text that is neither."""
+    for read in (loads, int, float):
+        with suppress(ValueError, RecursionError):
+            return read(text)
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -171,7 +153,7 @@ def _said(shown: str | None, help: str, **more: Any) -> dict[str, Any]:
     return {"metavar": shown, "help": help, **more}
 
 
-CHECKPOINT, RANK, OPTION = "CHECKPOINT", "RANK", "NAME=VALUE"
+CHECKPOINT, RANK, OPTION, PREFIX = "CHECKPOINT", "RANK", "NAME=VALUE", "base_prefix"
 PATH: dict[str, Any] = {"type": Path}
 NEEDED: dict[str, Any] = {"type": Path, "required": True}
 REPEATED: dict[str, Any] = {"action": "append", "default": []}
@@ -184,16 +166,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--base": _said(CHECKPOINT, "a file, an index of shards, or a folder with one", **NEEDED),
     "[--base]": _said(CHECKPOINT, "the base, where FILE doesn't say", **PATH),
     "--tuned": _said(CHECKPOINT, "what became of it", **NEEDED),
-    "--prefix": _said(None, "what the model's names have and CHECKPOINT's lack, such as bert."),
+    "--prefix": _said("PREFIX", "in front of the model's names alone, such as bert.", dest=PREFIX),
     "--any-base": {"action": "store_true", "help": "whether trained on this base or not"},
     "--json": {"action": "store_true", "help": "print JSON"},
     "--plot": _said("OUT.png", "draw norms and effective ranks, by matplotlib", **PATH),
-    "--rank": _said(RANK, "16, or a share such as 0.95", required=True),
-    "[--rank]": _said(RANK, "16, or a share such as 0.95; else all of it"),
+    "--rank": _said(RANK, "16, or a share such as 0.95", type=_value, required=True),
+    "[--rank]": _said(RANK, "16, or a share such as 0.95; else all of it", type=_value),
     "--method": {"choices": ("sum", "ties", "dare"), "default": "sum"},
     "--density": {"type": float, "help": "the share of entries that ties and dare keep"},
     "--option": _said(OPTION, "what FILE's format asks for, such as alpha=16", **REPEATED),
-    "--write-option": _said(OPTION, "what OUT's format takes", **REPEATED),
+    "--write-option": _said(OPTION, "what OUT's format takes", dest="write_options", **REPEATED),
 }
 COMMANDS: dict[Callable[..., None], tuple[str, str]] = {
     info: (
@@ -247,8 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda said, *rest: print(
                 f"{PROGRAM}: {_as_typed(said)}", file=sys.stderr
             )
-            given |= {name: _options(given[name]) for name in given if name.endswith("option")}
-            given.pop("call")(**given)
+            if "write_options" in given:
+                given["write_options"] = _options(given["write_options"])
+            given.pop("call")(**_options(given.pop("option", [])), **given)
     except Exception as error:  # whatever a hostile file brings about
         kind = "" if isinstance(error, (LoRAError, OSError)) else f"{type(error).__name__}: "
         print(f"{PROGRAM}: {kind}{_as_typed(error)}", file=sys.stderr)

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..checks import Need, walk
-from ..combine import Fit, Method, check_options, combined, resized
-from ..deltas import Delta
-from ..deltas.protocol import FLOATS, check_adapter
+from ..combine import Fit, Method, combine, resized
+from ..deltas.protocol import check_adapter
 from ..errors import FileError, LoRAError
-from ..extract import difference, differences
-from ..layers import listed_tensors
+from ..extract import differences
 from ..lowrank import Rank, check_rank_or_share
+from ..progress import progress
 from ..register import install
 from ..targets import Target
-from ..weight import Weight, tensor_names
+from ..walk import Walk
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
-from .progress import progress
 from .tensors import About, AnyPath, check_apart, shortened
 
 
@@ -63,7 +61,7 @@ def extract_lora(
         FileError: The checkpoint can't be read.
 
     Example:
-        >>> import copy, torch
+        >>> import copy
         >>> model = torch.nn.Linear(8, 8)
         >>> tuned = copy.deepcopy(model)
         >>> _ = tuned.weight.data.add_(torch.ones(8, 8))
@@ -78,18 +76,14 @@ def extract_lora(
             own = stack.enter_context(open_checkpoint(Path(tuned))).tensors
         elif isinstance(tuned, nn.Module):
             own = {weight.name: weight.value for weight, _ in walk(tuned, "extract_lora").tensors}
+        elif isinstance(tuned, Mapping) and all(isinstance(t, Tensor) for t in tuned.values()):
+            own = {plain_name(name): tensor for name, tensor in tuned.items()}
         else:
-            own = _plain(tuned)
+            rule = "tuned must be a module, a state dict of tensors or a path"
+            raise LoRAError(f"{rule}, got {type(tuned).__name__}")
         pairs, fits = differences(found, own, rank, adapter, target, exclude)
     install(found, pairs, freeze)
     return fits
-
-
-def _plain(tensors: Any) -> dict[str, Tensor]:
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        got = type(tensors).__name__
-        raise LoRAError(f"tuned must be a module, a state dict of tensors or a path, got {got}")
-    return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def combine_files(
@@ -109,21 +103,16 @@ def combine_files(
         AdapterError: A kind doesn't add.
         LoRAError: An option is out of range.
     """
-    check_options(method, rank, density)
     check_apart(Path(out), *map(Path, files))
     with ExitStack() as stack:
         opened = [stack.enter_context(open_adapter(Path(path))) for path in files]
         weights, about = _common(opened)
-        terms: dict[str, list[tuple[Delta, float]]] = {}
-        for file, strength in zip(opened, files.values(), strict=True):
-            for name, delta in file.fit(file.outline).items():
-                delta.check_strength(1 if delta.of_buffers else strength)
-                terms.setdefault(name, []).append((delta, strength * delta.strength))
-        deltas, fits = dict[str, Delta](), list[Fit]()
-        for name, own in progress(list(terms.items()), "combining"):
-            weight = cast("Weight", weights.weight(name))  # of the files' own outlines
-            deltas[name], fit = combined(weight, own, method=method, rank=rank, density=density)
-            fits += [] if deltas[name].of_buffers else [fit]
+        terms = [
+            (weight, delta, strength * delta.strength)
+            for file, strength in zip(opened, files.values(), strict=True)
+            for weight, delta in file.fit(weights).items()
+        ]
+        deltas, fits = combine(terms, method, rank, density)
         write_adapter("native", Path(out), deltas, weights, about)
     return fits
 
@@ -132,13 +121,13 @@ def _common(files: list[AdapterFile]) -> tuple[Outline, About]:
     """Return what files say of the one base that they have, or raise a `FileError`."""
     base, shapes, layers = dict[str, str](), dict[str, Any](), dict[str, Any]()
     for file in files:
-        if file.outline.unknown:
-            raise FileError(f"{file.unsaid}; convert it to native with --base first")
+        file.check_said(file.outline, "convert it to native with --base first")
         about = file.about
         if other := [n for n, digest in about.base.items() if base.get(n, digest) != digest]:
             reason = "is of another base than those in front of it"
             raise FileError(f"{file.path}: {reason}: {shortened(other)}")
-        base, shapes = {**base, **about.base}, {**shapes, **about.shapes}
+        base |= about.base
+        shapes |= about.shapes
         layers |= about.layers
     first = files[0].about
     name = first.model if all(each.about.model == first.model for each in files) else ""
@@ -158,9 +147,9 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
     with open_adapter(Path(path)) as file:
         weights, _ = _common([file])
         deltas, fits = file.fit(weights), list[Fit]()
-        for name, delta in progress(list(deltas.items()), "resizing"):
+        for weight, delta in progress(list(deltas.items()), "resizing"):
             if "rank" in delta.numbers:
-                deltas[name], fit = resized(cast("Weight", weights.weight(name)), delta, rank)
+                deltas[weight], fit = resized(weight, delta, rank)
                 fits.append(fit)
         if not fits:
             raise LoRAError(f"{path}: there is no pair of factors to resize")
@@ -174,34 +163,19 @@ def extract_checkpoint(
     """Write what turns a checkpoint into a tuned one as an adapter's file, a tensor at a time.
 
     What a layer is, is told from names and shapes: a matrix called `weight` is a linear layer's.
+    What has changed and no adapter can hold is named in a warning.
 
     Raises:
-        FileError: A checkpoint can't be read, or they aren't of one model.
-        LoRAError: The rank is out of range, or nothing has changed.
+        FileError: A checkpoint can't be read, they aren't of one model, or nothing has changed.
+        LoRAError: The rank is out of range.
     """
     check_rank_or_share(rank)
     check_apart(Path(out), Path(base), Path(tuned))
     with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
-        old, new = first.tensors, second.tensors
-        shapes = [{name: each.shape for name, each in side.items()} for side in (old, new)]
-        if other := [name for name in {**old, **new} if len({s.get(name) for s in shapes}) > 1]:
-            raise FileError(f"{tuned}: has other tensors than {base}: {shortened(other)}")
-        outline = outline_of_tensors(old, {})
-        deltas, fits, left = dict[str, Delta](), list[Fit](), list[str]()
-        for name, weight in progress(list(outline.weights.items()), "extracting"):
-            if old[name].dtype not in FLOATS or not old[name].ndim:
-                left += [] if old[name].equal(new[name]) else [name]
-                continue
-            layer = weight.layer
-            own = listed_tensors(layer, tensor_names(weight.module))
-            low = layer.default and weight.tensor in own
-            view = weight.view if low and old[name].ndim > 1 else None
-            if (found := difference(name, old[name], new[name], view, rank)) is not None:
-                deltas[name], fit = found
-                fits.append(fit)
-        if left:
-            raise FileError(f"{tuned}: no adapter can hold the change of {shortened(left)}")
-        if not deltas:
-            raise LoRAError(f"{tuned}: has the tensors of {base}, to the bit")
-        write_adapter("native", Path(out), deltas, outline, About())
+        outline = outline_of_tensors(first.tensors, {})
+        try:
+            pairs, fits = differences(Walk(outline.modules[""]), second.tensors, rank)
+        except LoRAError as error:
+            raise FileError(f"{tuned}: held against {base}: {error}") from None
+        write_adapter("native", Path(out), dict(pairs), outline, About())
     return fits

@@ -16,6 +16,7 @@ from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter, tensors_of
 from ..errors import AdapterError, FileError, LoRAError
 from ..frozen import digest_of
+from ..progress import progress
 from ..register import install
 from ..sharding import alike, mesh_of
 from ..state import load_deltas
@@ -25,10 +26,7 @@ from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .outline import Outline, outline_of_model
-from .progress import progress
 from .tensors import About, AnyPath, check_strings, shortened
-
-Pairs = list[tuple[Weight, Delta]]
 
 
 def save_lora(
@@ -66,8 +64,6 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})
@@ -81,8 +77,7 @@ def save_lora(
         raise AdapterError(f"a file holds one adapter, and the model has {names}; name one")
     mesh = mesh_of(tensor for _, delta in pairs for tensor in delta.parameters())
     pairs = [(weight, delta.gathered()) for weight, delta in pairs]
-    deltas = {weight.name: delta for weight, delta in pairs}
-    if faults := list(faults_of(deltas)):
+    if faults := list(faults_of({weight.name: delta for weight, delta in pairs})):
         raise LoRAError(f"nothing was saved: {shortened(faults)}")
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
     cls = type_before(getattr(model, "_orig_mod", model))
@@ -97,7 +92,7 @@ def save_lora(
     )
     with alike(mesh) as first:
         if first:
-            write_adapter(format, Path(path), deltas, weights, about, **options)
+            write_adapter(format, Path(path), dict(pairs), weights, about, **options)
     check_saved(found, pairs)
 
 
@@ -149,7 +144,7 @@ def load_lora(
             file = opened.enter_context(open_adapter(Path(path)))
             adapter = file.about.adapter if adapter is None else adapter
             check_adapter(adapter)
-            own = {weight.name: delta for weight, delta in found.deltas if delta.adapter == adapter}
+            own = {weight: delta for weight, delta in found.deltas if delta.adapter == adapter}
             need = checks.Need.ADAPTERS if own else checks.Need.CHANGE
             checks.check_model(found, "load_lora", need)
             if trainable:
@@ -166,27 +161,26 @@ def load_lora(
         if own:
             _load(file, own, deltas, trainable)
         else:
-            install(found, _attachable(deltas, weights, adapter, trainable), freeze)
-    return [name for name, delta in deltas.items() if not delta.of_buffers]
+            install(found, _attachable(deltas, adapter, trainable), freeze)
+    return [weight.name for weight, delta in deltas.items() if not delta.of_buffers]
 
 
 def _statistics_beside(
-    walk: Walk, own: Mapping[str, Delta], adapter: str, freeze: bool, deltas: Deltas
+    walk: Walk, own: Deltas, adapter: str, freeze: bool, deltas: Deltas
 ) -> Deltas:
     """Return copies of what training moves and a file's format has no place for."""
     fresh = checks.moving_without(walk, adapter) if freeze and not own else []
-    moving = [(weight.name, weight.value) for weight in fresh]
-    moving += [(w.name, cast("Tensor", w.original)) for w in walk.moving if w.name in own]
-    return {name: StatisticsDelta(each) for name, each in moving if name not in deltas}
+    moving = [(weight, weight.value) for weight in fresh]
+    moving += [(w, cast("Tensor", w.original)) for w in walk.moving if w in own]
+    return {weight: StatisticsDelta(each) for weight, each in moving if weight not in deltas}
 
 
-def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool) -> Pairs:
+def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Weight, Delta]]:
     """Pair weights with deltas that have tensors of their own, on the weights' devices."""
     pairs = []
-    for name, delta in progress(list(deltas.items()), "loading"):
-        weight = cast("Weight", weights.weight(name))
+    for weight, delta in progress(list(deltas.items()), "loading"):
         if (device := weight.like.device).type == "meta":
-            raise LoRAError(f"{name} is on the meta device; load when the model has values")
+            raise LoRAError(f"{weight.name} is on the meta device; load when the model has values")
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
         copy.adapter = adapter
@@ -195,22 +189,20 @@ def _attachable(deltas: Deltas, weights: Outline, adapter: str, trainable: bool)
     return pairs
 
 
-def _load(
-    file: AdapterFile, own: Mapping[str, Delta], deltas: Mapping[str, Delta], trainable: bool
-) -> None:
+def _load(file: AdapterFile, own: Deltas, deltas: Deltas, trainable: bool) -> None:
     """Load deltas into those that the model has."""
     adapter, state = next(iter(own.values())).adapter, dict[str, Any]()
-    for name, delta in deltas.items():
-        if name in own and own[name].kind == delta.kind:
-            held = own[name].numbers
-            silent = {number: held[number] for number in file.format.silent if number in held}
-            delta.numbers = delta.numbers | silent
+    for weight, delta in deltas.items():
+        if weight in own and own[weight].kind == delta.kind:
+            held = own[weight].numbers
+            if "dropout" in held and not file.format.says_dropout:
+                delta.numbers = delta.numbers | {"dropout": held["dropout"]}
             if not file.format.any_kind:
-                delta.strength = own[name].strength
-        state |= delta.state_dict(prefix=f"{name}.{adapter}.")
+                delta.strength = own[weight].strength
+        state |= delta.state_dict(prefix=f"{weight.name}.{adapter}.")
     try:
         with all_or_nothing() as undo:
-            load_deltas({f"{name}.{adapter}.": delta for name, delta in own.items()}, state, undo)
+            load_deltas({f"{w.name}.{adapter}.": each for w, each in own.items()}, state, undo)
             parameters = [each for delta in own.values() for each in delta.parameters()]
             set_flags(undo, parameters, trainable)
     except LoRAError as error:

@@ -16,7 +16,6 @@ from ..chains import type_before
 from ..errors import TargetError
 from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, Shape, layer_of
 from ..rows import split_rows
-from ..targets import nearest
 from ..walk import Walk
 from ..weight import Weight, join
 
@@ -118,10 +117,6 @@ class Outline:
         found = (self.weight(join(path, "weight")) for path in paths)
         return next(filter(None, found), None)
 
-    def nearest(self, name: str) -> str:
-        """Quote up to three names of weights that are the most like one."""
-        return nearest(name, self.weights)
-
 
 UNKNOWN = Outline(unknown=True)
 """The outline of a model of which there is nothing but the adapter's file."""
@@ -155,6 +150,7 @@ def outline_of_tensors(
         value = said if isinstance(said, Tensor) else torch.empty(said, device="meta")
         own[path][tensor] = value
     modules = {path: _stand_in(path, inside, facts) for path, inside in own.items()}
+    modules[""]._modules.update({path: each for path, each in modules.items() if path})
     weights = {
         join(path, tensor): Weight(path, modules[path], tensor)
         for path, inside in own.items()
@@ -167,11 +163,8 @@ def outline_of_tensors(
 
 def _stand_in(path: str, own: Mapping[str, Tensor], facts: Mapping[str, Facts]) -> nn.Module:
     """Make a module of what is said of one, or of what its tensors' shapes look like."""
-    said = {
-        name: fact
-        for name, fact in facts.get(path, {}).items()
-        if isinstance(fact, FACTS.get(name, ()))
-    }
+    given = facts.get(path, {})
+    said = {name: given[name] for name in given if isinstance(given[name], FACTS.get(name, ()))}
     weight, bias = (own[name].shape if name in own else () for name in ("weight", "bias"))
     linear = kind_name(TABLE[0])  # attention's
     if "type" in said:

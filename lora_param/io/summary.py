@@ -1,19 +1,21 @@
-"""What an adapter's file holds, in numbers."""
+"""What an adapter's file holds, in numbers and as a picture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..deltas import Delta
 from ..deltas.protocol import tensors_of
-from ..errors import FileError
+from ..errors import FileError, LoRAError
 from ..layers import Shape
+from ..progress import progress
+from ..weight import Weight
 from .bases import open_both
-from .progress import progress
-from .tensors import AnyPath
+from .tensors import AnyPath, explained
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,6 @@ def file_summary(
             doesn't fit the base.
 
     Example:
-        >>> from lora_param.io import file_summary
         >>> summary = file_summary("adapter.safetensors")
         >>> summary.format, summary.weights[0].shape, summary.parameters
         ('native', (2, 3), 5)
@@ -73,22 +74,19 @@ def file_summary(
     Source:
         Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
     """
-    with open_both(path, base, base_prefix, options) as (file, _, weights, deltas):
+    with open_both(path, base, base_prefix, options) as (file, _, _, deltas):
         about, updates = file.about, []
-        for name, delta in progress(list(deltas.items()), "measuring"):
-            weight = weights.weight(name)
-            norm = weight.like.double().norm().item() if base is not None and weight else None
-            updates.append(_measured(name, delta, weight.shape if weight else None, norm))
+        for weight, delta in progress(list(deltas.items()), "measuring"):
+            norm = None if base is None else weight.like.double().norm().item()
+            updates.append(_measured(weight, delta, norm))
     return FileSummary(
         file.format.name, about.base_name, about.adapter, dict(about.metadata), tuple(updates)
     )
 
 
-def _measured(
-    name: str, delta: Delta, shape: Shape | None, base_norm: float | None
-) -> UpdateSummary:
-    tensors = tensors_of(delta)
-    if shape is None:  # of a file that doesn't say it
+def _measured(weight: Weight, delta: Delta, base_norm: float | None) -> UpdateSummary:
+    tensors, name = tensors_of(delta), weight.name
+    if (shape := weight.shape) is None:  # of a file that doesn't say it
         shape = tuple(next(iter(tensors.values())).shape)
         if "lora_B" in tensors:
             shape = (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])
@@ -103,3 +101,50 @@ def _measured(
     sizes = (values.norm().item(), effective.mean().item()) if known else (None, None)
     said = rank, alpha, scaling, *sizes, count, delta.strength, base_norm
     return UpdateSummary(name, delta.origin or delta.kind, shape, *said)
+
+
+NAMED, LONGEST = 40, 50
+"""Up to how many weights have their names below the picture, and how much of each, its end."""
+
+
+def plot_summary(summary: FileSummary, out: AnyPath) -> None:
+    """Draw each update's norm, beside its base's where that is known, and its effective rank.
+
+    Raises:
+        LoRAError: matplotlib isn't installed.
+        FileError: The picture can't be written, or not in the format that its name says.
+
+    Example:
+        >>> plot_summary(file_summary("adapter.safetensors", "base.pt"), "adapter.png")
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LoRAError("a picture needs matplotlib: pip install matplotlib") from None
+    updates = summary.weights
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    sizes, ranks = figure.subplots(2, 1, sharex=True)
+    lines: dict[str, tuple[Any, str, list[float | None]]] = {
+        "|W|": (sizes, "_", [each.base_norm for each in updates]),
+        "|dW|": (sizes, "o", [each.norm for each in updates]),
+        "rank": (ranks, "_", [each.rank for each in updates]),
+        "effective rank": (ranks, "o", [each.effective_rank for each in updates]),
+    }
+    for label, (axes, marker, values) in lines.items():
+        known = [(place, value) for place, value in enumerate(values) if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), marker, label=label)
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if any(each.norm for each in updates):
+        sizes.set_yscale("log")
+    sizes.set_ylabel("Frobenius norm")
+    ranks.set_ylabel("effective rank")
+    ranks.update_datalim([(0, 0)])
+    ranks.autoscale_view()
+    ranks.set_xlabel("weight, in the order of the model")
+    if len(updates) <= NAMED:
+        names = [each.weight[-LONGEST:] for each in updates]
+        ranks.set_xticks(range(len(updates)), names, rotation=90)
+    figure.suptitle(f"{summary.adapter} on {summary.base or 'a base that it does not name'}")
+    with explained(f"{out}: can't be drawn"):
+        figure.savefig(Path(out))

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,8 +53,7 @@ LONGEST_HEADER = 100_000_000  # what safetensors itself accepts
 LONGEST_NAME = 1000  # longer ones no module has, and they take long to look up
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What a header says about one tensor: its dtype's name, its shape, where its bytes are."""
 
     dtype: str
@@ -63,31 +62,29 @@ class Entry:
     end: int
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says about itself, or the fault for which it is none."""
-
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    tensors: Mapping[str, Entry] = field(default_factory=dict)
-    fault: str = ""
+def entry_of(name: str, tensor: Tensor) -> Entry:
+    """Say what the header of a file says that holds a tensor alone."""
+    if tensor.dtype not in CODES:
+        raise FileError(f"{name}: no safetensors file can hold {tensor.dtype}")
+    return Entry(CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
 
 
-def read_header(path: Path, file: BinaryIO) -> Header:
-    """Read an open file's header, its tensors in the order of their bytes."""
+def _header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, Entry], str]:
+    """Read an open file's metadata, its entries in the order of their bytes, and its fault."""
     try:
         with safe_open(path, "pt"):  # holds sizes, shapes and places against the file
             start = 8 + int.from_bytes(file.read(8), "little")
             content = strict_json(file.read(start - 8).decode())
     except DAMAGE as error:
-        return Header(fault=f"{error!s:.200}")
+        return {}, {}, f"no safetensors file, or a damaged one: {error!s:.200}"
     metadata = content.pop("__metadata__", None) or {}
     if any(len(name) > LONGEST_NAME for name in content):
-        return Header(fault=f"a name has more than {LONGEST_NAME} characters")
+        return {}, {}, f"no safetensors file: a name has more than {LONGEST_NAME} characters"
     entries = {}
     for name, said in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = said["data_offsets"]
         entries[name] = Entry(said["dtype"], tuple(said["shape"]), start + begin, start + end)
-    return Header(metadata, entries)
+    return metadata, entries, ""
 
 
 @dataclass(frozen=True)
@@ -110,23 +107,25 @@ class About:
 
 @dataclass(eq=False)
 class OpenFile:
-    """An open file, whose header has been read; `folder` is PEFT's, where that was named."""
+    """An open file, and what its header says; `folder` is PEFT's, where that was named."""
 
     path: Path
     folder: Path | None
     file: BinaryIO
-    header: Header
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    fault: str  # for which it is no safetensors file
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """Its tensors: a safetensors file's, mapped, or those in a pickled state dict."""
-        if self.path.suffix == ".safetensors":
-            self.check_whole()
-        if self.header.fault:
+        if self.fault and self.path.suffix == ".safetensors":
+            raise FileError(f"{self.path}: {self.fault}")
+        if self.fault:
             return _unpickled(self.path, self.file)
         try:
             with safe_open(self.path, "pt") as file:  # mapped: they are read when they are used
-                return {name: file.get_tensor(name) for name in self.header.tensors}
+                return {name: file.get_tensor(name) for name in self.entries}
         except DAMAGE as error:
             text = f"{self.path}: a damaged safetensors file: {error!s:.200}"
             raise FileError(text) from None
@@ -134,26 +133,17 @@ class OpenFile:
     @property
     def strings(self) -> dict[str, str]:
         """Those beside its tensors, without the one that transformers asks for."""
-        return {key: text for key, text in self.header.metadata.items() if key != "format"}
-
-    @property
-    def keys(self) -> Collection[str]:
-        """The names of its tensors, in the order of their bytes."""
-        return (self.tensors if self.header.fault else self.header.tensors).keys()
+        return {key: text for key, text in self.metadata.items() if key != "format"}
 
     def entry(self, key: str) -> Entry:
         """Say what a header says of a tensor, also of one in a pickle."""
-        if not self.header.fault:
-            return self.header.tensors[key]
-        tensor = self.tensors[key]
-        if tensor.dtype not in CODES:
-            raise FileError(f"{self.path}: {key}: no safetensors file can hold {tensor.dtype}")
-        return Entry(CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        own = self.entries.get(key)
+        return own or entry_of(f"{self.path}: {key}", self.tensors[key])
 
     def blocks(self, key: str, size: int) -> Iterator[bytearray]:
         """Yield a tensor's bytes, so many at a time."""
         entry = self.entry(key)
-        held = bytes_of(key, self.tensors[key]) if self.header.fault else None
+        held = bytes_of(key, self.tensors[key]) if self.fault else None
         for begin in range(entry.begin, entry.end, size):
             end = min(begin + size, entry.end)
             self.file.seek(begin)
@@ -161,11 +151,6 @@ class OpenFile:
             if len(content) < end - begin:
                 raise FileError(f"{self.path}: has become shorter while it was read")
             yield content
-
-    def check_whole(self) -> None:
-        """Raise a `FileError` unless it is a whole safetensors file."""
-        if fault := self.header.fault:
-            raise FileError(f"{self.path}: no safetensors file, or a damaged one: {fault}")
 
 
 @contextmanager
@@ -180,7 +165,7 @@ def open_file(path: Path) -> Iterator[OpenFile]:
         check_regular(path)
         file = open(path, "rb")  # noqa: SIM115, because the block's errors aren't the file's
     with file:
-        yield OpenFile(path, folder, file, read_header(path, file))
+        yield OpenFile(path, folder, file, *_header(path, file))
 
 
 @contextmanager
@@ -209,10 +194,9 @@ def _unpickled(path: Path, file: BinaryIO) -> dict[str, Tensor]:
         raise FileError(
             f"{path}: no state dict that can be read safely: damaged, or more than tensors"
         ) from None
-    for name in ("state_dict", "model_state_dict", "model") if isinstance(content, dict) else ():
-        if isinstance(content.get(name), dict):  # a training's checkpoint
-            content = content[name]
-            break
+    if isinstance(content, dict):  # of a training's checkpoint what is inside
+        inner = map(content.get, ("state_dict", "model_state_dict", "model"))
+        content = next((each for each in inner if isinstance(each, dict)), content)
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and len(key) <= LONGEST_NAME and isinstance(value, Tensor)
         for key, value in content.items()
@@ -245,10 +229,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write tensors of the dtypes in `CODES` to a safetensors file, whole or not at all."""
     # Readers view the bytes in place, so every tensor has to begin at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    entries = {
-        name: Entry(CODES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-        for name, tensor in ordered
-    }
+    entries = {name: entry_of(f"{path}: {name}", tensor) for name, tensor in ordered}
     write_blobs(path, entries, metadata, (bytes_of(name, tensor) for name, tensor in ordered))
 
 
@@ -330,8 +311,15 @@ def shortened(items: Sequence[str]) -> str:
     return "; ".join(items[:8]) + more
 
 
-def strict_json(text: str) -> Any:
-    """Parse JSON without duplicate keys, NaN or infinity."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object, or raise a `FileError`."""
+    check_regular(path)
+    with explained(f"{path}: can't be read as JSON"):
+        return strict_json(path.read_text("utf-8"))
+
+
+def strict_json(text: str) -> dict[str, Any]:
+    """Parse a JSON object without duplicate keys, NaN or infinity, or raise a `ValueError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -342,4 +330,7 @@ def strict_json(text: str) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
 
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    content = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content

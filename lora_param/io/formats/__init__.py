@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checks import check_weights
+from ...combine import overlapping
 from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
-from ...deltas.protocol import FLOATS, Shape, show_dtypes, tensors_of
+from ...deltas.protocol import FLOATS, show_dtypes, tensors_of
 from ...errors import FileError, LoRAError
-from ...sharding import whole
+from ...progress import progress
 from ...state import NUMBERS
+from ...targets import nearest
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, outline_of_tensors
-from ..progress import progress
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
-from ..values import NewValues
 from . import diffusers, kohya, loralib, native, peft
-from .blocks import joined
-from .factors import warn_of_statistics
+from .factors import joined, warn_of_statistics
+from .peft_whole import NewValues
 
-Deltas = dict[str, Delta]
-"""An adapter: its deltas by their weights' names."""
+Deltas = dict[Weight, Delta]
+"""An adapter: its deltas by their weights."""
 
 
 class Format(NamedTuple):
@@ -47,23 +46,19 @@ class Format(NamedTuple):
     kinds: Collection[str] = ("lora",)  # of the deltas that are written in it
     any_kind: bool = False  # whether it has a place for all kinds, blocks of rows and strengths
     blocks: Collection[str] = ()  # of the deltas that are written on blocks of rows, if not of any
-    silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
+    says_dropout: bool = True  # whether its files say a delta's dropout
 
 
 FORMATS = (
     Format("native", native, KINDS, any_kind=True),
     Format("peft", peft, ("lora", "dora", "dense", "statistics"), blocks=("dense",)),
-    Format("kohya", kohya, ("lora", "dora", "dense"), silent=("dropout",)),
-    Format("diffusers", diffusers, silent=("dropout",)),
-    Format("loralib", loralib, silent=("dropout",)),
+    Format("kohya", kohya, ("lora", "dora", "dense"), says_dropout=False),
+    Format("diffusers", diffusers, says_dropout=False),
+    Format("loralib", loralib, says_dropout=False),
 )
 """A file is recognised by one row."""
 
-WRITTEN = {
-    row.name: row
-    for row in sorted(FORMATS, key=lambda row: row.name)
-    if hasattr(row.module, "render")
-}
+WRITTEN = {row.name: row for row in FORMATS if hasattr(row.module, "render")}
 
 
 @dataclass(frozen=True)
@@ -82,13 +77,14 @@ class AdapterFile:
         about = self.about
         return outline_of_tensors(about.shapes, about.layers) if about.shapes else UNKNOWN
 
-    @property
-    def unsaid(self) -> str:
-        """What to say where that is nothing."""
-        return f"{self.path}: the format {self.format.name} doesn't say what its weights are"
+    def check_said(self, outline: Outline, fix: str) -> None:
+        """Raise where it isn't known what the weights are."""
+        if outline.unknown:
+            reason = f"the format {self.format.name} doesn't say what its weights are"
+            raise FileError(f"{self.path}: {reason}; {fix}")
 
-    def parse(self, weights: Outline, /, **options: Any) -> Deltas:
-        """Read the deltas; each is whole in itself, whether it fits the model isn't known."""
+    def parse(self, weights: Outline, /, **options: Any) -> dict[str, Delta]:
+        """Read the deltas by name; each is whole in itself, whether it fits isn't known."""
         _check_options(self.format.name, self.format.module.parse, options)
         tensors = self.file.tensors
         try:
@@ -112,7 +108,7 @@ class AdapterFile:
         return dict(pairs)
 
     def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
-        """Read the deltas and hold them against a model's weights, in model order.
+        """Read the deltas and hold them against a model's weights, if known, in model order.
 
         None of those returned has a higher rank than its weight's smaller side. `adapter` is the
         name of the adapter that they are going to be.
@@ -121,24 +117,34 @@ class AdapterFile:
         found = {name: w for name in deltas if (w := weights.weight(name)) is not None}
         if missing := [name for name in deltas if name not in found]:
             called = f" of {self.about.base_name}" if self.about.base_name else ""
+            near = nearest(missing[0], weights.weights)
             raise FileError(
                 f"{self.path}: an adapter's file holds only changes to its base, the weights"
                 f"{called}, and this model lacks {len(missing)} of {len(deltas)}: "
-                f"{shortened(missing)}; the nearest to the first are {weights.nearest(missing[0])}"
+                f"{shortened(missing)}; the nearest to the first are {near}"
                 f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
-        deltas |= {name: _known(deltas[name], weight) for name, weight in found.items()}
+        if weights.unknown:
+            return {found[name]: delta for name, delta in deltas.items()}
+        for name, delta in deltas.items():
+            deltas[name] = delta.added_to(found[name]) if isinstance(delta, NewValues) else delta
         check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
-        fitting, faults = Deltas(), list[str](_overlaps(found))
-        rows = {name: weight.rows.parts if weight.rows else () for name, weight in found.items()}
-        for name in sorted(found, key=lambda name: (order[found[name].whole.name], rows[name])):
-            if fault := _misfit(deltas[name], found[name]):
+        pairs = overlapping(found.values())
+        faults = [f"{one.name} and {other.name} overlap" for one, other in pairs]
+        fitting, lowered = Deltas(), dict[str, Delta]()
+        places = {
+            n: (order[w.whole.name], w.rows.parts if w.rows else ()) for n, w in found.items()
+        }
+        for name in sorted(found, key=lambda name: places[name]):
+            weight, delta = found[name], deltas[name]
+            if fault := _misfit(delta, weight):
                 faults.append(f"{name}: {fault}")
-            else:
-                fitting[name] = _within_rank(deltas[name], found[name].view)
-                fitting[name].rows, fitting[name].dim = found[name].rows, found[name].dim
-        lowered = {name: each for name, each in fitting.items() if each is not deltas[name]}
+                continue
+            if isinstance(delta, Pair) and delta.rank > (limit := min(weight.view[-2:])):
+                delta = lowered[name] = delta.lowered(limit)
+            delta.rows, delta.dim = weight.rows, weight.dim
+            fitting[weight] = delta
         if lowered and not faults:
             faults += faults_of(lowered)
         if faults:
@@ -159,12 +165,10 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
         _check_no_state_dict(file)
         rows = [row for row in FORMATS if row.module.recognises(file)]
         if len(rows) != 1:
-            if file.path.suffix == ".safetensors":
-                file.check_whole()
             known = ", ".join(row.name for row in rows or FORMATS)
             what = "could be any of" if rows else "is of no known format:"
-            held = f"; it holds {shortened([*names])}" if (names := file.header.tensors) else ""
-            raise FileError(f"{path}: {what} {known}{held}")
+            held = f"it holds {shortened([*file.entries])}" if file.entries else file.fault
+            raise FileError(f"{path}: {what} {known}{'; ' * bool(held)}{held}")
         describe = getattr(rows[0].module, "describe", None)
         said = describe(file) if describe else ({}, About(metadata=file.strings))
         yield AdapterFile(path, rows[0], file, *said)
@@ -172,13 +176,13 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
 
 def _check_no_state_dict(file: OpenFile) -> None:
     """Raise if a file holds what `lora_state_dict(model)` or `model.state_dict()` returned."""
-    names = file.tensors if loralib.recognises(file) else file.header.tensors
+    names = file.tensors if loralib.recognises(file) else file.entries
     stems = [name.removesuffix(NUMBERS) for name in names if name.endswith(f".{NUMBERS}")]
     if any(f"{stem}{part}" in names for stem in stems for part in ("lora_A", "shift_A", "D")):
         what, call = "lora_state_dict(model)", "load_lora_state_dict(model, "
         if "parametrizations." in stems[0]:
             what, call = "model.state_dict()", "model.load_state_dict("
-        read = "load_file" if file.header.tensors else "torch.load"
+        read = "load_file" if file.entries else "torch.load"
         fix = f"register its adapters and use {call}{read}(path)), or write a file by save_lora"
         raise FileError(f"{file.path}: no adapter file, but the state dict {what}; {fix}")
 
@@ -194,17 +198,17 @@ def write_adapter(
     taken = {native.KEY, "format", diffusers.CONFIG} & about.metadata.keys()
     if taken and (taken != {"format"} or about.metadata["format"] != "pt"):
         raise LoRAError(f"metadata can't have the key {min(taken)!r}, which files have themselves")
-    if left := [n for n, d in deltas.items() if d.of_buffers and d.kind not in row.kinds]:
-        warn_of_statistics(format.capitalize(), left)
-        deltas = {name: delta for name, delta in deltas.items() if name not in left}
+    if left := [w for w, d in deltas.items() if d.of_buffers and d.kind not in row.kinds]:
+        warn_of_statistics(format.capitalize(), [weight.name for weight in left])
+        deltas = {weight: delta for weight, delta in deltas.items() if weight not in left}
     if not row.any_kind:
-        deltas = joined(format, deltas, weights)
-    for name, delta in deltas.items():
+        deltas = joined(format, deltas)
+    for weight, delta in deltas.items():
         able = delta.rows is None or row.any_kind or delta.kind in row.blocks
         if delta.kind not in row.kinds or not able:
             what = "a block of rows" if delta.kind in row.kinds else f"a {delta.kind} delta"
-            raise FileError(f"{path}: {name}: the format {format} has no place for {what}")
-    strong = [name for name, delta in deltas.items() if delta.strength != 1]
+            raise FileError(f"{path}: {weight.name}: the format {format} has no place for {what}")
+    strong = [weight.name for weight, delta in deltas.items() if delta.strength != 1]
     if strong and not row.any_kind:
         reason = f"the format {format} has no place for a strength, and these are saved without"
         warnings.warn(f"{path}: {reason}: {shortened(strong)}", stacklevel=4)
@@ -246,29 +250,3 @@ def _misfit(delta: Delta, weight: Weight | None) -> str | None:
     if delta.rows != weight.rows:
         return f"its rows are [{delta.rows or ':'}], by its name [{weight.rows or ':'}]"
     return delta.misfit(weight.shape or (), weight.view)
-
-
-def _known(delta: Delta, weight: Weight) -> Delta:
-    """Turn new values that fit to what is added to the weight."""
-    if not isinstance(delta, NewValues) or _misfit(delta, weight):
-        return delta
-    known = weight.like
-    return delta if known.is_meta else delta.added_to(whole(known), weight.is_buffer)
-
-
-def _overlaps(found: Mapping[str, Weight]) -> Iterator[str]:
-    """Complain of what changes the same rows of one weight twice."""
-    blocks: defaultdict[str, list[Weight]] = defaultdict(list)
-    for weight in found.values():
-        blocks[weight.whole.name].append(weight)
-    for one, other in (pair for own in blocks.values() for pair in combinations(own, 2)):
-        if one.overlaps(other.rows):
-            yield f"{one.name} and {other.name} overlap"
-
-
-def _within_rank(delta: Delta, view: Shape) -> Delta:
-    """Return a delta, or one of the same update whose rank is the weight's smaller side."""
-    limit = min(view[-2:], default=0)
-    if isinstance(delta, Pair) and delta.rank > limit:
-        return delta.lowered(limit)
-    return delta

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import FileError
 from ..outline import Outline
-from ..tensors import About, Config, OpenFile, strict_json
+from ..tensors import About, Config, OpenFile, explained, strict_json
 from . import factors as shared
 from . import fused, peft
 from .peft_config import costly_patterns, rank_and_alpha, scaling, unsupported_fields
@@ -37,18 +37,14 @@ PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are diffusers', and not PEFT's own."""
-    names = file.header.tensors
+    names = file.entries
     return shared.matches_any(KEYS[:3], names) and not shared.matches_any(peft.KEYS, names)
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
     """Return PEFT's config of each part, if the file carries one; older ones don't."""
-    try:
-        fields = strict_json(file.header.metadata.get(CONFIG, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file.path}: {CONFIG} is no JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise FileError(f"{file.path}: {CONFIG} is no JSON object")
+    with explained(f"{file.path}: {CONFIG} can't be read as JSON"):
+        fields = strict_json(file.metadata.get(CONFIG, "{}"))
     configs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for field, value in fields.items():
         configs[_part(field)][field.removeprefix(f"{_part(field)}.")] = value
@@ -59,7 +55,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[shared.Pair]:
+) -> list[shared.Named]:
     """Read a LoRA, with PEFT's configs by the parts of a pipeline.
 
     The model is a UNet, transformer or text encoder, or one with children called so, as in a
@@ -70,17 +66,18 @@ def parse(
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
     factors, found = fused.placed(factors, weights, fused.elsewhere(weights), _paths)
-    deltas = shared.read_layers(factors, found, shared.plain_factors)
-    complaints = []
-    for part_name, (_, delta) in zip(factors, deltas, strict=True):
-        name = part_name.partition("#")[0]
+
+    def read(part_name: str) -> shared.Named:
+        shared.check_plain(weight := found[part_name])
+        name, pair = part_name.partition("#")[0], shared.plain(weight, factors[part_name])
         if (part := _part(name)) in config:
-            rank, delta.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
-            delta.scaling = scaling(config[part])
-            if rank != delta.rank:
-                complaints.append(f"{name} has rank {delta.rank}, by its config {rank}")
-    shared.refuse(complaints)
-    return deltas
+            rank, pair.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
+            pair.scaling = scaling(config[part])
+            if rank != pair.rank:
+                raise ValueError(f"has rank {pair.rank}, by its config {rank}")
+        return weight.name, pair
+
+    return shared.collect(read, factors)
 
 
 def _part(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What foreign formats share: keys to modules, factors to the matrix view, refusals in one list."""
+"""What foreign formats share: keys to modules, factors to the matrix view, all faults in a list."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
-from ...deltas.pair import Pair as LowRank
-from ...errors import FileError, LoRAError
+from ...deltas.pair import Pair
+from ...errors import FileError
 from ...layers import Shape
+from ...lowrank import summed
+from ...targets import nearest
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
+from ..tensors import shortened
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
 
-LoRADeltas = Mapping[str, LowRank]
-Pair = tuple[str, LowRank]
-AnyPair = tuple[str, Delta]
-Reader = Callable[[Weight, Mapping[str, Tensor]], tuple[Tensor, Tensor, float]]
+Named = tuple[str, Delta]
+"""A weight's name, and what is done to it."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -41,27 +44,22 @@ def refuse(complaints: Iterable[str], deed: str = "loaded") -> None:
 def collect(
     make: Callable[[Item], Result], items: Iterable[Item], deed: str = "loaded"
 ) -> list[Result]:
-    """Make something of each item, or raise one `FileError` that lists those of all of them."""
+    """Make something of each item, or raise one `FileError` that lists what is wrong with all."""
     results, complaints = [], []
     for item in items:
         try:
             results.append(make(item))
-        except FileError as error:
-            complaints.append(str(error))
+        except (RuntimeError, ValueError) as error:
+            named = isinstance(error, FileError)
+            complaints.append(f"{error}" if named else f"{item}: {error}")
     refuse(complaints, deed)
     return results
 
 
 def low_rank(
-    name: str,
-    A: Tensor,
-    B: Tensor,
-    alpha: float,
-    *,
-    magnitude: Tensor | None = None,
-    **numbers: Any,
+    A: Tensor, B: Tensor, alpha: float, magnitude: Tensor | None = None, **numbers: Any
 ) -> Pair:
-    """Pair a weight's name with the update that its factors are, in the matrix view.
+    """Return the update that factors are, in the matrix view, or raise a `LoRAError`.
 
     With a `magnitude`, of the weight's dimensions, it is a DoRA's, of the widest dtype there is.
     """
@@ -70,24 +68,19 @@ def low_rank(
     if magnitude is not None:
         dtype = torch.promote_types(A.dtype, magnitude.dtype)
         tensors = {n: t.to(dtype) for n, t in (tensors | {"magnitude": magnitude}).items()}
-    try:
-        delta: Any = kind.restore(tensors, numbers)
-        return name, delta
-    except LoRAError as error:
-        raise FileError(f"{name}: {error}") from None
+    return cast("Pair", kind.restore(tensors, numbers))
 
 
-def dense(name: str, added: Tensor) -> tuple[str, DenseDelta]:
-    """Pair a weight's name with what is added to it."""
-    delta: Any = DenseDelta.restore({"D": added}, {})
-    return name, delta
+def dense(added: Tensor) -> DenseDelta:
+    """Return the update that adds a tensor."""
+    return cast("DenseDelta", DenseDelta.restore({"D": added}, {}))
 
 
 def warn_of_statistics(format: str, names: Sequence[str]) -> None:
     """Warn of the statistics that a format has no place for."""
-    more = f" and {len(names) - 3:,} more" * bool(names[3:])
     reason = f"{format}'s files have no place for a norm's statistics"
     fix = "train the whole norms too, or keep a native file"
+    more = f" and {len(names) - 3:,} more" * bool(names[3:])
     warnings.warn(f"{reason}: left out are {', '.join(names[:3])}{more}; {fix}", stacklevel=6)
 
 
@@ -112,20 +105,10 @@ def group_factors(
     return dict(factors), rest
 
 
-def incomplete_factors(factors: Factors) -> Iterator[str]:
-    """Yield modules without both factors, and factors that are no matrices."""
-    for name, tensors in factors.items():
-        for role in "AB":
-            if (factor := tensors.get(role)) is None:
-                yield f"{name} has no lora_{role}"
-            elif factor.ndim < 2 or not factor.is_floating_point():
-                yield f"lora_{role} of {name} is {factor.dtype} of {tuple(factor.shape)}"
-
-
 def all_found(found: Mapping[str, Item | None], weights: Outline) -> dict[str, Item]:
     """Return what names in a file find, or raise for those that find no module."""
     if names := [name for name, each in found.items() if each is None]:
-        near = weights.nearest(names[0])
+        near = nearest(names[0], weights.weights)
         refuse([f"no module for {', '.join(names)}; the nearest to the first are {near}"])
     return {name: each for name, each in found.items() if each is not None}
 
@@ -142,15 +125,17 @@ def factors_with_kernel(A: Tensor, B: Tensor, shape: Shape | None) -> tuple[Tens
     return A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *[1] * len(kernel))
 
 
-def check_shape(
-    name: str, shape: Shape | None, A: Tensor, B: Tensor, transposed: bool = False
-) -> None:
-    """Raise a `FileError` for factors that aren't those of a weight, kernel and all."""
+def of_layer(
+    weight: Weight, A: Tensor, B: Tensor, alpha: float, transposed: bool, **more: Any
+) -> Pair:
+    """Return the update of a layer of its factors, kernel and all, as the libraries keep them."""
     factors = (B.shape[0], *A.shape[1:])
-    wanted = factors if shape is None else shape[:: -1 if transposed else 1]
+    wanted = factors if weight.shape is None else weight.shape[:: -1 if transposed else 1]
     if _trim(factors) != _trim(wanted) or _trim(B.shape[1:]) != _trim(A.shape[:1]):
-        got = f"{tuple(A.shape)} and {tuple(B.shape)}"
-        raise FileError(f"{name} has factors {got} for a weight of {wanted}")
+        raise ValueError(f"has factors {(*A.shape,)} and {(*B.shape,)} for a weight of {wanted}")
+    pair = low_rank(*stored_factors(A, B, transposed), alpha, **more)
+    pair.rows = weight.rows
+    return pair
 
 
 def _trim(shape: Shape) -> Shape:
@@ -168,25 +153,14 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
             yield f"{key} is neither a factor nor equal to the model's"
 
 
-def read_layer(name: str, weight: Weight, tensors: Mapping[str, Tensor], read: Reader) -> Pair:
-    """Build the update of a layer, of whose factors and alpha `read` makes sense."""
-    if complaints := [*incomplete_factors({name: dict(tensors)})]:
-        raise FileError("; ".join(complaints))
-    try:
-        A, B, alpha = read(weight, tensors)
-    except ValueError as error:
-        raise FileError(f"{name} {error}") from None
-    transposed = weight.layer.transposed
-    check_shape(name, weight.shape, A, B, transposed)
-    m = tensors.get("dora_scale")
-    pair = low_rank(weight.name, *stored_factors(A, B, transposed), alpha, magnitude=m)
-    pair[1].rows = weight.rows
-    return pair
-
-
-def read_layers(factors: Factors, found: Mapping[str, Weight], read: Reader) -> list[Pair]:
-    """Build the updates of layers, or list what is wrong with all of them."""
-    return collect(lambda name: read_layer(name, found[name], factors[name], read), found)
+def both_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a layer's factors, or raise a `ValueError` for one that is missing or no matrix."""
+    for role in "AB":
+        if (factor := tensors.get(role)) is None:
+            raise ValueError(f"has no lora_{role}")
+        if factor.ndim < 2 or not factor.is_floating_point():
+            raise ValueError(f"has a lora_{role} of {factor.dtype} and {tuple(factor.shape)}")
+    return tensors["A"], tensors["B"]
 
 
 def check_plain(weight: Weight) -> None:
@@ -195,10 +169,57 @@ def check_plain(weight: Weight) -> None:
         raise ValueError(f"is a {class_name(weight.module)}, not a linear or convolution")
 
 
-def plain_factors(weight: Weight, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """Take a linear or convolution layer's factors as they are; no alpha, or 0, means the rank."""
-    A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha", torch.zeros(()))
-    check_plain(weight)
+def plain(weight: Weight, tensors: Mapping[str, Tensor]) -> Pair:
+    """Return the update of a linear or convolution layer; no alpha, or 0, means the rank."""
+    (A, B), alpha = both_factors(tensors), tensors.get("alpha", torch.zeros(()))
     if alpha.numel() != 1 or alpha.is_complex():
         raise ValueError(f"has an alpha of {tuple(alpha.shape)}, not one number")
-    return A, B, float(alpha.item()) or float(len(A))
+    scaled = float(alpha.item()) or float(len(A))
+    magnitude = tensors.get("dora_scale")
+    return of_layer(weight, A, B, scaled, weight.layer.transposed, magnitude=magnitude)
+
+
+def joined(format: str, deltas: Mapping[Weight, Delta]) -> dict[Weight, Delta]:
+    """Return deltas with a weight's low-rank blocks as one pair of all of it, and warn of its size.
+
+    What can't be one, a dense block or one whose features are no side of the matrix, stays.
+    """
+    blocks, result = defaultdict[Weight, list[LoRAParametrization]](list), dict[Weight, Delta]()
+    for weight, delta in deltas.items():
+        whole = weight.whole
+        joins = weight.rows and (delta.dim == 0 or whole.view == whole.shape)
+        if joins and isinstance(delta, LoRAParametrization):
+            blocks[weight := whole].append(delta)
+        result[weight] = delta
+    pairs = {whole: _side_by_side(whole.shape or (), own) for whole, own in blocks.items()}
+    for whole, own in blocks.items():
+        if len({delta.dropout for delta in own}) > 1:
+            reason = f"its blocks differ in dropout, and are written with {pairs[whole].dropout:g}"
+            warnings.warn(f"{whole.name}: {reason}", stacklevel=5)
+    if pairs:
+        both = chain(*blocks.values()), pairs.values()
+        listed = shortened([whole.name for whole in pairs])
+        kept, size = (sum(p.lora_A.numel() + p.lora_B.numel() for p in own) for own in both)
+        warnings.warn(
+            f"the format {format} has no blocks of rows: those of {listed} are "
+            f"written as one pair each, of their ranks' sum, with {size:,} numbers for {kept:,}; "
+            "where these are trained on, the zeros among them won't stay zero",
+            stacklevel=5,
+        )
+    return result | pairs
+
+
+def _side_by_side(shape: Shape, blocks: Sequence[LoRAParametrization]) -> Pair:
+    """Put blocks side by side: a factor has zeros where the others' rows are."""
+    pairs = list[tuple[Tensor, Tensor, float]]()
+    for delta in blocks:
+        A, B, rows = delta.lora_A.detach(), delta.lora_B.detach() * delta.scale, delta.rows
+        if rows and delta.dim in (0, max(len(shape) - 2, 0)):
+            B = rows.spread(B, B.ndim - 2, shape[delta.dim])
+        elif rows:
+            A = rows.spread(A, A.ndim - 1, shape[delta.dim])
+        pairs.append((A, B, 1.0))
+    A, B, _ = summed(pairs)
+    pair = low_rank(A, B, A.shape[-2], dropout=min(delta.dropout for delta in blocks))
+    pair.strength = blocks[0].strength
+    return pair

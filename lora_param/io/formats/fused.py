@@ -13,9 +13,6 @@ from ...weight import Weight
 from ..outline import Outline
 from . import factors as shared
 
-Elsewhere = Mapping[str, list[Weight]]
-"""By a layer's path in the other layout, what it is here: layers, or a block of one."""
-
 FLUX, FLUX_SINGLE, SD3 = "double_blocks.{}.", "single_blocks.{}.", "joint_blocks.{}."
 BLOCK, SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
 QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -53,7 +50,7 @@ Source: diffusers' `loaders/single_file_utils.py`. Modulations whose halves it s
 
 
 def elsewhere(weights: Outline) -> dict[str, list[Weight]]:
-    """Say what the layers of a model are in its other layout, if it has one that is known."""
+    """Say which layers or blocks those of the other layout are, by their paths in that one."""
     found: dict[str, list[Weight]] = {}
     for whole, stem, parts in LAYOUTS:
         names = [stem + part for part in parts]
@@ -90,7 +87,7 @@ def _blocks(weights: Outline, path: str, parts: int) -> list[Weight]:
 def placed(
     factors: shared.Factors,
     weights: Outline,
-    elsewhere: Elsewhere,
+    elsewhere: Mapping[str, list[Weight]],
     paths: Callable[[str], Iterable[str]],
 ) -> tuple[shared.Factors, dict[str, Weight]]:
     """Find the weight of each name, by the paths that it can mean.

@@ -47,12 +47,12 @@ OTHERS = r".+\.oft_\w+"
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file's keys are the family's, be they plain LoRA's or not."""
-    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.header.tensors)
+    return shared.matches_any((KEYS[0], *KEYS[2:], OTHERS), file.entries)
 
 
 def parse(
     tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
-) -> list[tuple[str, Delta]]:
+) -> list[shared.Named]:
     """Read a LoRA, another kind of LyCORIS's, and whole differences.
 
     Names are resolved forward from the model's own modules.
@@ -70,23 +70,24 @@ def parse(
     shared.refuse(complaints)
     others = fused.elsewhere(weights)
     theirs = flat_names(weights, prefix, others)
-    factors, found = fused.placed(
-        *(factors, weights, others),
-        lambda name: [*flat.get(name, []), *theirs.get(name, [])[:1]],
-    )
-    whole: list[tuple[str, Delta]] = [
-        shared.dense(join(weight.path, WHOLE[role]), tensor)
+
+    def paths(name: str) -> list[str]:
+        return [*flat.get(name, []), *theirs.get(name, [])[:1]]
+
+    factors, found = fused.placed(factors, weights, others, paths)
+    whole = [
+        (join(weight.path, WHOLE[role]), shared.dense(tensor))
         for name, weight in found.items()
         for role, tensor in factors[name].items()
         if role in WHOLE
     ]
     pairs = [name for name, own in factors.items() if own.keys() - WHOLE.keys()]
-    read = shared.collect(lambda name: lycoris.read_layer(name, found[name], factors[name]), pairs)
-    return [*read, *whole]
+    read = shared.collect(lambda name: lycoris.read_layer(found[name], factors[name]), pairs)
+    return [*zip((found[name].name for name in pairs), read, strict=True), *whole]
 
 
 def render(
-    deltas: Mapping[str, Delta], weights: Outline, about: About, *, prefix: str = ""
+    deltas: Mapping[Weight, Delta], weights: Outline, about: About, *, prefix: str = ""
 ) -> Content:
     """Lay a LoRA out, and what is trained whole.
 
@@ -98,14 +99,14 @@ def render(
         raise FileError(f"no name in the file can have a dot, so no prefix, got {prefix!r}")
     flat, cls = flat_names(weights, prefix), about.cls.rpartition(".")[2]
 
-    def tensors_of(weight_name: str) -> dict[str, Tensor]:
-        weight, delta = weights.weights[weight_name], deltas[weight_name]
+    def tensors_of(weight: Weight) -> dict[str, Tensor]:
+        delta = deltas[weight]
         path, tensor, dense = weight.path, weight.tensor, isinstance(delta, DenseDelta)
         name, own = _flat_name(path, weights, cls, prefix), weights.layer_weight(path)
         norm = dense and own is not None and len(own.shape or ()) == 1
         able = tensor == "weight" or (dense and tensor == "bias")
         if not (path and able and (norm or is_plain(weight))):
-            raise FileError(f"no place for {weight_name} of a {class_name(weight.module)}")
+            raise FileError(f"no place for {weight.name} of a {class_name(weight.module)}")
         if flat.get(name) != [path]:
             others = " or ".join(flat.get(name, ["another part"]))
             raise FileError(f"{name} could be {others}")
@@ -115,7 +116,7 @@ def render(
 
     layers = shared.collect(tensors_of, deltas, "written")
     tensors = {key: tensor for layer in layers for key, tensor in layer.items()}
-    if dropped := [name for name, each in deltas.items() if each.numbers.get("dropout")]:
+    if dropped := [w.name for w, each in deltas.items() if each.numbers.get("dropout")]:
         warnings.warn(f"Kohya's files hold no dropout: {', '.join(dropped)}", stacklevel=5)
     return Content(tensors, {"format": "pt", **about.metadata})
 
@@ -132,16 +133,12 @@ def _pair(name: str, weight: Weight, delta: Pair) -> dict[str, Tensor]:
     return {f"{name}.{role}": tensor for role, tensor in tensors.items()}
 
 
-def _children(weights: Outline) -> set[str]:
-    return {path.partition(".")[0] for path in weights.modules}
-
-
 def flat_names(
     weights: Outline, prefix: str = "", paths: Iterable[str] | None = None
 ) -> dict[str, list[str]]:
     """Return the layers' paths, or these, by each name that they can have in a file."""
     flat: defaultdict[str, list[str]] = defaultdict(list)
-    children, known = _children(weights), any(part[0] == prefix for part in PARTS)
+    known = any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     if paths is None:
         paths = [
@@ -150,7 +147,7 @@ def flat_names(
     for path in paths:
         for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")
-            if inside != path or not child or child not in children:
+            if inside != path or not child or child not in weights.modules:
                 flat[begin + inside.replace(".", "_")].append(path)
     return dict(flat)
 
@@ -158,7 +155,7 @@ def flat_names(
 def _flat_name(path: str, weights: Outline, cls: str, prefix: str) -> str:
     """Return the name that a module gets: its part's, its model's, or the one that is asked for."""
     first, _, inside = path.partition(".")
-    several = "text_encoder_2" in _children(weights)
+    several = "text_encoder_2" in weights.modules
     for begin, child, _ in () if prefix else PARTS:
         if child == first and not (several and begin == "lora_te_"):
             return begin + inside.replace(".", "_")

@@ -20,7 +20,7 @@ KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
 def recognises(file: OpenFile) -> bool:
     """Say whether a file is called as a pickle is, and not as PEFT's."""
     named = file.path.suffix in PICKLES and file.path.name != PICKLED
-    return named and bool(file.header.fault)
+    return named and bool(file.fault)
 
 
 def parse(
@@ -30,7 +30,7 @@ def parse(
     *,
     alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
-) -> list[shared.Pair]:
+) -> list[shared.Named]:
     """Read what `torch.save(loralib.lora_state_dict(model), path)` wrote.
 
     The model has plain layers in the place of loralib's. Biases and other tensors of the base that
@@ -48,27 +48,21 @@ def parse(
     places = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
     base = {_name_in_base(key, places): tensor for key, tensor in rest.items()}
     shared.refuse(shared.tensors_of_another_base(base, weights))
-    shared.refuse(shared.incomplete_factors(factors))
     found = shared.all_found(places, weights)
 
-    def blocks(name: str) -> list[tuple[str, Weight, dict[str, Tensor]]]:
-        weight, (A, B) = found[name], (factors[name][role] for role in "AB")
-        if weight.shape is None or weight.layer.kind not in (*LINEARS, CONV1D):
-            return [(name, weight, factors[name])]
-        try:
-            slices = list(_slices(weight, A, B, enable_lora))
-        except ValueError as error:
-            raise FileError(f"{name} {error}") from None
-        return [(f"{name}[{b.rows}]" if b.rows else name, b, own) for b, own in slices]
+    def read(name: str) -> list[shared.Named]:
+        weight, (A, B) = found[name], shared.both_factors(factors[name])
+        blocks = [(weight, A, B)]
+        if weight.shape is not None and weight.layer.kind in (*LINEARS, CONV1D):
+            blocks = list(_slices(weight, A, B, enable_lora))
+        pairs = list[shared.Named]()
+        for block, a, b in blocks:
+            down, up, rank = _layer_factors(block, a, b)
+            numbers = alpha * len(down) / rank, weight.layer.transposed
+            pairs.append((block.name, shared.of_layer(block, down, up, *numbers)))
+        return pairs
 
-    own = [each for several in shared.collect(blocks, factors) for each in several]
-
-    def read(weight: Weight, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-        A, B, rank = _layer_factors(weight, tensors["A"], tensors["B"])
-        return A, B, alpha * len(A) / rank
-
-    factors = {name: tensors for name, _, tensors in own}
-    return shared.read_layers(factors, {name: weight for name, weight, _ in own}, read)
+    return [pair for pairs in shared.collect(read, factors) for pair in pairs]
 
 
 def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:
@@ -106,7 +100,7 @@ def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Te
 
 def _slices(
     weight: Weight, A: Tensor, B: Tensor, enable_lora: Sequence[bool] | None
-) -> Iterator[tuple[Weight, dict[str, Tensor]]]:
+) -> Iterator[tuple[Weight, Tensor, Tensor]]:
     """Yield the enabled slices of a layer as blocks, with their factors; itself, if it is one."""
     out = (weight.shape or ())[weight.dim]
     enabled, surplus = divmod(A.shape[0], B.shape[1])
@@ -121,5 +115,4 @@ def _slices(
     index = [place for place, on in enumerate(chosen) if on]
     for place, a, b in zip(index, A.chunk(enabled), B.chunk(enabled), strict=True):
         block = weight.block(slice(place * size, (place + 1) * size)) if slices > 1 else weight
-        assert block is not None  # of rows that there are
-        yield block, {"A": a, "B": b}
+        yield block, a, b

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import FileError
+from ...deltas import Delta
 from ...layers import Shape
 from ...weight import Weight
 from . import factors as shared
@@ -29,6 +29,12 @@ LAYOUTS = {
     "tucker": ({"A", "B", "mid"},),
 }
 """Which tensors a kind has, in each of its layouts, without what they begin with."""
+
+PRODUCTS = {
+    "loha": ("oi,oi->oi", "oa,ob->oab", "ai,bi->abi"),
+    "lokr": ("oi,pj->opij", "oa,pb->opab", "ai,bj->abij"),
+}
+"""A kind's product of two matrices, and of their factors B and A."""
 
 LARGEST = 2**31  # elements: a file of a few bytes may mean any number
 
@@ -59,15 +65,14 @@ class Update(NamedTuple):
 
     def pair(self) -> Pair:
         """Return plain factors of it, exact but for the rounding of one product an element."""
-        (B1, A1), (B2, A2) = self.one, self.two
-        if self.kind == "lokr":
-            return _kron(B1, B2), _kron(A1, A2)
-        return (B1[:, :, None] * B2[:, None]).flatten(1), (A1[:, None] * A2).flatten(0, 1)
+        (B1, A1), (B2, A2), (_, of_B, of_A) = self.one, self.two, PRODUCTS[self.kind]
+        B = torch.einsum(of_B, B1, B2).reshape(self.shape[0], -1)
+        return B, torch.einsum(of_A, A1, A2).reshape(self.rank, -1)
 
     def matrix(self) -> Tensor:
         """Return it as a matrix."""
         one, two = self.one[0] @ self.one[1], self.two[0] @ self.two[1]
-        return _kron(one, two) if self.kind == "lokr" else one * two
+        return torch.einsum(PRODUCTS[self.kind][0], one, two).reshape(self.shape)
 
 
 def kind_of(roles: Mapping[str, Tensor]) -> str | None:
@@ -94,32 +99,30 @@ def plain_or_dense(
     """
     dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
     wide = {role: tensor.double() for role, tensor in tensors.items()}
-    alpha = wide.pop("alpha", None)
-    lengths = {role: tensors[role] for role in ("dora_scale",) if role in tensors}
+    kept = {role: tensors[role] for role in ("alpha", "dora_scale") if role in tensors}
     if kind == "tucker":
-        A = _through_core(wide["lora_mid"], wide["A"].flatten(1)).to(dtype)
-        kept = {} if alpha is None else {"alpha": alpha}
-        return {"A": _with_kernel(A, shape), "B": wide["B"].to(dtype), **kept, **lengths}
-    update = _loha(wide) if kind == "loha" else _lokr(wide)
+        A = _through_core(wide["lora_mid"], wide["A"].flatten(1))
+        return kept | {"A": _with_kernel(A.to(dtype), shape), "B": wide["B"].to(dtype)}
+    if kind == "loha":
+        one, two = (_side(wide, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
+        update = Update("loha", one, two, len(wide["hada_w1_b"]))
+    else:
+        update = _lokr(wide)
     (fan_out, fan_in), rank = update.shape, update.rank
     if shape is not None and (fan_out, fan_in) != (shape[0], math.prod(shape[1:])):
         raise ValueError(f"is a {kind} of {fan_out}x{fan_in} for a weight of {shape}")
     size = rank * (fan_out + fan_in)
     if min(size, fan_out * fan_in) > LARGEST:
         raise ValueError(f"is a {kind} of {fan_out}x{fan_in}, which is too large to be a weight's")
-    if size < fan_out * fan_in or lengths:  # which scale a sum, and so need it in two parts
+    if not update.dim:
+        kept.pop("alpha", None)
+    if size < fan_out * fan_in or "dora_scale" in kept:  # which scales a sum, so its two parts
+        if "alpha" in kept:
+            kept["alpha"] = wide["alpha"] * (rank / update.dim)
         B, A = update.pair()
-        scaled = {} if alpha is None or not update.dim else {"alpha": alpha * (rank / update.dim)}
-        return {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype), **scaled, **lengths}
-    scale = 1.0 if alpha is None or not update.dim else alpha.item() / update.dim or 1.0
-    added = (update.matrix() * scale).to(dtype)
-    return added if shape is None else added.view(shape)
-
-
-def _kron(one: Tensor, two: Tensor) -> Tensor:
-    """Return Kronecker's product; torch's own fails on strides of sides of one."""
-    product = one[:, None, :, None] * two[None, :, None, :]
-    return product.reshape(one.shape[0] * two.shape[0], -1)
+        return kept | {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype)}
+    scale = wide["alpha"].item() / update.dim or 1.0 if "alpha" in kept else 1.0
+    return (update.matrix() * scale).to(dtype).reshape(shape or update.shape)
 
 
 def _through_core(core: Tensor, down: Tensor) -> Tensor:
@@ -137,11 +140,6 @@ def _side(tensors: Mapping[str, Tensor], name: str, core: str) -> Pair:
     return (a.T, _through_core(tensors[core], b)) if core in tensors else (a, b)
 
 
-def _loha(tensors: Mapping[str, Tensor]) -> Update:
-    one, two = (_side(tensors, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
-    return Update("loha", one, two, len(tensors["hada_w1_b"]))
-
-
 def _lokr(tensors: Mapping[str, Tensor]) -> Update:
     sides, dims = [], []
     for name, core in (("lokr_w1", "none"), ("lokr_w2", "lokr_t2")):
@@ -157,18 +155,11 @@ def _lokr(tensors: Mapping[str, Tensor]) -> Update:
     return Update("lokr", one, two, dims[0] if dims else 0)
 
 
-def read_layer(name: str, weight: Weight, tensors: Mapping[str, Tensor]) -> shared.AnyPair:
-    """Build the update of a layer, of one of LyCORIS's kinds or a plain one."""
-    pair: shared.AnyPair
-    try:
-        if (kind := kind_of(tensors)) is not None:
-            shared.check_plain(weight)
-        own = tensors if kind is None else plain_or_dense(kind, tensors, weight.shape)
-    except (RuntimeError, ValueError) as error:
-        raise FileError(f"{name} {error}") from None
-    if isinstance(own, Tensor):
-        pair = shared.dense(weight.name, own)
-    else:
-        pair = shared.read_layer(name, weight, own, shared.plain_factors)
-    pair[1].origin = kind or ""
-    return pair
+def read_layer(weight: Weight, tensors: Mapping[str, Tensor]) -> Delta:
+    """Return the update of a layer, of one of LyCORIS's kinds or a plain one."""
+    shared.check_plain(weight)
+    kind = kind_of(tensors)
+    own = tensors if kind is None else plain_or_dense(kind, tensors, weight.shape)
+    delta = shared.dense(own) if isinstance(own, Tensor) else shared.plain(weight, own)
+    delta.origin = kind or ""
+    return delta

@@ -16,10 +16,12 @@ from ...deltas import KINDS, Delta
 from ...deltas.protocol import tensors_of
 from ...errors import FileError
 from ...frozen import digest_of
+from ...progress import progress
 from ...rows import Rows
+from ...weight import Weight
 from ..outline import Outline, facts_of
-from ..progress import progress
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
+from .factors import Named
 
 KEY, VERSION = "lora_param", 1
 STRING_FIELDS = ("library", "adapter", "model", "class", "sha256")
@@ -47,12 +49,12 @@ if it is a block its rows, and a strength that isn't 1."""
 
 def recognises(file: OpenFile) -> bool:
     """Say whether a file is one of ours, whatever its version."""
-    return KEY in file.header.metadata
+    return KEY in file.metadata
 
 
 def describe(file: OpenFile) -> tuple[Config, About]:
     """Return the record in our metadata, checked, with the other strings; and what it says."""
-    strings = dict(file.header.metadata)
+    strings = dict(file.metadata)
     try:
         record = strict_json(strings.pop(KEY))
         version = record["version"]
@@ -85,9 +87,7 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{field} of {name:.80}"
 
 
-def parse(
-    tensors: Mapping[str, Tensor], config: Config, weights: Outline
-) -> list[tuple[str, Delta]]:
+def parse(tensors: Mapping[str, Tensor], config: Config, weights: Outline) -> list[Named]:
     """Read our own file, which has the weights' own names, and check every bit against its seal."""
     specs: dict[str, dict[str, Any]] = config["weights"]
     if unknown := [name for name, spec in specs.items() if spec["kind"] not in KINDS]:
@@ -127,11 +127,7 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
 
 
 def render(
-    deltas: Mapping[str, Delta],
-    weights: Outline,
-    about: About,
-    *,
-    base: Mapping[str, str] | None = None,
+    deltas: Mapping[Weight, Delta], weights: Outline, about: About, *, base: Config | None = None
 ) -> Content:
     """Lay out our own file.
 
@@ -142,7 +138,8 @@ def render(
     from ... import __version__  # the package imports this module
 
     specs, tensors = dict[str, dict[str, Any]](), dict[str, Tensor]()
-    for name, delta in deltas.items():
+    for weight, delta in deltas.items():
+        name = weight.name
         spec: dict[str, Any] = {"kind": delta.kind, "numbers": delta.numbers}
         if delta.strength != 1:
             spec["strength"] = delta.strength
@@ -152,8 +149,7 @@ def render(
                 name = f"{name.removesuffix(f'[{delta.rows}]')}[{len(specs)}]"
         specs[name] = spec
         tensors |= {f"{name}.{part}": tensor for part, tensor in tensors_of(delta).items()}
-    adapted = [weight for name in deltas if (weight := weights.weight(name))]
-    layers = {weight.path: facts_of(weight.module) for weight in adapted}
+    layers = {weight.path: facts_of(weight.module) for weight in deltas}
     record = {
         "version": VERSION,
         "library": __version__,

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,15 +15,15 @@ from ...deltas import Delta, DoRA
 from ...deltas.pair import Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
-from ...weight import join, tensor_names
+from ...weight import Weight, join, tensor_names
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
 from . import factors as shared
-from .peft_config import costly_patterns, load_config, rank_and_alpha, scaling
+from .peft_config import costly_patterns, dropout, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_whole
 
-Placed = Sequence[tuple[Place, Pair]]
+Placed = tuple[Place, Pair]
 
 PREFIX = "base_model.model."
 KEYS = (
@@ -39,7 +39,7 @@ def recognises(file: OpenFile) -> bool:
     """Say whether a folder or file is PEFT's, by its names and keys."""
     if file.folder is not None or file.path.name == PICKLED:
         return True
-    named = [name for name in file.header.tensors if name.startswith(PREFIX)]
+    named = [name for name in file.entries if name.startswith(PREFIX)]
     return shared.matches_any(KEYS, named) or bool(named and file.path.with_name(CONFIG).exists())
 
 
@@ -58,7 +58,7 @@ def parse(
     weights: Outline,
     *,
     mha_out_proj: Literal["twice", "once"] | None = None,
-) -> list[shared.AnyPair]:
+) -> list[shared.Named]:
     """Read an adapter of PEFT's, with its config, and what it has trained whole.
 
     PEFT applies the update of a MultiheadAttention's `out_proj` twice: `mha_out_proj` says to do as
@@ -70,103 +70,94 @@ def parse(
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
     new, base = new_values(rest, config, weights)
     check_heads(new, config, weights)
-    complaints = [*shared.tensors_of_another_base(base, weights)]
-    complaints += shared.incomplete_factors(factors)
-    shared.refuse([*complaints, *costly_patterns(config, factors)])
+    foreign = shared.tensors_of_another_base(base, weights)
+    shared.refuse([*foreign, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
         raise FileError("which rank a target parameter has can't be said without a model")
     found = shared.all_found(places_of_names(factors, weights, config), weights)
-    places = [*found.values()]
     # PEFT sets the flag by the last layer that it wrapped, so that it is a hint and no fact.
     conv1d = any(layer_of(type(each)).kind == CONV1D for each in weights.modules.values())
     vague = bool(config.get("fan_in_fan_out")) or conv1d
 
-    def delta(place: Place) -> shared.Pair:
-        A, B = factors[place.name]["A"], factors[place.name]["B"]
-        embedded = f"{PREFIX}{place.name}.lora_embedding_A" in tensors
+    def read(name: str) -> Pair:
+        place, (A, B) = found[name], shared.both_factors(factors[name])
+        embedded = f"{PREFIX}{name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
         twice = mha_out_proj != "once" and place.kind == "out_proj"
-        magnitude = _magnitude(place, factors[place.name], config, transposed)
-        return _delta(place, A, B * 2 if twice else B, config, transposed, magnitude)
+        return _pair(place, factors[name] | {"B": B * 2 if twice else B}, config, transposed)
 
-    deltas = shared.collect(delta, places)
-    scales = {place.name: pair.scale for place, (_, pair) in zip(places, deltas, strict=True)}
-    add_biases(new, scales, factors, config, weights)
-    warn(
-        places, weights, READ_TWICE if mha_out_proj is None else "", config.get("lora_dropout") or 0
-    )
-    return [*deltas, *new.items()]
+    pairs = dict(zip(found, shared.collect(read, found), strict=True))
+    biases = {
+        name: own["bias"] * pairs[name].scale for name, own in factors.items() if "bias" in own
+    }
+    add_biases(new, biases, config, weights)
+    twice = READ_TWICE if mha_out_proj is None else ""
+    warn(found.values(), weights, twice, dropout(config))
+    return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *new.items()]
 
 
-def _delta(
-    place: Place,
-    A: Tensor,
-    B: Tensor,
-    config: Config,
-    transposed: bool | None,
-    magnitude: Tensor | None,
-) -> shared.Pair:
-    """Make a delta of factors that are said to be transposed or not, or raise a `FileError`."""
-    for reason in refusals(place, idle=place.kind == "alone" and not B.any()):
+def _pair(
+    place: Place, tensors: Mapping[str, Tensor], config: Config, transposed: bool | None
+) -> Pair:
+    """Make a pair of factors that are said to be transposed or not, or raise a `ValueError`."""
+    A, B, lengths = tensors["A"], tensors["B"], tensors.get("lora_magnitude_vector")
+    idle = place.kind == "alone" and not B.any()
+    for reason in refusals(place, idle=idle, dora=lengths is not None):
         raise FileError(reason)
+    if (lengths is not None) != (used := bool(config.get("use_dora"))):
+        has = "no" if used else "a"
+        raise ValueError(f"has {has} lora_magnitude_vector, by its {CONFIG} use_dora={used}")
     rank, alpha = rank_and_alpha(config, place.key)
     experts = place.stack[0] if place.stack else 1
-    if isinstance(place.module, Unknown):
+    if isinstance(place.weight.module, Unknown):
         experts = max(len(A) // max(rank, 1), 1)
     if rank < 1 or len(A) != rank * experts:
-        raise FileError(f"{place.name} has rank {len(A) / experts:g}, by its {CONFIG} {rank}")
+        raise ValueError(f"has rank {len(A) / experts:g}, by its {CONFIG} {rank}")
     if place.stack and not (A.ndim == B.ndim == 2 and B.shape[1] == len(A)):
-        raise FileError(f"{place.name} has factors {tuple(A.shape)} and {tuple(B.shape)}")
+        raise ValueError(f"has factors {tuple(A.shape)} and {tuple(B.shape)}")
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
+    numbers: dict[str, Any] = {"scaling": scaling(config)}
+    if drops(place.weight):
+        numbers["dropout"] = dropout(config)
+    if lengths is not None:
+        sizes = [1] * len(place.weight.shape or A.shape)
+        sizes[bool(transposed)] = -1
+        numbers["magnitude"] = lengths.reshape(sizes)
     if place.stack or experts > 1:
         A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
         B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
         A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
-    else:
-        shared.check_shape(place.name, place.weight.shape, A, B, transposed)
-        A, B = shared.stored_factors(A, B, transposed)
-    dropout = float(config.get("lora_dropout") or 0) if drops(place.weight) else 0.0
-    numbers: dict[str, Any] = {"dropout": dropout, "scaling": scaling(config)}
-    return shared.low_rank(place.weight.name, A, B, alpha, magnitude=magnitude, **numbers)
+        return shared.low_rank(A, B, alpha, **numbers)
+    return shared.of_layer(place.weight, A, B, alpha, transposed, **numbers)
 
 
-def _magnitude(
-    place: Place, tensors: Mapping[str, Tensor], config: Config, transposed: bool | None
-) -> Tensor | None:
-    """Return DoRA's lengths in the weight's dimensions; `None` where there are none."""
-    magnitude, used = tensors.get("lora_magnitude_vector"), bool(config.get("use_dora"))
-    if (magnitude is not None) != used:
-        has = "no" if used else "a"
-        said = f"by its {CONFIG} use_dora={used}"
-        raise FileError(f"{place.name} has {has} lora_magnitude_vector, {said}")
-    if magnitude is None:
-        return None
-    if place.kind != "layer":
-        raise FileError(f"{place.name}: PEFT has no DoRA but of layers")
-    sizes = [1] * len(place.weight.shape or tensors["A"].shape)
-    sizes[bool(transposed)] = -1
-    return magnitude.reshape(sizes)
-
-
-def render(deltas: Mapping[str, Delta], weights: Outline, about: About) -> Content:
+def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Content:
     """Lay out a folder for `PeftModel.from_pretrained(base, folder)`, or raise a `FileError`."""
-    pairs = {name: d for name, d in deltas.items() if isinstance(d, Pair)}
-    whole = {name: delta for name, delta in deltas.items() if name not in pairs}
-    shared.refuse(_lengths_without_place(pairs, weights), "written")
-    pairs = _with_whole_attentions(_plain(pairs), weights)
-    places = list(_places(pairs, weights).values())
-    placed = list(zip(places, pairs.values(), strict=True))
-    complaints = [fault for place in places for fault in refusals(place, written=True)]
+    pairs = {weight: delta for weight, delta in deltas.items() if isinstance(delta, Pair)}
+    whole = {weight: delta for weight, delta in deltas.items() if weight not in pairs}
+    parameters = [weight.name for weight in pairs if weight.layer is UNLISTED]
+    mixed = len({pair.scaling for pair in pairs.values()}) > 1
+    placed: list[Placed] = [
+        (place_of_weight(weight, weights, parameters), pair.plain("lora" if mixed else None))
+        for weight, pair in pairs.items()
+    ]
+    complaints = [
+        fault
+        for place, pair in placed
+        for fault in refusals(place, written=True, dora=isinstance(pair, DoRA))
+    ]
     shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
+    placed = [*_with_whole_attentions(placed, weights)]
+    places = [place for place, _ in placed]
     warn(places, weights, "the file holds half of it")
     wrapped = {place.weight.path: place.kind == "layer" for place in places}
     wrapped |= {place.key: False for place in places if place.kind in ("in_proj", "out_proj")}
     plain, said = render_whole(whole, weights, wrapped, about)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in plain.items()}
     for place, delta in placed:
-        infix = "embedding_" if place.layer.kind is nn.Embedding else ""
+        infix = "embedding_" if place.weight.layer.kind is nn.Embedding else ""
         for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
             key = f"{PREFIX}{place.name}.lora_{infix}{role}"
             tensors[key if infix else f"{key}.weight"] = factor.contiguous()
@@ -187,44 +178,30 @@ def _card(base: str) -> str:
     return f"---\n{fields}---\n\n# LoRA adapter{' of ' * bool(base)}{base}\n"
 
 
-def _places(names: Collection[str], weights: Outline) -> dict[str, Place]:
-    found = {name: weights.weights[name] for name in names}
-    parameters = [name for name in names if found[name].layer is UNLISTED]
-    return {name: place_of_weight(each, weights, parameters) for name, each in found.items()}
-
-
-def _unsayable(placed: Placed, weights: Outline) -> Iterator[str]:
+def _unsayable(placed: Sequence[Placed], weights: Outline) -> Iterator[str]:
     """Yield what PEFT's config can't say."""
     targets = {place.weight.name for place, _ in placed if place.kind == "parameter"}
     for path, module in weights.modules.items() if targets else ():
         for name in (join(path, tensor) for tensor in tensor_names(module)):
             if not _tails(name).isdisjoint(targets):
                 yield f"{name}: PEFT would adapt it too, because a target's name is its end"
-    if targets and any(place.layer.kind == CONV1D for place, _ in placed):
+    if targets and any(place.weight.layer.kind == CONV1D for place, _ in placed):
         yield f"{min(targets)}: PEFT can't adapt it in one file with a Conv1D"
+    others = [place.weight.name for place, pair in placed if not isinstance(pair, DoRA)]
+    if others and len(others) < len(placed):
+        yield f"{others[0]}: PEFT has one use_dora for all"
     said: dict[str, tuple[int, float]] = {}
-    for place, delta in placed:
-        numbers = delta.rank, delta.alpha
+    for place, pair in placed:
+        numbers, m = (pair.rank, pair.alpha), pair.magnitude if isinstance(pair, DoRA) else None
         if said.setdefault(place.key, numbers) != numbers:
             yield f"{place.key}: PEFT has one rank and one alpha for both parts of an attention"
-
-
-def _lengths_without_place(deltas: shared.LoRADeltas, weights: Outline) -> Iterator[str]:
-    """Yield which DoRA PEFT has no place for."""
-    doras = {name: delta for name, delta in deltas.items() if isinstance(delta, DoRA)}
-    if doras and len(doras) < len(deltas):
-        yield f"{min(deltas.keys() - doras.keys())}: PEFT has one use_dora for all"
-    for name, place in _places(doras, weights).items():
-        shape = doras[name].magnitude.shape
-        if place.kind != "layer":
-            yield f"{name}: PEFT has no DoRA but of layers"
-        elif shape[place.layer.transposed] != shape.numel():
-            yield f"{name}: PEFT has lengths of outputs, not of inputs"
+        if m is not None and m.shape[place.weight.layer.transposed] != m.numel():
+            yield f"{place.weight.name}: PEFT has lengths of outputs, not of inputs"
 
 
 def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool | None:
     """Tell whether factors are for a weight stored `(in, out)`; `None` if that can't be known."""
-    facts, shape = facts_of(place.module), place.weight.shape or ()
+    facts, shape = facts_of(place.weight.module), place.weight.shape or ()
     if place.stack:
         if shape[1] != shape[2]:
             return A.shape[1] == shape[1]
@@ -234,45 +211,37 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
         # PEFT took all stacks for such before 0.19, just the others in 0.19.0, and then only such.
         version = tuple(map(int, match.groups()))
         return version < (0, 19, 0) or facts.get("is_transposed") == (version > (0, 19, 0))
-    guessed = not isinstance(place.module, Unknown) and not facts
-    if place.kind == "layer" and guessed and len(shape) == 2:
+    if place.kind == "layer" and not facts and len(shape) == 2:  # is guessed
         square = shape[0] == shape[1]
         return (None if vague else False) if square else A.shape[1] == shape[0]
-    return place.kind == "layer" and place.layer.kind == CONV1D
+    return place.kind == "layer" and place.weight.layer.kind == CONV1D
 
 
 def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
     A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
-        A, B = (B.mT, A.mT) if facts_of(place.module).get("is_transposed") else (A, B)
+        A, B = (B.mT, A.mT) if facts_of(place.weight.module).get("is_transposed") else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
-    transposed = place.kind == "layer" and place.layer.transposed
+    transposed = place.kind == "layer" and place.weight.layer.transposed
     return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
 
 
-def _plain(deltas: shared.LoRADeltas) -> shared.LoRADeltas:
-    """Return the deltas as factors alone, of one scaling."""
-    mixed = len({delta.scaling for delta in deltas.values()}) > 1
-    return {name: delta.plain("lora" if mixed else None) for name, delta in deltas.items()}
-
-
-def _with_whole_attentions(deltas: shared.LoRADeltas, weights: Outline) -> dict[str, Pair]:
+def _with_whole_attentions(placed: Sequence[Placed], weights: Outline) -> Iterator[Placed]:
     """Halve what PEFT applies twice, and add zeros for the part of an attention that is left."""
-    result = dict(deltas)
-    for name, place in _places(deltas, weights).items():
-        delta = deltas[name]
+    held = {place.weight for place, _ in placed}
+    for place, delta in placed:
         A, B = delta.lora_A.detach(), delta.lora_B.detach()
-        if place.kind == "out_proj":
-            result |= [shared.low_rank(name, A, B * 0.5, **delta.numbers)]
+        halved = place.kind == "out_proj"
+        yield place, shared.low_rank(A, B * 0.5, **delta.numbers) if halved else delta
         other = {"in_proj": "out_proj.weight", "out_proj": "in_proj_weight"}.get(place.kind)
         partner = weights.weight(join(place.key, other)) if other else None
-        if partner is not None and partner.name not in result and partner.shape:
+        if partner is not None and partner not in held and partner.shape:
             zeros = B.new_zeros(partner.shape[0], delta.rank)
-            result |= [shared.low_rank(partner.name, A, zeros, **delta.numbers)]
-    return result
+            idle = shared.low_rank(A, zeros, **delta.numbers)
+            yield place_of_weight(partner, weights, ()), idle
 
 
-def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
+def _config(placed: Sequence[Placed], weights: Outline) -> dict[str, Any]:
     numbers = {place.key: (delta.rank, delta.alpha) for place, delta in placed}
     [((rank, alpha), _)] = Counter(numbers.values()).most_common(1) or [((8, 8.0), 0)]
     targets = {place.key for place, _ in placed if place.kind != "parameter"}
@@ -291,12 +260,12 @@ def _config(placed: Placed, weights: Outline) -> dict[str, Any]:
         "alpha_pattern": {f"^{re.escape(k)}": a for k, (_, a) in numbers.items() if a != alpha},
         "target_modules": "|".join(map(re.escape, sorted(targets))) if vague else listed,
         "target_parameters": [p.weight.name for p, _ in placed if p.kind == "parameter"] or None,
-        "fan_in_fan_out": any(place.layer.kind == CONV1D for place, _ in placed),
+        "fan_in_fan_out": any(place.weight.layer.kind == CONV1D for place, _ in placed),
         "lora_dropout": _common_dropout(placed),
     }
 
 
-def _common_dropout(placed: Placed) -> float:
+def _common_dropout(placed: Sequence[Placed]) -> float:
     """Return the one dropout that PEFT has for all layers; where it can't be one, warn."""
     dropouts = {delta.dropout for _, delta in placed}
     if len(dropouts) == 1 and all(place.kind == "layer" for place, _ in placed):

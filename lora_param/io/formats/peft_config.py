@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...deltas.numbers import Scaling
 from ...errors import FileError
-from ..tensors import Config, check_regular, strict_json
+from ..tensors import Config, read_json
 
 NUMBERS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters"),
@@ -48,14 +48,10 @@ REPETITION = re.compile(r"[*+]|\)(?!\\\.|\$?$)")
 
 def load_config(path: Path) -> Config:
     """Parse a config and check it, or raise a `FileError`."""
-    check_regular(path)
-    try:
-        config = strict_json(path.read_text("utf-8"))
-    except OSError:
-        raise FileError(f"{path} can't be read; PEFT's tensors need it beside them") from None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: no JSON: {error}") from None
-    if not isinstance(config, dict) or "peft_type" not in config:
+    if not path.exists():
+        raise FileError(f"{path} isn't there; PEFT's tensors need it beside them")
+    config = read_json(path)
+    if "peft_type" not in config:
         raise FileError(f"{path}: no config of PEFT's")
     if complaints := list(unsupported_fields(config, BESIDE)):
         raise FileError(f"{path}: not supported: {', '.join(complaints)}")
@@ -106,6 +102,11 @@ def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
     rank = next((ranks[each] for each in ranks if _ending(each).match(key)), rank)
     alpha = next((alphas[each] for each in alphas if _ending(each).match(key)), alpha)
     return rank, float(alpha)
+
+
+def dropout(config: Config) -> float:
+    """Return the share of each layer's input that is dropped."""
+    return float(config.get("lora_dropout") or 0)
 
 
 def scaling(config: Config) -> Scaling:

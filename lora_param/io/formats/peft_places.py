@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from ...chains import type_before
-from ...layers import CONV1D, UNLISTED, Layer, Shape, layer_of
+from ...layers import CONV1D, UNLISTED, Shape, layer_of
 from ...weight import Weight, join, tensor_names
 from ..outline import LINEARS, Outline, Unknown, class_name, drops, facts_of, is_plain
 from ..tensors import Config
@@ -29,16 +29,6 @@ class Place(NamedTuple):
     key: str  # what the config's patterns are held against
     weight: Weight
     kind: Literal["layer", "in_proj", "out_proj", "alone", "parameter"] = "layer"
-
-    @property
-    def module(self) -> nn.Module:
-        """The weight's module."""
-        return self.weight.module
-
-    @property
-    def layer(self) -> Layer:
-        """The weight's row."""
-        return self.weight.layer
 
     @property
     def stack(self) -> Shape | None:
@@ -93,9 +83,13 @@ def place_of_weight(weight: Weight, weights: Outline, parameters: Collection[str
     return place._replace(name=f"{attention}{OUT_PROJ}", key=attention, kind="out_proj")
 
 
-def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iterator[str]:
+def refusals(
+    place: Place, *, dora: bool, idle: bool = False, written: bool = False
+) -> Iterator[str]:
     """Yield why PEFT has no place for an update, or doesn't use it; an idle one has no effect."""
-    module, name = place.module, place.weight.name
+    module, name = place.weight.module, place.weight.name
+    if dora and place.kind != "layer":
+        yield f"{name}: PEFT has no DoRA but of layers"
     if isinstance(module, Unknown):
         return
     if not _has_place(place):
@@ -116,7 +110,7 @@ def refusals(place: Place, *, idle: bool = False, written: bool = False) -> Iter
 
 
 def _has_place(place: Place) -> bool:
-    kind, shape = place.layer.kind, place.weight.shape
+    kind, shape = place.weight.layer.kind, place.weight.shape
     if place.kind == "parameter":
         return kind in (UNLISTED.kind, *LINEARS) and len(shape or ()) in (2, 3)
     known = is_plain(place.weight) or kind in (nn.Embedding, CONV1D)
@@ -128,7 +122,7 @@ def warn(places: Iterable[Place], weights: Outline, twice: str = "", dropout: fl
     """Warn where PEFT computes something else than the formula, with what of `twice` follows."""
     reasons: defaultdict[str, list[str]] = defaultdict(list)
     for place in places:
-        module, name = place.module, place.weight.name
+        module, name = place.weight.module, place.weight.name
         if _computes_otherwise(module):
             how = "by other maths: it knows no dilation, padding_mode or forward of a layer's own"
             reasons[how].append(name)
@@ -137,7 +131,7 @@ def warn(places: Iterable[Place], weights: Outline, twice: str = "", dropout: fl
             reasons[how].append(name)
         if twice and place.kind == "out_proj":
             reasons[f"twice, and {twice}"].append(name)
-        able = drops(place.weight) or isinstance(module, Unknown) or not place.layer.drops
+        able = drops(place.weight) or isinstance(module, Unknown) or not place.weight.layer.drops
         if dropout and place.kind == "layer" and not able:
             reasons["with dropout, and here there is none"].append(name)
     for reason, names in reasons.items():

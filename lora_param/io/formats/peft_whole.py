@@ -11,15 +11,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ...deltas import Delta
-from ...deltas.protocol import tensors_of
+from ...deltas import Delta, DenseDelta, StatisticsDelta
+from ...deltas.protocol import Shape, tensors_of
 from ...errors import FileError, TargetError
 from ...rows import Rows
-from ...sharding import is_sharded
+from ...sharding import is_sharded, whole
 from ...weight import Weight, join
 from ..outline import LINEARS, Outline, class_name
 from ..tensors import About, Config
-from ..values import NewValues
 from . import factors as shared
 
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -38,6 +37,50 @@ TASKS = {
 
 CONTAINERS = ("ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Module")
 """Classes that PEFT can't wrap, and what a checkpoint's modules are called."""
+
+
+class NewValues(Delta):
+    """What a tensor or a block of its rows becomes, `V`: a delta once the tensor is known."""
+
+    kind = "values"
+    options = ()
+    V: Tensor
+
+    def __init__(self, values: Tensor, rows: Rows | None = None) -> None:
+        super().__init__("default", None)
+        self.register_buffer("V", values.detach())
+        self.__dict__.update(rows=rows, of_buffers=not values.is_floating_point())  # of any dtype
+
+    def misfit(self, shape: Shape, view: Shape) -> str | None:
+        """Say that they are of another shape, if they are."""
+        got = tuple(self.V.shape)
+        return None if got == shape else f"its new values are {got}, should be {shape}"
+
+    def added_to(self, weight: Weight) -> Delta:
+        """Return what is added to a weight that is known, of a buffer what stands in its place."""
+        old = weight.like
+        if old.is_meta or self.rows != weight.rows or old.shape != self.V.shape:
+            return self
+        if weight.is_buffer:
+            return StatisticsDelta.restore({"S": self.V.to(old.dtype)}, {})
+        delta = DenseDelta.restore({"D": difference(self.V, whole(old))}, {})
+        delta.rows = self.rows
+        return delta
+
+
+def difference(new: Tensor, old: Tensor) -> Tensor:
+    """Return `D` in the narrowest dtype in which `(old + D).to(old.dtype)` is `new`, to the bit.
+
+    Where a float64 can't say it, because `new` is smaller than `old` by some 2**29, it is the
+    nearest that there is.
+    """
+    old = old.detach().to(new.device)
+    for dtype in (old.dtype, torch.float32, torch.float64):
+        wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), dtype)
+        added = new.to(wide) - old
+        if torch.equal((old + added).to(old.dtype), new.to(old.dtype)):
+            break
+    return added
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -115,62 +158,57 @@ def _has_tokens(weight: Weight, weights: Outline) -> bool:
 
 
 def _render_tokens(
-    deltas: Mapping[str, Delta], weights: Outline, wrapped: Collection[str]
+    deltas: Mapping[Weight, Delta], weights: Outline, wrapped: Collection[str]
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas on blocks of rows, none of them of what is `wrapped` otherwise."""
     tokens, values = defaultdict[str, list[int]](list), defaultdict[str, list[Tensor]](list)
     complaints = []
-    for name, delta in deltas.items():
-        weight = weights.weight(name)
-        if weight is None or not weight.path or not _has_tokens(weight, weights):
-            complaints.append(f"{name}: {OF_TOKENS}")
+    for weight, delta in deltas.items():
+        if not weight.path or not _has_tokens(weight, weights):
+            complaints.append(f"{weight.name}: {OF_TOKENS}")
         elif weight.path in wrapped:
-            complaints.append(f"{name}: PEFT has no rows of tokens of a layer that it adapts too")
+            reason = "PEFT has no rows of tokens of a layer that it adapts too"
+            complaints.append(f"{weight.name}: {reason}")
         else:
-            tokens[weight.path] += delta.rows or ()
-            values[weight.path].append(_value(name, delta, weights))
+            tokens[weight.path] += weight.rows or ()
+            values[weight.path].append(_value(weight, delta))
     shared.refuse([*complaints, *_ambiguous(tokens, weights)], "written")
     tensors = {f"{path}.{TOKENS}": torch.cat(own) for path, own in values.items()}
     return tensors, {"trainable_token_indices": dict(tokens)} if tokens else {}
 
 
 def add_biases(
-    new: dict[str, Delta],
-    layers: Mapping[str, float],
-    factors: shared.Factors,
-    config: Config,
-    weights: Outline,
+    new: dict[str, Delta], biases: Mapping[str, Tensor], config: Config, weights: Outline
 ) -> None:
-    """Add the updates' own biases to the layers', by paths with their scales."""
-    biased = {path: factors[path]["bias"] for path in layers if "bias" in factors[path]}
-    for path, bias in biased.items():
+    """Add the updates' own biases, by paths, to the layers'."""
+    for path, bias in biases.items():
         if weights.weight(join(path, "bias")) is None:
             raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
-        name, update = shared.dense(join(path, "bias"), bias * layers[path])
+        name, update = join(path, "bias"), shared.dense(bias)
         values = new.get(name)
         new[name] = NewValues(values.V + update.D) if isinstance(values, NewValues) else update
-    if biased and not config.get("lora_bias"):
+    if biases and not config.get("lora_bias"):
         reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
-        warnings.warn(f"{', '.join(biased)}: {reason}", stacklevel=5)
+        warnings.warn(f"{', '.join(biases)}: {reason}", stacklevel=5)
 
 
 def render_whole(
-    deltas: Mapping[str, Delta], weights: Outline, wrapped: Mapping[str, bool], about: About
+    deltas: Mapping[Weight, Delta], weights: Outline, wrapped: Mapping[str, bool], about: About
 ) -> tuple[dict[str, Tensor], Config]:
     """Lay out dense deltas and statistics; `wrapped` are paths, with whether each is a layer."""
-    blocks = {name: delta for name, delta in deltas.items() if delta.rows}
+    blocks = {weight: delta for weight, delta in deltas.items() if weight.rows}
     rows, tokens = _render_tokens(blocks, weights, wrapped)
-    deltas = {name: delta for name, delta in deltas.items() if name not in blocks}
-    new = {n: _value(n, delta, weights) for n, delta in deltas.items() if not delta.of_buffers}
+    whole = {weight.name: (weight, delta) for weight, delta in deltas.items() if not weight.rows}
+    moving = {name: pair for name, pair in whole.items() if pair[1].of_buffers}
+    new = {name: _value(*pair) for name, pair in whole.items() if name not in moving}
     modules = list(_whole_modules(new, weights))
     inside = tuple(f"{path}." for path in modules)
     saved = [name for name in weights.tensors if name.startswith(inside or " ")]
-    new |= {n: _value(n, deltas[n], weights) for n in saved if n in deltas and n not in new}
+    new |= {name: _value(*moving[name]) for name in saved if name in moving}
     tensors = {name: new.get(name, weights.tensors[name]) for name in saved}
-    left = sorted(deltas.keys() - tensors.keys())
-    if moving := [name for name in left if deltas[name].of_buffers]:
-        shared.warn_of_statistics("PEFT", moving)
-    biases = [name for name in left if name not in moving]
+    if left := sorted(moving.keys() - tensors.keys()):
+        shared.warn_of_statistics("PEFT", left)
+    biases = sorted(new.keys() - tensors.keys())
     shared.refuse([*_ambiguous(modules, weights), *_homeless(biases, wrapped)], "written")
     paths = {name: name.removesuffix(".bias") for name in biases}
     for name, path in paths.items():
@@ -195,13 +233,11 @@ def _homeless(names: Collection[str], wrapped: Mapping[str, bool]) -> Iterator[s
             yield f"{name}: PEFT trains biases and whole modules; train all of {path}"
 
 
-def _value(name: str, delta: Delta, weights: Outline) -> Tensor:
+def _value(weight: Weight, delta: Delta) -> Tensor:
     """Return what a tensor becomes."""
-    weight = weights.weight(name)
-    if weight is None or (tensor := weight.like).is_meta or is_sharded(tensor):
-        raise FileError(
-            f"{name}: PEFT keeps its new values; convert a native file with the base, by --base"
-        )
+    if (tensor := weight.like).is_meta or is_sharded(tensor):
+        fix = "convert a native file with the base, by --base"
+        raise FileError(f"{weight.name}: PEFT keeps its new values; {fix}")
     full = delta.made_of(tensors_of(delta), delta.numbers)
     full.strength = 1.0  # as the pairs beside it are written
     return full.value(tensor.detach()).detach()
