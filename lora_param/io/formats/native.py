@@ -70,8 +70,10 @@ def describe(file: OpenFile) -> tuple[Config, About]:
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
     shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    said = [record[name] for name in ("adapter", "model", "class", "base")]
-    return record | {STRINGS: strings}, About(*said, shapes, record["layers"], strings)
+    adapter, model, cls, base = (record[name] for name in ("adapter", "model", "class", "base"))
+    return record | {STRINGS: strings}, About(
+        adapter, model, cls, base, shapes, record["layers"], strings
+    )
 
 
 def _faults(record: Mapping[str, Any]) -> Iterator[str]:
