@@ -17,7 +17,7 @@ from .deltas.switching import Switched
 from .groups import by_rows
 from .layers import Layer, computes_as_its_row, layer_of, methods_of
 from .offloaded import brought_in, is_hooked
-from .ops import PLAIN, is_exact, is_unseen
+from .ops import PLAIN, is_exact
 from .quantised import logical, packed_or_dense
 from .routing import Routing, routing_of
 
@@ -65,7 +65,7 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         bias = chains_of(self).get("bias") if routing is not None else None
         if bias is not None and routing.separates(bias):  # type: ignore[union-attr]
             return in_weight_space(self, *args, **kwargs)
-        if not (found := _acting(self, layer, traced, routing)):
+        if not (found := acting(self, "weight", layer, traced, routing)):
             if not traced and (hooked := _hooked(self)):
                 with brought_in(hooked):
                     return forward(self, *args, **kwargs)
@@ -73,32 +73,41 @@ def in_activation_space(base: type[nn.Module], layer: Layer) -> Callable[..., An
         weight, plan = found
         if routing is not None and routing.rows > 1:
             x = routing.places.spread(self, x)
-        in_place = is_unseen(weight)
+        # As `is_unseen`, without a call more.
+        seen = traced or torch._C._are_functorch_transforms_active()
+        in_place = not (seen or torch._C._len_torch_dispatch_stack()) and type(weight) in PLAIN
         at_work = run(self, x, layer.transposed, in_place)
-        at_work.weight, at_work.acting, at_work.routing = weight, plan.acting, routing
-        if in_place and plan.rank and routing is None and _is_summed(plan, weight, at_work):
-            for delta in itertools.chain(*plan.acting):
-                weight = delta.sum(weight)
-            return at_work.result(at_work.base(weight))
-        if plan.space == "weight":
-            return in_weight_space(self, *args, **kwargs)
-        if routing is not None and routing.rows > 1:
+        at_work.routing = routing
+        if routing is not None and routing.rows > 1 and plan.space != "weight":
             at_work.rows_in = routing.places.dim_of(self, x, len(at_work.batch))
-        y = at_work.base(weight)
-        for first, *others in plan.acting:
-            y = first.act(y, at_work.x, at_work, others)
-        return at_work.result(y)
+        y = computed(at_work, weight, plan)
+        return in_weight_space(self, *args, **kwargs) if y is None else y
 
     return forward
+
+
+def computed(run: Any, weight: Tensor, plan: Plan) -> Any:
+    """Return the output of a layer at work with its deltas; `None` for one in weight space."""
+    run.weight, run.acting = weight, plan.acting
+    if run.in_place and plan.rank and run.routing is None and _is_summed(plan, weight, run):
+        for delta in itertools.chain(*plan.acting):
+            weight = delta.sum(weight)
+        return run.result(run.base(weight))
+    if plan.space == "weight":
+        return None
+    y = run.base(weight)
+    for first, *others in plan.acting:
+        y = first.act(y, run.x, run, others)
+    return run.result(y)
 
 
 def acts(module: nn.Module, name: str) -> bool:
     """Say whether a module can compute a tensor's deltas, and one more, in activation space."""
     base = type_before(module)
     layer, chain = layer_of(base), chains_of(module).get(name)
-    if name != "weight" or not layer.run or not computes_as_its_row(base):
+    if not layer.run or name not in layer.tensors or not computes_as_its_row(base):
         return False
-    patched = "forward" in module.__dict__ and not is_hooked(module)
+    patched = "forward" in module.__dict__ and not (name == "weight" and is_hooked(module))
     if patched or (layer.suits is not None and not layer.suits(module)):
         return False
     if chain is None:
@@ -155,16 +164,16 @@ def _saved(shape: torch.Size, rank: int, run: Any, trained: bool) -> tuple[int, 
     return CALLS - (rank + run.forming) * size, each - trained * size // 3
 
 
-def _acting(
-    module: nn.Module, layer: Layer, traced: bool, routing: Routing | None
+def acting(
+    module: nn.Module, name: str, layer: Layer, traced: bool, routing: Routing | None
 ) -> tuple[Tensor, Plan] | None:
     """Return a weight as it is beneath its deltas, and those that are on; `None` without such."""
     chains: Any = module._modules.get("parametrizations")  # gone, where a shallow copy's twin left
-    if chains is None or (chain := chains._modules.get("weight")) is None:
+    if chains is None or (chain := chains._modules.get(name)) is None:
         return None
     record = module.__dict__.get("_lora")
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
-    plan: Plan | None = None if traced or not record else record.plan
+    plan: Plan | None = None if traced or not record else record.plans.get(name)
     if routing is not None:
         plan = None if traced else routing.plans.get(chain)
     entries = chain.__dict__.get("acting") if routing is None else None
@@ -174,7 +183,7 @@ def _acting(
         if routing is not None:
             routing.plans[chain] = plan
         elif record and not traced:
-            record.plan = plan
+            record.plans[name] = plan
     if not plan.acting and (traced or routing is not None):
         return None
     if plan.space == "weight" and not plan.rank:

@@ -11,23 +11,23 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 
 class Record:
-    """What a module remembers, as `_lora`: its class and order of parameters before, and a plan.
+    """What a module remembers, as `_lora`: its class and order of parameters before, and plans.
 
-    A copy has neither class nor plan, because torch makes a class for one module alone.
+    A copy has neither class nor plans, because torch makes a class for one module alone.
     """
 
     def __init__(self, type: type[nn.Module] | None = None, order: tuple[str, ...] = ()) -> None:
         self.type, self.order = type, order
-        self.plan: Any = None
+        self.plans: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Record, (None, self.order)
 
 
 class Reading(threading.local):
-    """Whose stock forward runs in this thread, and what it has read so far."""
+    """The modules whose weights a stock forward reads in this thread, and what it has read."""
 
-    module: nn.Module | None = None
+    modules: Sequence[nn.Module | None] = ()
     values: Any = None
     beneath: Mapping[nn.Module, Tensor] = {}
     """What reading these chains gives for now, whatever is on."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .activation import in_activation_space
+from .attention import attended
 from .chains import chains_of, originals_of, reading
 from .deltas.protocol import Delta
 from .deltas.switching import Switched
@@ -81,7 +83,7 @@ def parametrized_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn
 
 def _weight_property(name: str, layer: Layer) -> property:
     moving = name in layer.moving
-    packs = layer.dense is not None
+    packs, projects = layer.dense is not None, layer.run and name in layer.tensors
     once = moving or not layer.moving  # a norm's forward reads its weight once, whosever it is
 
     def compute(self: Any, chain: Any) -> Any:
@@ -104,16 +106,20 @@ def _weight_property(name: str, layer: Layer) -> property:
         routing = routing_of(chain) if Routing.used else None
         if routing is not None and routing.separates(chain):
             return weight_by_row(routing, self, name, originals_of(chain)[0])
-        if once and not torch.compiler.is_compiling() and reading.module is self:
-            store, key = reading.values, chain
+        store, key, eager = {}, chain, not torch.compiler.is_compiling()
+        if once and eager and self in reading.modules:
+            store = reading.values
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
             state = (torch.is_grad_enabled(), Switched.switched)
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
-        else:
-            return compute(self, chain)
         if key not in store:
-            store[key] = compute(self, chain)
+            value = None
+            if projects and eager:
+                value = attended(sys._getframe(1), self, name, layer, routing, compute)
+            if value is not None and store is parametrize._cache:
+                return value
+            store[key] = compute(self, chain) if value is None else value
         return store[key]
 
     def write(self: nn.Module, value: Tensor) -> None:
@@ -140,12 +146,12 @@ def _reading_once(base: Any, layer: Layer) -> Method:
     stock, own = base.forward, not _is_torchs(base.forward)
 
     def once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        outer = reading.module, reading.values
-        reading.module, reading.values = self, {}
+        outer = reading.modules, reading.values
+        reading.modules, reading.values = (self, *self._modules.values()), {}
         try:
             return base.forward(self, *args, **kwargs)
         finally:
-            reading.module, reading.values = outer
+            reading.modules, reading.values = outer
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -118,7 +118,8 @@ class Layer:
 CONV1D = "transformers.pytorch_utils.Conv1D"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-ATTENTION = ("in_proj_weight", "[qkv]_proj_weight", "out_proj.weight")
+QKV = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+ATTENTION = ("in_proj_weight", *QKV, "out_proj.weight")
 MASKS = {"key_padding_mask": -2, "attn_mask": -3, 1: 0}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 KEPT = {"support_avx512bf16_for_cpu": _without}  # by which a forward would round its weight anew
@@ -126,12 +127,12 @@ LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embeddi
 STACKS = Layer(nn.Module, ("*",), stack, features=-2, default=False)
 
 TABLE: tuple[Layer, ...] = (
-    Layer(nn.modules.linear.NonDynamicallyQuantizableLinear),  # attention reads its weight
+    Layer(nn.modules.linear.NonDynamicallyQuantizableLinear, run=LinearRun),  # of an attention
     Layer(nn.Linear, run=LinearRun),
     *(Layer(kind, run=ConvolutionRun, suits=_is_ungrouped) for kind in CONVOLUTIONS),
     *(Layer(kind, features=1) for kind in TRANSPOSED_CONVOLUTIONS),
     Layer(nn.Bilinear),
-    Layer(nn.MultiheadAttention, ATTENTION, rereads=True, rows_of=MASKS),
+    Layer(nn.MultiheadAttention, ATTENTION, run=LinearRun, rereads=True, rows_of=MASKS),
     Layer(nn.RNNBase, ("weight_*",), rereads=True, rows_of={"hx": -2, 1: -2}),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, features=1, run=LinearRun),

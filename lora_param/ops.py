@@ -298,20 +298,18 @@ _precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # from torch
 
 def is_exact(x: Tensor, weight: Tensor) -> bool:
     """Say whether a product rounds a weight no further, which would lose a small update in it."""
-    if not weight.is_cpu or x.dtype != weight.dtype or autocasts(x):
+    if not weight.is_cpu or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
     if weight.dtype != torch.float32:
         return weight.dtype == torch.float64
     if _precision is None:
         return torch.get_float32_matmul_precision() == "highest"
-    return {_precision("mkldnn", kind) for kind in ("matmul", "conv")} <= {"none", "ieee"}
+    matmul, convolution = _precision("mkldnn", "matmul"), _precision("mkldnn", "conv")
+    return {matmul, convolution} <= {"none", "ieee"}
 
 
 def is_unseen(weight: Tensor) -> bool:
-    """Say whether nothing but autograd would see a result of a weight's change in place.
-
-    A transform, a trace or a mode that keeps results must not; a subclass may not be able to.
-    """
+    """Say whether no trace, transform or mode sees what is made of a weight change in place."""
     if is_traced() or type(weight) not in PLAIN:
         return False
     return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())

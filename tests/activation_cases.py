@@ -18,7 +18,7 @@ from .reference import loss, reference
 WEIGHT_SPACE = {
     "linear subclass", "conv2d grouped", "conv2d depthwise", "transposed conv1d",
     "transposed conv2d grouped", "transposed conv3d", "embedding bag", "bilinear", "attention",
-    "attention batch first", "attention kdim vdim", "rnn", "gru bidirectional", "lstm",
+    "attention batch first", "rnn", "gru bidirectional", "lstm",
     "lstm projected", "rnn cell", "gru cell", "lstm cell", "experts",
 }  # fmt: skip
 
@@ -40,13 +40,13 @@ EXTRA = [
 ]  # fmt: skip
 
 
-BOTH = [case for case in CASES if case.id not in WEIGHT_SPACE] + EXTRA
+# What has one output; of attention see test_attention.py.
+BOTH = [
+    case for case in CASES if case.id not in WEIGHT_SPACE and case.id != "attention kdim vdim"
+] + EXTRA
 
 
-# Attention is in weight space, whatever is said of the layers beside it.
-ACTIVATION = [
-    case if case.id == "transformer layer" else replace(case, space="activation") for case in BOTH
-]
+ACTIVATION = [replace(case, space="activation") for case in BOTH]
 
 
 each_case = pytest.mark.parametrize("case", ACTIVATION, ids=lambda case: case.id)

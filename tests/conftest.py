@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from lora_param import base_state_dict, save_lora
+from lora_param import LoRAParametrization, base_state_dict, save_lora
 
 from .cli_cases import adapted
 from .file_cases import net
@@ -50,3 +51,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """List the weights whose sum with a delta is formed from now on."""
+    seen: list[Tensor] = []
+    for name in ("sum", "formula"):
+        own = getattr(LoRAParametrization, name)
+        form = lambda self, weight, own=own: seen.append(weight) or own(self, weight)  # noqa: E731
+        monkeypatch.setattr(LoRAParametrization, name, form)
+    return seen

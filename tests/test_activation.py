@@ -41,7 +41,8 @@ def test_the_summary_tells_each_weights_space(case: Case) -> None:
     by_cost = "activation" if "embedding" in case.id else "activation or weight, by cost"
     in_weight_space = case.id in WEIGHT_SPACE
     assert spaces == {
-        name: "weight" if in_weight_space or "self_attn" in name else by_cost for name in case.names
+        name: by_cost if name == "out_proj.weight" or not in_weight_space else "weight"
+        for name in case.names
     }
 
 

@@ -1,0 +1,153 @@
+"""Torch's attention in activation space: what its own code, and no other, gets as a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import FrameType, FunctionType
+from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 as everybody calls it
+from torch.utils._pytree import tree_map_only
+
+from .activation import Plan, acting, computed
+from .chains import chains_of, type_before
+from .deltas.protocol import Delta
+from .groups import SHAPE
+from .layers import Layer, computes_as_its_row
+from .ops import LinearRun, is_exact, is_unseen
+from .routing import Routing
+
+READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
+"""The modules of torch's attention and encoder layer, and what these call their input."""
+
+KERNEL = 7_000_000
+"""Up to how many multiplications for a sum torch's kernels of several layers pay in inference."""
+
+_learnt: WeakSet[Delta] = WeakSet()
+_formed: WeakValueDictionary[nn.Module, Tensor] = WeakValueDictionary()  # by chain
+
+
+class ProjectionRun(LinearRun):
+    """A weight, or some `rows` of it, at work on `[..., in]` in an attention."""
+
+    def __init__(self, x: Tensor, bias: Tensor | None, rows: slice, in_place: bool) -> None:
+        self.transposed, self.in_place, self.bias, self.rows = False, in_place, bias, rows
+        self.lead, self.x = (x.shape[:-1], x.flatten(0, -2)) if x.dim() > 2 else (None, x)
+        self.adds = bias is not None and not x.is_contiguous()
+
+    def positions(self) -> int:
+        """Return the number of tokens, for some of the rows 0."""
+        return len(self.x) if self.rows.start is None else 0
+
+    def base(self, weight: Tensor) -> Tensor:
+        """Return `[tokens, rows]`, with the bits that torch gives where a weight is trained."""
+        self.shape = weight.shape
+        y = F.linear(self.x, weight[self.rows], None if self.adds else self.bias)
+        return y + self.bias.to(y.dtype) if self.adds else y  # type: ignore[union-attr]
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return what the rows make of an input by a weight, without their bias."""
+        return F.linear(x, weight[self.rows])
+
+    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `[rank, in]` and `[rank, rows]`."""
+        return A, B[self.rows].t()
+
+    def across(self, values: Tensor) -> Tensor:
+        """Return those of the rows of what there is for each of the weight's."""
+        return values[self.rows] if len(values) == self.shape[0] else values
+
+
+class Projection(Tensor):
+    """An adapted weight, or some rows of it, as torch's attention reads it.
+
+    `F.linear` computes with it in activation space, and torch takes no kernel of several layers,
+    because it is no plain tensor. All else gets the sum.
+    """
+
+    of: tuple[Any, ...]  # chain, weight, plan and routing
+    rows = slice(None)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what is asked of the weight itself, project by it, or form it."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func is F.linear:
+            return args[1]._project(args[0], *args[2:], **kwargs)
+        if func is F.multi_head_attention_forward and func.__globals__ is vars(F):
+            # Without its question whether an argument is a plain tensor.
+            scope = {**vars(F), "has_torch_function": lambda tensors: False}
+            return FunctionType(func.__code__, scope, name, func.__defaults__)(*args, **kwargs)
+        if name not in SHAPE and name not in ("split", "chunk"):
+            args, kwargs = tree_map_only(cls, cls._formed, (args, kwargs))
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            answer = func(*args, **kwargs)
+        return answer if name in SHAPE else args[0]._blocks(answer)
+
+    def _project(self, x: Tensor, bias: Tensor | None = None) -> Any:
+        _, weight, plan, routing = self.of
+        run = ProjectionRun(x, bias, self.rows, is_unseen(weight))
+        run.routing = routing
+        return computed(run, weight, plan)
+
+    def _blocks(self, parts: Sequence[Tensor]) -> list[Projection]:
+        blocks, stop = [], self.rows.start or 0
+        for part in parts:
+            blocks.append(part.as_subclass(Projection))
+            blocks[-1].of, blocks[-1].rows = self.of, slice(stop, stop := stop + len(part))
+        return blocks
+
+    def _formed(self) -> Any:
+        return self.of[0]()[self.rows]
+
+
+def attended(
+    frame: FrameType, module: nn.Module, name: str, layer: Layer, routing: Routing | None, form: Any
+) -> Any:
+    """Return a weight for a frame of torch's attention or encoder layer; for another `None`."""
+    if (argument := READERS.get(frame.f_globals.get("__name__", ""))) is None:
+        return None
+    seen, chain = frame.f_locals, chains_of(module)[name]
+    reader, x = map(seen.get, ("self", argument))
+    encodes = type(reader) is nn.TransformerEncoderLayer
+    if not (encodes or isinstance(reader, nn.MultiheadAttention)) or "forward" in reader.__dict__:
+        return None
+    for each in seen.get("tensor_args", ()):  # of what it asks, before a kernel gets it
+        if each is _formed.get(chain, ()):
+            return each
+    value = (
+        None if not isinstance(x, Tensor) or x.is_nested else _read(module, name, layer, routing)
+    )
+    if value is None:
+        value = _formed[chain] = form(module, chain)
+    return value
+
+
+def _read(module: nn.Module, name: str, layer: Layer, routing: Routing | None) -> Any:
+    found = acting(module, name, layer, False, routing)
+    if found is None or not (is_unseen(found[0]) and computes_as_its_row(type_before(module))):
+        return None
+    weight, plan = found
+    if plan.in_front or not plan.acting or plan.space == "weight":
+        return None
+    if not (torch.is_grad_enabled() or _leaves_kernels(plan, weight)):
+        return None
+    read = weight.detach().as_subclass(Projection)
+    read.of = chains_of(module)[name], weight, plan, routing
+    return read
+
+
+def _leaves_kernels(plan: Plan, weight: Tensor) -> bool:
+    """Say whether inference pays without torch's kernels, and the base's bits aren't expected."""
+    drops = any(delta.training for delta in plan.dropping)
+    few = plan.rank and (plan.rank + LinearRun.forming) * weight.numel() <= KERNEL
+    if few and not drops and is_exact(weight, weight):
+        return False
+    deltas = [delta for run in plan.acting for delta in run]
+    fresh = [delta for delta in deltas if delta not in _learnt]
+    _learnt.update(delta for delta in fresh if not torch.equal(delta(weight), weight))
+    return any(delta in _learnt for delta in deltas)
