@@ -201,8 +201,7 @@ def acting(
 def _hooked(module: nn.Module) -> list[nn.Module]:
     """List a weight's chain and what acts in it, as far as accelerate's hooks bring them in."""
     chain: Any = chains_of(module).get("weight")
-    found = () if chain is None else (chain, *chain.__dict__.get("acting", ()))
-    return [each for each in found if is_hooked(each)]
+    return [each for each in (chain, *getattr(chain, "acting", ())) if each and is_hooked(each)]
 
 
 def _is_watched(chain: nn.Module, acting: Runs) -> bool:

@@ -109,10 +109,7 @@ def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]
 def check_weights(weights: Sequence[Weight], adapter: str) -> None:
     """Raise for the first weight that can't be adapted, naming the rule and the fix."""
     for weight in weights:
-        for reason in _reasons(weight.whole):
-            raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
-        if weight.rows and getattr(weight.module, "groups", 1) > 1 == weight.dim:
-            reason = "in groups, its output features are no rows of one tensor; adapt all of it"
+        for reason in _reasons(weight):
             raise TargetError(f"{weight.name}: {reason}, or exclude this weight")
         for entry in weight.chain:
             ours = isinstance(entry, Delta) and entry.adapter == adapter
@@ -137,12 +134,9 @@ def check_droppable(weights: Sequence[Weight]) -> None:
     """Raise for the first weight whose input a delta doesn't meet."""
     for weight in weights:
         if not (acts(weight.module, weight.tensor) and weight.layer.drops):
-            rule = (
-                "dropout needs a layer that computes in activation space, and an input to drop from"
-            )
-            finding = f"which a {type_before(weight.module).__name__} has not"
-            fix = "use dropout=0, or exclude this weight"
-            raise TargetError(f"{weight.name}: {rule}, {finding}; {fix}")
+            rule = "dropout needs a layer that computes in activation space, and an input to drop"
+            finding = f"from, which a {type_before(weight.module).__name__} has not; use dropout=0"
+            raise TargetError(f"{weight.name}: {rule} {finding}, or exclude this weight")
 
 
 def check_space(space: str, dropout: float, kind: type[Delta], weights: Sequence[Weight]) -> None:
@@ -153,11 +147,10 @@ def check_space(space: str, dropout: float, kind: type[Delta], weights: Sequence
         raise LoRAError(f"dropout={dropout} needs activation space; drop space or the dropout")
     for weight in weights if space == "activation" else ():
         if not (kind.act and acts(weight.module, weight.tensor)):
-            rule = (
-                f"a {kind.kind} delta on a {type_before(weight.module).__name__}'s {weight.tensor}"
-            )
+            place = f"{type_before(weight.module).__name__}'s {weight.tensor}"
+            rule = f"a {kind.kind} delta on a {place} here is computed in weight space"
             fix = 'drop space="activation", or exclude this weight'
-            raise TargetError(f"{weight.name}: {rule} here is computed in weight space; {fix}")
+            raise TargetError(f"{weight.name}: {rule}; {fix}")
 
 
 def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
@@ -165,11 +158,11 @@ def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
     for weight, delta in pairs:
         for other in weight.whole.deltas if weight.chain and not delta.has_own("act") else ():
             if other.numbers.get("dropout"):
-                raise TargetError(
-                    f"{weight.name}: adapter {other.adapter!r} drops entries of the input, which a "
-                    f"{delta.kind} delta beside it would end; set its dropout to 0, or exclude "
-                    "this weight"
+                reason = (
+                    f"drops entries of the input, which a {delta.kind} delta beside it would end"
                 )
+                fix = "set its dropout to 0, or exclude this weight"
+                raise TargetError(f"{weight.name}: adapter {other.adapter!r} {reason}; {fix}")
 
 
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
@@ -247,11 +240,10 @@ def _names(weights: Sequence[Weight]) -> str:
 
 def _reasons(weight: Weight) -> Iterator[str]:
     """Yield why a weight can't be adapted; a later rule relies on what an earlier one refuses."""
-    module, tensor, chain = weight.module, weight.original, weight.chain
+    module, tensor, chain = weight.module, weight.whole.original, weight.chain
     own = module._modules | module._parameters | module._buffers
     if "parametrizations" in own and not chains_of(module):
-        name = '"parametrizations", where torch keeps these'
-        yield f"its module has something of its own called {name}"
+        yield 'its module has something else called "parametrizations", where torch keeps its own'
     yield from _norms(module, weight.tensor)
     if weight.tensor in own and getattr(module, weight.tensor, None) is not own[weight.tensor]:
         yield "reading it gives something else than the Parameter itself; adapt what computes it"
@@ -267,10 +259,12 @@ def _reasons(weight: Weight) -> Iterator[str]:
         if tensor is not None and unfit(tensor):
             yield rule.format(tensor, type(tensor).__name__, show_dtypes(tensor.dtype))
     try:
-        _ = chain and weight.like
+        _ = chain and weight.whole.like
     except Exception as error:
         names = ", ".join(type(entry).__name__ for entry in chain)
         yield f"reading it through {names} fails with {error!r}; mend or remove these"
+    if weight.rows and getattr(module, "groups", 1) > 1 == weight.dim:
+        yield "in groups, its output features are no rows of one tensor; adapt all of it"
 
 
 def _taken(weight: Weight, table: str) -> str | None:

@@ -57,10 +57,9 @@ def logical(tensor: Any) -> Tensor:
     """Return a tensor's shape, dtype and device as one, without values if it is quantised."""
     if not is_quantised(tensor) or is_unfit(tensor):
         return cast("Tensor", tensor)
-    state, dtype = getattr(tensor, "quant_state", None), tensor.dtype
-    shape, dtype = (state.shape, state.dtype) if state else (tensor.shape, dtype)
-    dtype = dtype if dtype.is_floating_point else torch.float32
-    return torch.empty((), dtype=dtype, device=tensor.device).expand(shape)
+    like = getattr(tensor, "quant_state", None) or tensor
+    dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+    return torch.empty((), dtype=dtype, device=tensor.device).expand(like.shape)
 
 
 def dense(tensor: Any) -> Tensor:

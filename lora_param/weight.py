@@ -144,8 +144,7 @@ class Weight:
         """Append a delta to the tensor's chain; the original stays the same object."""
         self._keep(undo)
         module, name, base = self.module, self.tensor, type_before(self.module)
-        delta.__dict__["rows"] = self.rows
-        delta.__dict__["dim"] = self.dim if self.rows else 0
+        delta.__dict__.update(rows=self.rows, dim=self.dim if self.rows else 0)
         if "_lora" not in module.__dict__:
             order = (*module._parameters, *module._buffers)
             module.__dict__["_lora"] = Record(type(module), order)
@@ -157,7 +156,9 @@ class Weight:
             chains[name] = Chain(self.whole.original, module.training)
         if is_sharded(original := chains[name]._parameters.get("original")):
             lay_out(delta, original, delta.along)
-        chains[name].add_module(str(len(chains[name])), delta)
+        chains[name]._modules[str(len(chains[name]._modules))] = delta
+        if isinstance(chains[name], Chain):
+            chains[name].note()
         left_out(module, chains[name], delta)
         if delta.training != module.training:
             delta.train(module.training)

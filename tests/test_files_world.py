@@ -30,6 +30,7 @@ from lora_param.checks import walk
 from lora_param.deltas import KINDS, Delta
 from lora_param.errors import StateDictError
 from lora_param.io import convert_file, file_summary, merge_checkpoint
+from lora_param.io.outline import facts_of, outline_of_tensors
 from lora_param.register import install
 from lora_param.weight import Weight
 
@@ -263,3 +264,10 @@ def test_the_core_imports_nothing_of_io() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and file.stem not in ("__init__", "__main__"):
                 assert (node.module or "").split(".")[0] != "io" or not node.level, file
+
+
+def test_facts_of_a_wrong_type_are_not_taken() -> None:
+    facts = {"0": {"type": [], "groups": "1", "dilation": 3, "forward": 1}}
+    outline = outline_of_tensors({"0.weight": (4, 4)}, facts)
+    assert facts_of(outline.modules["0"]) == {}
+    assert isinstance(outline.modules["0"], nn.Linear)

@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "max_norm": (sparse(max_norm=1.0), "weight", "max_norm renormalises the original at every"),
     "sparse gradient": (sparse(sparse=True), "weight", "sparse gradients can't pass through"),
     "quantised": (lambda: Holder(nn.Parameter(torch.ones(4, 3).as_subclass(Packed))), "table", "a Packed can't be added to a plain tensor; dequantize it"),
-    "name taken": (Taken, None, 'something of its own called "parametrizations"'),
+    "name taken": (Taken, None, 'something else called "parametrizations"'),
     "made for inference": (built_in_inference_mode, None, r"it was made in torch.inference_mode"),
     "traced graph": (traced, "table", "a traced graph can't be parametrized"),
     "no weight": (lambda: nn.ReLU(), None, "target=None finds no linear, convolution"),

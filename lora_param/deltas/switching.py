@@ -41,7 +41,7 @@ class Switched(nn.Module):
 
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
     _switch = Switch()  # the last of their switches
-    _chain = cast("ref[Chain] | None", None)
+    _chain = cast(Any, type(None))  # a weak reference
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init__(self) -> None:
@@ -60,9 +60,8 @@ class Switched(nn.Module):
 
     def now(self) -> Switch:
         """How it acts here and now: by its switch, or as the batch is routed."""
-        if Routing.used and (routing := routing_of(self)) is not None:
-            return routing.switch(self)
-        return self._switch
+        routing = routing_of(self) if Routing.used else None
+        return self._switch if routing is None else routing.switch(self)
 
     @contextmanager
     def switched_for_now(self, switch: Switch) -> Iterator[None]:
@@ -87,8 +86,7 @@ class Switched(nn.Module):
         with _flags:
             self.__dict__["_switch"] = self._places[-1].switch
             Switched.switched = object()
-            chain = self._chain() if self._chain else None
-            if chain is not None and self._switch.on != (self in chain.acting):
+            if (chain := self._chain()) is not None and self._switch.on != (self in chain.acting):
                 chain.note()
             if (trained := self._switch.trained) and not self._resting:
                 return
@@ -101,7 +99,7 @@ class Switched(nn.Module):
                 own[name].grad = own[name].grad if trained else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_chain": None}  # which can't be pickled
+        return self.__dict__ | {"_chain": type(None)}  # which can't be pickled
 
     @property
     def trains(self) -> bool:
@@ -142,19 +140,13 @@ def _noting(name: str) -> Any:
 
     def call(self: Chain, *args: Any) -> None:
         method(self, *args)
-        for entry in self._modules.values():
-            if isinstance(entry, Switched):
-                entry.__dict__["_chain"] = ref(self)  # which is one object for all
         self.note()
 
     return call
 
 
 class Chain(ParametrizationList):
-    """A weight's parametrizations, of which `acting` are on: those that are off cost nothing.
-
-    Compiled code finds those by one path, and depends on how many and of what kind they are alone.
-    """
+    """A weight's parametrizations; compiled code finds those that are on in one place, `acting`."""
 
     acting = cast("tuple[nn.Module, ...]", ())
     unsafe, is_tensor, ntensors = True, True, 1
@@ -162,8 +154,7 @@ class Chain(ParametrizationList):
     __setattr__, __setstate__ = _noting("__setattr__"), _noting("__setstate__")
 
     def __init__(self, original: Tensor | None, training: bool) -> None:
-        # Past torch's constructor, which calls set_() on the tensor that it is given and so would
-        # invalidate any graph that has saved the original.
+        # Past torch's own, whose set_() on the original would invalidate graphs that have saved it.
         nn.Module.__init__(self)
         table: Any = self._parameters if isinstance(original, nn.Parameter) else self._buffers
         table["original"], self.__dict__["training"] = original, training
@@ -174,8 +165,12 @@ class Chain(ParametrizationList):
         return run_through(entries, originals_of(self))
 
     def note(self) -> None:
-        """Find out which of its entries are on."""
+        """Find out which of its entries are on, and be told by their switches."""
+        own, on = ref(self), []
         with _flags:
-            entries = self._modules.values()
-            on = [each for each in entries if not isinstance(each, Switched) or each._switch.on]
+            for entry in self._modules.values():
+                if isinstance(entry, Switched):
+                    entry.__dict__["_chain"] = own
+                if not isinstance(entry, Switched) or entry._switch.on:
+                    on.append(entry)
             self.__dict__["acting"] = tuple(on)

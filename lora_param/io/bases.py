@@ -98,9 +98,8 @@ def _shards(path: Path) -> list[Path]:
         found = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [])
         if len(found) != 1:
             listed = ", ".join(each.name for each in found) or ", ".join(FILES)
-            raise FileError(
-                f"{path}: has {'several' if found else 'none'} of {listed}; name a file"
-            )
+            count = "several" if found else "none"
+            raise FileError(f"{path}: has {count} of {listed}; name a file")
         path = found[0]
     if not path.name.endswith(INDEX):
         return [path]

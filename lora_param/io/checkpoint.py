@@ -101,8 +101,8 @@ def merge_checkpoint(
     check_apart(Path(out), Path(path), Path(base))
     check_name(Path(out))
     with open_both(path, base, base_prefix, options) as (file, checkpoint, weights, found):
-        check_apart(Path(out), *(opened.path for opened in {*checkpoint.files.values()}))
-        names = checkpoint.names
+        files, names = checkpoint.files, checkpoint.names
+        check_apart(Path(out), *(opened.path for opened in {*files.values()}))
         deltas: defaultdict[str, list[Delta]] = defaultdict(list)
         for weight, delta in found.items():
             deltas[weight.whole.name].append(delta)
@@ -118,15 +118,13 @@ def merge_checkpoint(
                 f"{base}: {shortened(twins)} may be adapted weights by other names, having their "
                 "bits, and would not change; take them out, or give --any-base if they aren't"
             )
-        blocks = (
-            block
-            for key, name in progress(list(names.items()), "merging")
-            for block in merged_blocks(
-                *(checkpoint.files[key], key, name), deltas.get(name, []), digests
-            )
-        )
-        entries = {key: opened.entry(key) for key, opened in checkpoint.files.items()}
-        write_blobs(Path(out), entries, checkpoint.metadata, blocks)
+
+        def blocks() -> Iterator[Any]:
+            for key, name in progress(list(names.items()), "merging"):
+                yield from merged_blocks(files[key], key, name, deltas.get(name, []), digests)
+
+        entries = {key: opened.entry(key) for key, opened in files.items()}
+        write_blobs(Path(out), entries, checkpoint.metadata, blocks())
     return len(deltas), len(names)
 
 
@@ -199,9 +197,8 @@ def merged_blocks(
             value = _with_updates(weight, index * rows, deltas)
             if not value.isfinite().all() and weight.isfinite().all():
                 raise FileError(f"{file.path}: {name} would not be finite in {dtype}")
-            yield bytes_of(name, value)
-        else:
-            yield content
+            content = bytes_of(name, value)
+        yield content
     if base.get(name, digested.hexdigest()) != digested.hexdigest():
         raise FileError(f"{file.path}: {name} has other bits; {OTHER_BASE}")
 

@@ -61,7 +61,7 @@ def extract_lora(
         FileError: The checkpoint can't be read.
 
     Example:
-        >>> import copy, torch
+        >>> import copy
         >>> model = torch.nn.Linear(8, 8)
         >>> tuned = copy.deepcopy(model)
         >>> _ = tuned.weight.data.add_(torch.ones(8, 8))

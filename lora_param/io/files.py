@@ -64,8 +64,6 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> _ = register_lora(model, rank=1)
         >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})
@@ -197,8 +195,8 @@ def _load(file: AdapterFile, own: Deltas, deltas: Deltas, trainable: bool) -> No
     for weight, delta in deltas.items():
         if weight in own and own[weight].kind == delta.kind:
             held = own[weight].numbers
-            silent = {number: held[number] for number in file.format.silent if number in held}
-            delta.numbers = delta.numbers | silent
+            if "dropout" in held and not file.format.says_dropout:
+                delta.numbers = delta.numbers | {"dropout": held["dropout"]}
             if not file.format.any_kind:
                 delta.strength = own[weight].strength
         state |= delta.state_dict(prefix=f"{weight.name}.{adapter}.")

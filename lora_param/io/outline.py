@@ -163,11 +163,8 @@ def outline_of_tensors(
 
 def _stand_in(path: str, own: Mapping[str, Tensor], facts: Mapping[str, Facts]) -> nn.Module:
     """Make a module of what is said of one, or of what its tensors' shapes look like."""
-    said = {
-        name: fact
-        for name, fact in facts.get(path, {}).items()
-        if isinstance(fact, FACTS.get(name, ()))
-    }
+    given = facts.get(path, {})
+    said = {name: given[name] for name in given if isinstance(given[name], FACTS.get(name, ()))}
     weight, bias = (own[name].shape if name in own else () for name in ("weight", "bias"))
     linear = kind_name(TABLE[0])  # attention's
     if "type" in said:

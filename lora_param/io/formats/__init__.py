@@ -46,15 +46,15 @@ class Format(NamedTuple):
     kinds: Collection[str] = ("lora",)  # of the deltas that are written in it
     any_kind: bool = False  # whether it has a place for all kinds, blocks of rows and strengths
     blocks: Collection[str] = ()  # of the deltas that are written on blocks of rows, if not of any
-    silent: tuple[str, ...] = ()  # the numbers of a delta that its files don't say
+    says_dropout: bool = True  # whether its files say a delta's dropout
 
 
 FORMATS = (
     Format("native", native, KINDS, any_kind=True),
     Format("peft", peft, ("lora", "dora", "dense", "statistics"), blocks=("dense",)),
-    Format("kohya", kohya, ("lora", "dora", "dense"), silent=("dropout",)),
-    Format("diffusers", diffusers, silent=("dropout",)),
-    Format("loralib", loralib, silent=("dropout",)),
+    Format("kohya", kohya, ("lora", "dora", "dense"), says_dropout=False),
+    Format("diffusers", diffusers, says_dropout=False),
+    Format("loralib", loralib, says_dropout=False),
 )
 """A file is recognised by one row."""
 

@@ -70,10 +70,11 @@ def parse(
     shared.refuse(complaints)
     others = fused.elsewhere(weights)
     theirs = flat_names(weights, prefix, others)
-    factors, found = fused.placed(
-        *(factors, weights, others),
-        lambda name: [*flat.get(name, []), *theirs.get(name, [])[:1]],
-    )
+
+    def paths(name: str) -> list[str]:
+        return [*flat.get(name, []), *theirs.get(name, [])[:1]]
+
+    factors, found = fused.placed(factors, weights, others, paths)
     whole = [
         (join(weight.path, WHOLE[role]), shared.dense(tensor))
         for name, weight in found.items()
@@ -132,16 +133,12 @@ def _pair(name: str, weight: Weight, delta: Pair) -> dict[str, Tensor]:
     return {f"{name}.{role}": tensor for role, tensor in tensors.items()}
 
 
-def _children(weights: Outline) -> set[str]:
-    return {path.partition(".")[0] for path in weights.modules}
-
-
 def flat_names(
     weights: Outline, prefix: str = "", paths: Iterable[str] | None = None
 ) -> dict[str, list[str]]:
     """Return the layers' paths, or these, by each name that they can have in a file."""
     flat: defaultdict[str, list[str]] = defaultdict(list)
-    children, known = _children(weights), any(part[0] == prefix for part in PARTS)
+    known = any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     if paths is None:
         paths = [
@@ -150,7 +147,7 @@ def flat_names(
     for path in paths:
         for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")
-            if inside != path or not child or child not in children:
+            if inside != path or not child or child not in weights.modules:
                 flat[begin + inside.replace(".", "_")].append(path)
     return dict(flat)
 
@@ -158,7 +155,7 @@ def flat_names(
 def _flat_name(path: str, weights: Outline, cls: str, prefix: str) -> str:
     """Return the name that a module gets: its part's, its model's, or the one that is asked for."""
     first, _, inside = path.partition(".")
-    several = "text_encoder_2" in _children(weights)
+    several = "text_encoder_2" in weights.modules
     for begin, child, _ in () if prefix else PARTS:
         if child == first and not (several and begin == "lora_te_"):
             return begin + inside.replace(".", "_")

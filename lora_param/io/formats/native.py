@@ -21,6 +21,7 @@ from ...rows import Rows
 from ...weight import Weight
 from ..outline import Outline, facts_of
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
+from .factors import Named
 
 KEY, VERSION = "lora_param", 1
 STRING_FIELDS = ("library", "adapter", "model", "class", "sha256")
@@ -86,9 +87,7 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{field} of {name:.80}"
 
 
-def parse(
-    tensors: Mapping[str, Tensor], config: Config, weights: Outline
-) -> list[tuple[str, Delta]]:
+def parse(tensors: Mapping[str, Tensor], config: Config, weights: Outline) -> list[Named]:
     """Read our own file, which has the weights' own names, and check every bit against its seal."""
     specs: dict[str, dict[str, Any]] = config["weights"]
     if unknown := [name for name, spec in specs.items() if spec["kind"] not in KINDS]:
@@ -128,11 +127,7 @@ def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
 
 
 def render(
-    deltas: Mapping[Weight, Delta],
-    weights: Outline,
-    about: About,
-    *,
-    base: Mapping[str, str] | None = None,
+    deltas: Mapping[Weight, Delta], weights: Outline, about: About, *, base: Config | None = None
 ) -> Content:
     """Lay out our own file.
 
