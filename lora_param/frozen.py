@@ -107,6 +107,7 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         LoRAError: The fingerprint is empty, or none.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
         >>> before = fingerprint(model)
         >>> _ = model.bias.data.add_(1)
         >>> assert_frozen(model, before)
