@@ -89,10 +89,10 @@ class Switched(nn.Module):
             self.__dict__["_switch"] = self._places[-1].switch
             if (chain := self._chain()) is not None and self._switch.on != (self in chain.acting):
                 chain.note()
-        if (trained := self._switch.trained) and not self._resting:
+        if self._switch.trained and not self._resting:
             return
         with _flags:
-            parameters = dict(self.named_parameters())
+            parameters, trained = dict(self.named_parameters()), self._switch.trained
             flagged = [name for name in parameters if parameters[name].requires_grad]
             resting = tuple(dict.fromkeys((*self._resting, *flagged)))
             self.__dict__["_resting"] = () if trained else resting
