@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import FrameType, FunctionType
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ KERNEL = 7_000_000
 """Up to how many multiplications for a sum torch's kernels of several layers pay in inference."""
 
 _learnt: WeakSet[Delta] = WeakSet()
-_formed: WeakValueDictionary[nn.Module, Tensor] = WeakValueDictionary()  # by chain
+_formed: WeakKeyDictionary[nn.Module, ref[Tensor]] = WeakKeyDictionary()  # by chain
 
 
 class ProjectionRun(LinearRun):
@@ -76,18 +76,20 @@ class Projection(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what is asked of the weight itself, project by it, or form it."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if func is F.linear:
+        if func is F.linear and any(isinstance(each, cls) for each in args[1:2]):
             return args[1]._project(args[0], *args[2:], **kwargs)
         if func is F.multi_head_attention_forward and func.__globals__ is vars(F):
             # Without its question whether an argument is a plain tensor.
             scope = {**vars(F), "has_torch_function": lambda tensors: False}
             return FunctionType(func.__code__, scope, name, func.__defaults__)(*args, **kwargs)
-        if name not in SHAPE and name not in ("split", "chunk"):
-            args, kwargs = tree_map_only(cls, cls._formed, (args, kwargs))
-            return func(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            answer = func(*args, **kwargs)
-        return answer if name in SHAPE else args[0]._blocks(answer)
+        cuts = name in ("split", "chunk") and len(args) == 2 and not kwargs.get("dim", 0)
+        if cuts or name in SHAPE:
+            with torch._C.DisableTorchFunctionSubclass():
+                answer = func(*args, **kwargs)
+            if cuts or not isinstance(answer, Tensor):
+                return args[0]._blocks(answer) if cuts else answer
+        args, kwargs = tree_map_only(cls, cls._formed, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _project(self, x: Tensor, bias: Tensor | None = None) -> Any:
         _, weight, plan, routing = self.of
@@ -118,13 +120,12 @@ def attended(
     if not (encodes or isinstance(reader, nn.MultiheadAttention)) or "forward" in reader.__dict__:
         return None
     for each in seen.get("tensor_args", ()):  # of what it asks, before a kernel gets it
-        if each is _formed.get(chain, ()):
+        if chain in _formed and each is _formed[chain]():
             return each
-    value = (
-        None if not isinstance(x, Tensor) or x.is_nested else _read(module, name, layer, routing)
-    )
+    dense = isinstance(x, Tensor) and not x.is_nested
+    value = _read(module, name, layer, routing) if dense else None
     if value is None:
-        value = _formed[chain] = form(module, chain)
+        _formed[chain] = ref(value := form(module, chain))
     return value
 
 
@@ -146,7 +147,7 @@ def _leaves_kernels(plan: Plan, weight: Tensor) -> bool:
     """Say whether inference pays without torch's kernels, and the base's bits aren't expected."""
     drops = any(delta.training for delta in plan.dropping)
     few = plan.rank and (plan.rank + LinearRun.forming) * weight.numel() <= KERNEL
-    if few and not drops and is_exact(weight, weight):
+    if weight.is_meta or (few and not drops and is_exact(weight, weight)):
         return False
     deltas = [delta for run in plan.acting for delta in run]
     fresh = [delta for delta in deltas if delta not in _learnt]

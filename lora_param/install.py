@@ -28,6 +28,7 @@ from .deltas.switching import Switched
 from .errors import LoRAError
 from .groups import by_rows, weight_by_row
 from .layers import Layer, computes_as_its_row, layer_of
+from .places import is_traced
 from .quantised import as_beneath
 from .routing import Routing, routing_of
 from .sharding import in_its_forward, is_sharded, news
@@ -115,7 +116,7 @@ def _weight_property(name: str, layer: Layer) -> property:
             store, key = parametrize._cache, (chain, *state, *chain.parameters(), *chain.buffers())
         if key not in store:
             value = None
-            if projects and eager:
+            if projects and not is_traced():
                 value = attended(sys._getframe(1), self, name, layer, routing, compute)
             if value is not None and store is parametrize._cache:
                 return value

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,10 +15,7 @@ from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from lora_param import (
-    lora_routed,
-    register_lora,
-)
+from lora_param import disable_lora, lora_routed, register_lora
 
 from .attention_cases import CASES, CROSS, LONG, SHORT, Called, check, tensors
 from .cases import adapted, shake
@@ -47,6 +47,52 @@ def test_others_attention_and_others_linear_compute_with_the_sum(
             del sums[:]
             torch.testing.assert_close(layer(x, x, x)[0], want)
             assert sums
+
+
+USES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, weight: x @ weight.T,
+    lambda x, weight: x @ weight.mT,
+    lambda x, weight: x @ weight.data.t(),
+    lambda x, weight: F.linear(x, weight=weight),
+    lambda x, weight: F.linear(weight, x[0]),
+    lambda x, weight: F.linear(x[..., :4], weight.split(4, 1)[1]),
+    lambda x, weight: F.linear(x[..., :4], weight.chunk(2, dim=-1)[1]),
+    lambda x, weight: F.linear(x, weight.split(16)[0].chunk(2)[1]),
+]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_attention_in_the_place_of_torchs_reads_the_sum_in_any_way(
+    use: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = adapted(nn.MultiheadAttention(8, 2)), torch.randn(5, 2, 8)
+    attend = lambda *args, **kwargs: (use(args[0], args[5]), None)  # noqa: E731
+    monkeypatch.setattr(F, "multi_head_attention_forward", attend)
+    torch.testing.assert_close(layer(x, x, x)[0], use(x, layer.in_proj_weight.detach()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_passes_torchs_check_and_computes_the_same() -> None:
+    layer, x = adapted(nn.TransformerEncoderLayer(8, 2, 16)).eval(), torch.randn(5, 2, 8)
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(x), layer(x))
+
+
+@torch.no_grad()
+def test_inference_keeps_no_model_alive() -> None:
+    layer, x = adapted(nn.MultiheadAttention(8, 2)).eval(), torch.randn(5, 2, 8)
+    disable_lora(layer)
+    layer(x, x, x)
+    kept = [weakref.ref(each) for each in layer.parameters()]
+    del layer
+    gc.collect()
+    assert not any(each() is not None for each in kept)
+
+
+@torch.no_grad()
+def test_inference_on_the_meta_device_gives_a_shape() -> None:
+    layer, x = adapted(nn.MultiheadAttention(8, 2)).to("meta"), torch.randn(5, 2, 8, device="meta")
+    assert layer(x, x, x)[0].shape == x.shape
 
 
 @pytest.mark.parametrize("case", ["self", "cross", "kdim and vdim"])

@@ -213,11 +213,15 @@ def deleted(model: nn.Linear) -> None:
     del chain_of(model)[0]
 
 
+def deleted_by_name(model: nn.Linear) -> None:
+    delattr(chain_of(model), "0")
+
+
 def chain_of(model: nn.Module) -> Any:
     return model.parametrizations.weight  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("change", [appended, inserted, replaced, deleted])
+@pytest.mark.parametrize("change", [appended, inserted, replaced, deleted, deleted_by_name])
 def test_what_others_do_to_a_chain_acts(change: Callable[[nn.Linear], None]) -> None:
     model = cast("nn.Linear", adapted(nn.Linear(6, 6), ["a0", "a1"]))
     select_lora(model, "a0")

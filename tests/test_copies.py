@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lora_param import lora_parameters, register_lora, remove_lora
+from lora_param import (
+    disable_lora,
+    enable_lora,
+    lora_parameters,
+    register_lora,
+    remove_lora,
+)
 
 from .cases import adapted, outputs, shake
 
@@ -181,6 +187,16 @@ def test_a_shallow_copy_reads_the_plain_weight_when_its_twin_has_lost_the_adapte
     torch.testing.assert_close(twin(x), layer(x))
 
 
+def broadcast_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicating = sys.modules["torch.nn.parallel.replicate"]
+
+    def broadcast(given: Any, devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[each.clone() for each in given] for _ in devices]
+
+    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", broadcast)
+    monkeypatch.setattr(replicating, "_get_device_index", lambda device, *_: device)
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"), [(nn.Linear, (3, 6)), (nn.LSTM, (3, 6)), (nn.BatchNorm1d, (3, 6))]
 )
@@ -190,13 +206,7 @@ def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
     layer = kind(6) if kind is nn.BatchNorm1d else kind(6, 5)
     register_lora(layer, target=(), train="*")
     shake(layer)
-    replicating = sys.modules["torch.nn.parallel.replicate"]
-
-    def broadcast(given: Any, devices: list[int], detach: bool = False) -> list[list[Tensor]]:
-        return [[each.clone() for each in given] for _ in devices]
-
-    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", broadcast)
-    monkeypatch.setattr(replicating, "_get_device_index", lambda device, *_: device)
+    broadcast_here(monkeypatch)
     x = torch.randn(shape)
     expected = outputs(copy.deepcopy(layer), (x,))
     replica = nn.parallel.replicate(layer, [0, 1])[1]
@@ -204,6 +214,33 @@ def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
     assert all(map(torch.equal, got, expected))
     got[0].square().sum().backward()
     assert all(factor.grad is not None for factor in lora_parameters(layer))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda layer: nn.parallel.replicate(layer, [0, 1]),
+        lambda layer: copy.copy(layer.parametrizations.weight),
+        lambda layer: nn.ModuleList(layer.parametrizations.weight),
+    ],
+)
+def test_what_is_switched_on_acts_again_whatever_has_copied_its_chain(
+    copied: Callable[[nn.Module], Any], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(3, 6)
+    for adapter in ("one", "two"):
+        register_lora(layer, target=(), train="weight", adapter=adapter)
+    shake(layer)
+    expected = layer(x)
+    disable_lora(layer)
+    broadcast_here(monkeypatch)
+    copies = copied(layer)
+    if not kept:
+        del copies
+        gc.collect()
+    enable_lora(layer)
+    assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
-from weakref import ref
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -41,7 +41,7 @@ class Switched(nn.Module):
 
     _places = cast("list[_Place]", [])  # of its own switch, and those of blocks that aren't over
     _switch = Switch()  # the last of their switches
-    _chain = cast(Any, type(None))  # a weak reference
+    _chains = cast("WeakSet[Chain]", frozenset())  # in which it stands, a chain's copies too
     _resting = cast("tuple[str, ...]", ())  # its parameters whose flags a switch has taken away
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Switched(nn.Module):
         while own is not Switched.switched:  # again where another thread has switched meanwhile
             own = Switched.switched = object()
             self.__dict__["_switch"] = self._places[-1].switch
-            if (chain := self._chain()) is not None and self._switch.on != (self in chain.acting):
+            for chain in [c for c in self._chains if self._switch.on != (self in c.acting)]:
                 chain.note()
         if self._switch.trained and not self._resting:
             return
@@ -101,7 +101,7 @@ class Switched(nn.Module):
                 parameters[name].grad = parameters[name].grad if trained else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_chain": type(None)}  # which can't be pickled
+        return {name: own for name, own in self.__dict__.items() if name != "_chains"}
 
     @property
     def trains(self) -> bool:
@@ -153,7 +153,8 @@ class Chain(ParametrizationList):
     acting = cast("tuple[nn.Module, ...]", ())
     unsafe, is_tensor, ntensors = True, True, 1
     add_module, insert = _noting("add_module"), _noting("insert")  # by torch and by hand
-    __setattr__, __setstate__ = _noting("__setattr__"), _noting("__setstate__")
+    __setattr__, __delattr__ = _noting("__setattr__"), _noting("__delattr__")
+    __setstate__ = _noting("__setstate__")
 
     def __init__(self, original: Tensor | None, training: bool) -> None:
         # Past torch's own, whose set_() on the original would invalidate graphs that have saved it.
@@ -168,12 +169,11 @@ class Chain(ParametrizationList):
 
     def note(self) -> None:
         """Find out which of its entries are on, and be told by their switches."""
-        own, seen = ref(self), None
+        seen = None
         while seen is not Switched.switched:  # without a lock, which a fault could leave locked
-            on, seen = [], Switched.switched
+            seen = Switched.switched
             for entry in self._modules.values():
                 if isinstance(entry, Switched):
-                    entry.__dict__["_chain"] = own
-                if not isinstance(entry, Switched) or entry._switch.on:
-                    on.append(entry)
+                    entry.__dict__.setdefault("_chains", WeakSet()).add(self)
+            on = [e for e in self._modules.values() if not isinstance(e, Switched) or e._switch.on]
             self.__dict__["acting"] = tuple(on)
