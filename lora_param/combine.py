@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .checks import Need, check_weights, deltas_called, walk
 from .deltas import Delta, DenseDelta, LoRAParametrization
-from .deltas.numbers import SCALINGS, check_rank
+from .deltas.numbers import SCALINGS, check_rank, real
 from .deltas.protocol import Shape, check_adapter, tensors_of
 from .errors import AdapterError, LoRAError
 from .lowrank import (
@@ -151,7 +151,7 @@ def _check_options(method: object, rank: Rank | None, density: float | None) -> 
         check_rank_or_share(rank)
     if method == "sum" and density is not None:
         raise LoRAError(f'density is for "ties" and "dare", got {density!r}; drop it')
-    if method != "sum" and not (isinstance(density, (int, float)) and 0 < density <= 1):
+    if method != "sum" and not 0 < real(density) <= 1:
         rule = "must satisfy 0 < density <= 1, the share of entries to keep"
         raise LoRAError(f'density {rule} with method="{method}", got {density!r}')
 

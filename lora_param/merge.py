@@ -67,9 +67,10 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
 def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]:
     """Run a block at the base's own speed: inside, each weight is plain and has its present value.
 
-    After the block every module has its originals and adapters back, the same objects with the same
-    bits. In it other verbs raise a `LoRAError`, and what is done to the merged weights, which take
-    memory of their own, is lost. With `dequantize`, quantised weights are dense there.
+    After the block, also one that raises, every module has its originals and adapters back, the
+    same objects with the same bits. In it other verbs raise a `LoRAError`, and what is done to the
+    merged weights, which take memory of their own, is lost. Disabled adapters stay out. With
+    `dequantize`, quantised weights are dense there.
 
     Raises:
         AdapterError: The model has no adapters.

@@ -25,10 +25,11 @@ def select_lora(
 ) -> None:
     """Let these adapters act, with these strengths, and no others, and train what acts.
 
-    A weight then reads `W + sum(strength * update)`, where a strength is beside the scale. A batch
-    norm's statistics are those of the one adapter that has some, at any strength. Factors that
-    aren't trained get `requires_grad=False` and lose their gradients; their flags come back when
-    the adapter is selected again. An adapter that is registered later acts beside these.
+    A weight then reads `W + sum(strength * update)`; a strength is beside the scale, and known to
+    state dicts, files and summaries. A batch norm's statistics are those of the one adapter that
+    has some, at any strength. Factors that aren't trained get `requires_grad=False` and lose their
+    gradients; their flags come back when the adapter is selected again. An adapter that is
+    registered later acts beside these.
 
     Args:
         model: An adapted model.

@@ -88,10 +88,8 @@ class Weight:
     def original(self) -> Tensor | None:
         """The tensor beneath any parametrization; `None` if it isn't one tensor."""
         module, name = self.module, self.tensor
-        table: Any = module._parameters if name in module._parameters else module._buffers
-        if name in table:
-            tensor: Tensor | None = table[name]
-        else:
+        tensor: Tensor | None = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None:
             tensor = getattr(chains_of(module).get(name), "original", None)
         if tensor is not None and not tensor.is_floating_point():
             in_reach(tensor, module)

@@ -257,3 +257,10 @@ def test_base_frozen_checks_buffers_unless_told_not_to() -> None:
         model(torch.randn(3, 6))
     with pytest.raises(FrozenError, match="running_mean"), base_frozen(model):
         model(torch.randn(3, 6))
+
+
+def test_a_part_of_what_fsdp_has_flattened_has_no_fingerprint() -> None:
+    layer = nn.Linear(3, 2)
+    layer.weight._fsdp_flattened = True
+    with pytest.raises(LoRAError, match=r"weight: a Parameter .* has no bytes of its own"):
+        fingerprint(layer)

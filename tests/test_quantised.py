@@ -297,6 +297,16 @@ def test_a_layer_that_has_not_quantised_its_weight_is_refused(
     assert register_lora(model, exclude="layer*", freeze=False) == ["other.weight"]
 
 
+def test_a_float8_linear_of_transformers_is_refused_by_its_dtype() -> None:
+    library = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    model = nn.Sequential(nn.Linear(64, 64), library.FP8Linear(64, 64))
+    with pytest.raises(
+        TargetError, match=r"1\.weight: .*got float8_e4m3fn; convert it, or exclude"
+    ):
+        register_lora(model, rank=2)
+    assert register_lora(model, rank=2, exclude="1") == ["0.weight"]
+
+
 def test_a_weight_packed_for_inference_is_refused() -> None:
     layer = pytest.importorskip("bitsandbytes.nn").Linear4bit
     model = layer(64, 64).to("cpu").eval()

@@ -141,8 +141,9 @@ def _raises_at(line: int, verb: Any, model: nn.Module) -> bool:
     return False
 
 
-CONTEXTS = ("all_or_nothing", "without_side_effects")
-"""A tracer can raise between the end of their blocks and their exits, where no interrupt arrives."""
+CONTEXTS = ("all_or_nothing", "without_side_effects", "_switched", "note")
+"""A tracer can raise between the end of their blocks and their exits, where no interrupt arrives,
+and so leave a lock locked."""
 
 
 def _state(model: nn.Module) -> list[Any]:

@@ -139,7 +139,7 @@ class DoRA(Pair):
     def _act(self, y: Tensor, x: Tensor, run: Any, own: Sequence[DoRA], routed: bool) -> Any:
         weight, before = dense(run.weight), [delta for each in run.acting for delta in each]
         before = [] if routed else before[: before.index(self)]
-        (_, dropout), of_inputs = self._turn(routed), self._is_of_inputs(run.transposed)
+        dropout, of_inputs = self.dropout * self.training, self._is_of_inputs(run.transposed)
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(dropout or of_inputs)):
             for delta in before:
                 weight = delta(weight)

@@ -23,7 +23,7 @@ class _Place:
     switch = Switch()
 
 
-_flags = threading.RLock()
+_flags = threading.Lock()
 
 
 class Switched(nn.Module):
@@ -83,20 +83,22 @@ class Switched(nn.Module):
 
     def _switched(self) -> None:
         """Let plans know, and flags follow: those that were taken away come back."""
-        with _flags:
+        own = None
+        while own is not Switched.switched:  # again where another thread has switched meanwhile
+            own = Switched.switched = object()
             self.__dict__["_switch"] = self._places[-1].switch
-            Switched.switched = object()
             for chain in [c for c in self._chains if self._switch.on != (self in c.acting)]:
                 chain.note()
-            if (trained := self._switch.trained) and not self._resting:
-                return
-            own = dict(self.named_parameters())
-            flagged = [name for name in own if own[name].requires_grad]
+        if self._switch.trained and not self._resting:
+            return
+        with _flags:
+            parameters, trained = dict(self.named_parameters()), self._switch.trained
+            flagged = [name for name in parameters if parameters[name].requires_grad]
             resting = tuple(dict.fromkeys((*self._resting, *flagged)))
             self.__dict__["_resting"] = () if trained else resting
             for name in resting:
-                own[name].requires_grad_(trained)
-                own[name].grad = own[name].grad if trained else None
+                parameters[name].requires_grad_(trained)
+                parameters[name].grad = parameters[name].grad if trained else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: own for name, own in self.__dict__.items() if name != "_chains"}
@@ -167,7 +169,9 @@ class Chain(ParametrizationList):
 
     def note(self) -> None:
         """Find out which of its entries are on, and be told by their switches."""
-        with _flags:
+        seen = None
+        while seen is not Switched.switched:  # without a lock, which a fault could leave locked
+            seen = Switched.switched
             for entry in self._modules.values():
                 if isinstance(entry, Switched):
                     entry.__dict__.setdefault("_chains", WeakSet()).add(self)

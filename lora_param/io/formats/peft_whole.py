@@ -93,9 +93,8 @@ def new_values(
 ) -> tuple[dict[str, Delta], dict[str, Tensor]]:
     """Tell what of a file's plain tensors is trained from what is the base's, by plain names."""
     saved, biased = tuple(config.get("modules_to_save") or ()), config.get("bias", "none") != "none"
-    if (said := config.get("trainable_token_indices")) and not any(
-        TOKENS in key for key in tensors
-    ):
+    said = config.get("trainable_token_indices")
+    if said and not any(TOKENS in key for key in tensors):
         raise FileError(f"trainable_token_indices={said!r:.60}, of which no rows are in the file")
     new, base = dict[str, Delta](), dict[str, Tensor]()
     for key, tensor in tensors.items():
