@@ -222,7 +222,6 @@ def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
     [
         lambda layer: nn.parallel.replicate(layer, [0, 1]),
         lambda layer: copy.copy(layer.parametrizations.weight),
-        lambda layer: nn.ModuleList(layer.parametrizations.weight),
     ],
 )
 def test_what_is_switched_on_acts_again_whatever_has_copied_its_chain(
