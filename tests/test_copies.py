@@ -216,6 +216,16 @@ def test_data_parallels_replicas_compute_the_same_and_reach_the_adapters(
     assert all(factor.grad is not None for factor in lora_parameters(layer))
 
 
+def test_a_pickle_that_notes_no_switch_beside_its_places_comes_back_as_switched() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    delta: Any = layer.parametrizations.weight[0]
+    delta.strength, delta.enabled = 0.5, False
+    del delta.__dict__["_switch"]
+    twin: Any = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(twin.weight, twin.parametrizations.weight.original)
+    assert twin.parametrizations.weight[0].strength == 0.5
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(
     "copied",

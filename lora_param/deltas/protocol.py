@@ -217,6 +217,7 @@ class Delta(Switched):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_switch"] = self._places[-1].switch  # all that an older pickle has
         for hold in self._holds:  # a copy's
             hold.add(self)
 
