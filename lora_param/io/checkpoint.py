@@ -171,7 +171,7 @@ def convert_file(
 def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> list[str]:
     """List the tensors that have the bits of an adapted one, and aren't known for others."""
     # A file that knows its base's class was saved beside the model, and has all its names.
-    others = tensors.keys() - adapted - (about.shapes.keys() if about.cls else set())
+    others = sorted(tensors.keys() - adapted - (about.shapes.keys() if about.cls else set()))
 
     def is_same(a: Tensor, b: Tensor) -> bool:  # their beginnings tell nearly all apart
         begins = a.shape == b.shape and torch.equal(a.flatten()[:64], b.flatten()[:64])
