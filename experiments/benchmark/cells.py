@@ -84,9 +84,9 @@ def embedding() -> nn.Module:
     return Called(nn.Sequential(nn.Embedding(VOCABULARY, 256), head), lookup)
 
 
-def attention() -> nn.Module:
+def attention(width: int) -> nn.Module:
     """Let a sequence attend to itself by torch's attention."""
-    attention = nn.MultiheadAttention(256, 4, batch_first=True)
+    attention = nn.MultiheadAttention(width, width // 64, batch_first=True)
     return Called(attention, lambda module, x: module(x, x, x, need_weights=False)[0])
 
 
@@ -110,9 +110,10 @@ def convolutions(channels: int) -> nn.Module:
     return nn.Sequential(*[each for pair in pairs for each in pair])
 
 
-def blocks() -> nn.Module:
+def blocks(width: int) -> nn.Module:
     """Stack two of torch's own transformer layers."""
-    layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+    sizes = width, width // 64, 4 * width
+    layer = nn.TransformerEncoderLayer(*sizes, dropout=0.0, batch_first=True)
     return nn.Sequential(layer, copy.deepcopy(layer))
 
 
@@ -135,6 +136,16 @@ def convolution(channels: int, size: int, what: str = "", **options: Any) -> Cel
     return Cell(name, lambda: convolutions(channels), shape, 8, EVEN, **options)
 
 
+def attentions(width: int, batch: int, tokens: int, quick: bool) -> list[Cell]:
+    """Return a cell of torch's attention, and one of two of its transformer layers."""
+    size, shape = f"{width}, {batch} x {tokens} tokens, rank 8", (batch, tokens, width)
+    names = f"MultiheadAttention {size}", f"2 of TransformerEncoderLayer {size}"
+    return [
+        Cell(names[0], lambda: attention(width), shape, 8, ("module",)),
+        Cell(names[1], lambda: blocks(width), shape, 8, BLOCK, quick),
+    ]
+
+
 def cells(pattern: str = "*") -> list[Cell]:
     """List the cells whose names fit a glob, that of transformers only where it is installed.
 
@@ -150,12 +161,9 @@ def cells(pattern: str = "*") -> list[Cell]:
         for channels in (16, 64)
         for size in (32, 64)
     ]
-    layers, four = "TransformerEncoderLayer", (4, 64, 256)
-    found += [
-        Cell("Embedding 50,000 x 256, 512 tokens, rank 8", embedding, (512,), 8, ("module.0",)),
-        Cell("MultiheadAttention 256, 4 x 64 tokens, rank 8", attention, four, 8, ("module",)),
-        Cell(f"2 of {layers} 256, 4 x 64 tokens, rank 8", blocks, four, 8, BLOCK, True),
-    ]
+    name = "Embedding 50,000 x 256, 512 tokens, rank 8"
+    found.append(Cell(name, embedding, (512,), 8, ("module.0",)))
+    found += attentions(256, 4, 64, quick=True)
     if importlib.util.find_spec("transformers"):
         found.append(
             Cell("Llama 256, 4 layers, 2 x 64 tokens, rank 8", llama, (2, 64, 256), 8, LLAMA, True)
@@ -169,6 +177,7 @@ def cells(pattern: str = "*") -> list[Cell]:
     name, rows = "8 adapters routed: Linear 1024, 32 x 64 tokens, rank 16", (32, 64, 1024)
     found.append(Cell(name, lambda: linears(1024), rows, 16, EVEN, True, adapters=8, routed=True))
     if pattern != "*":  # those that are asked for by name alone
+        found += attentions(768, 8, 197, quick=False)
         named = {"LoRA": "lora", "rsLoRA": "rslora", "PiSSA": "pissa", "dense": "dense"}
         found += [linear(1024, 1024, 16, f"{what}: ", kind=kind) for what, kind in named.items()]
     chosen = [cell for cell in found if fnmatch(cell.name, pattern)]
