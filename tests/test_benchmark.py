@@ -126,7 +126,7 @@ def test_rows_with_adapters_of_their_own_are_a_cell_too() -> None:
 @pytest.mark.filterwarnings("ignore")  # peft's own
 def test_an_adapter_that_does_not_act_is_left_out_and_named() -> None:
     attention = Cell(
-        "blocks", lambda: blocks(64), (1, 4, 64), 2, ("self_attn", "linear1", "linear2")
+        "blocks", lambda: blocks(256), (1, 4, 256), 2, ("self_attn", "linear1", "linear2")
     )
     result = measure(attention, "float32", CPU, SHORT)
     assert result["idle"] == ["peft"]
