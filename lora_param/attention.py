@@ -18,7 +18,6 @@ from .deltas.protocol import Delta
 from .groups import SHAPE
 from .layers import Layer, computes_as_its_row
 from .ops import LinearRun, is_exact, is_unseen
-from .places import is_traced
 from .routing import Routing
 
 READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
@@ -112,7 +111,7 @@ def attended(
     frame: FrameType, module: nn.Module, name: str, layer: Layer, routing: Routing | None, form: Any
 ) -> Any:
     """Return a weight for a frame of torch's attention or encoder layer; for another `None`."""
-    if (argument := READERS.get(frame.f_globals.get("__name__", ""))) is None or is_traced():
+    if (argument := READERS.get(frame.f_globals.get("__name__", ""))) is None:
         return None
     seen, chain = frame.f_locals, chains_of(module)[name]
     reader, x = map(seen.get, ("self", argument))

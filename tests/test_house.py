@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lora_param
-from lora_param import lora_summary, register_lora, select_lora
+from lora_param import disable_lora, lora_summary, register_lora, remove_lora, select_lora
 from lora_param.walk import Walk
 
 ROOT = Path(__file__).parent.parent
@@ -133,11 +133,16 @@ def test_a_weight_is_formed_by_as_few_calls_whatever_is_registered_and_off(make:
     assert counted[1] <= counted[0]
 
 
-def test_a_summary_grows_no_faster_than_the_adapters_it_lists() -> None:
+@pytest.mark.parametrize(
+    "verb",
+    [lora_summary, lambda layer: select_lora(layer, "a0"), disable_lora, remove_lora],
+    ids=["summary", "select", "disable", "remove"],
+)
+def test_a_verb_grows_no_faster_than_the_adapters_it_is_for(verb: Any) -> None:
     counted = []
     for adapters in (10, 40):
         layer = nn.Linear(8, 8)
         for index in range(adapters):
             register_lora(layer, rank=2, adapter=f"a{index}")
-        counted.append(calls(lambda layer=layer: lora_summary(layer)))
+        counted.append(calls(lambda layer=layer: verb(layer)))
     assert counted[1] <= 4 * counted[0]

@@ -35,6 +35,13 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False))
 
 
+def adapted() -> nn.Module:
+    model = net()
+    register_lora(model, rank=2)
+    shake(model)
+    return model
+
+
 def dense(model: Any) -> nn.Module:
     """Build the plain model of a model's weights as they are read."""
     plain: Any = net()
@@ -62,9 +69,7 @@ def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[nn.Modu
 
 
 def test_what_is_adapted_and_then_offloaded_computes_the_same(offload: Any) -> None:
-    model = net()
-    register_lora(model, rank=2)
-    shake(model)
+    model = adapted()
     x = torch.randn(3, 6)
     expected = model(x)
     offload(model)
@@ -165,9 +170,7 @@ def test_a_fault_in_bringing_in_leaves_the_hooks(offload: Any, monkeypatch: Any)
     ids=["merge", "remove", "base", "state", "load", "save", "register"],
 )
 def test_what_needs_the_values_of_an_offloaded_model_is_refused(offload: Any, verb: Any) -> None:
-    model = net()
-    register_lora(model, rank=2)
-    shake(model)
+    model = adapted()
     x = torch.randn(3, 6)
     expected = model(x)
     offload(model)
