@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -15,7 +16,13 @@ from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from lora_param import disable_lora, lora_routed, register_lora
+from lora_param import (
+    LoRAParametrization,
+    disable_lora,
+    lora_routed,
+    lora_summary,
+    register_lora,
+)
 
 from .attention_cases import CASES, CROSS, LONG, SHORT, Called, check, tensors
 from .cases import adapted, shake
@@ -69,6 +76,21 @@ def test_an_attention_in_the_place_of_torchs_reads_the_sum_in_any_way(
     attend = lambda *args, **kwargs: (use(args[0], args[5]), None)  # noqa: E731
     monkeypatch.setattr(F, "multi_head_attention_forward", attend)
     torch.testing.assert_close(layer(x, x, x)[0], use(x, layer.in_proj_weight.detach()))
+
+
+def test_an_attention_with_a_forward_of_its_instances_own_computes_in_weight_space_as_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x, formed = adapted(nn.MultiheadAttention(8, 2)), torch.randn(5, 2, 8), []
+    formula = LoRAParametrization.formula
+    note = lambda delta, weight: formed.append(weight.shape) or formula(delta, weight)  # noqa: E731
+    monkeypatch.setattr(LoRAParametrization, "formula", note)
+    want = layer(x, x, x)[0]
+    assert formed == []
+    layer.forward = functools.partial(type(layer).forward, layer)
+    torch.testing.assert_close(layer(x, x, x)[0], want)
+    assert (24, 8) in formed
+    assert lora_summary(layer).weights[0].space == "weight"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")

@@ -54,6 +54,18 @@ def test_blocks_in_threads_leave_every_switch_as_it_was() -> None:
     assert layer.parametrizations.weight[0].enabled
 
 
+def test_a_delta_that_stands_twice_in_a_chain_is_switched_in_both_places() -> None:
+    layer = adapted(nn.Linear(6, 5))
+    chain = layer.parametrizations.weight
+    once = chain[0](chain.original) - chain.original
+    chain.append(chain[0])
+    torch.testing.assert_close(layer.weight, chain.original + 2 * once)
+    chain[0].enabled = False
+    assert torch.equal(layer.weight, chain.original)
+    chain[0].enabled = True
+    torch.testing.assert_close(layer.weight, chain.original + 2 * once)
+
+
 def test_a_switch_inside_a_block_holds_until_its_end() -> None:
     layer = adapted(nn.Linear(6, 5))
     disable_lora(layer)
