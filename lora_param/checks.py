@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, SPACES, Delta, show_dtypes
-from .errors import AdapterError, LoRAError, TargetError
+from .errors import AdapterError, LoRAError, TargetError, shortened
 from .quantised import is_packed, is_quantised, is_unfit, keeps_gradients, logical
 from .sharding import is_sharded
 from .walk import Walk
@@ -29,6 +29,8 @@ FIXED = {
     "ScriptModule": "its code is compiled; call this before scripting",
 }
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
+
+OPTIMIZER = "build the optimizer after register_lora, of lora_parameters(model)"
 
 
 class Need(IntEnum):
@@ -198,10 +200,10 @@ def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
     able = [t for _, t in walk.parameters if type(t) is nn.Parameter or not is_quantised(t)]
     few = len(thawed) < len(able) / 2  # else they are as most models come
     if left := [weight.name for weight in thawed if weight.name not in trained] if few else []:
-        what = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"
         fix = "name them with train= to train them whole, or pass freeze=False"
         reason = "could be trained in a model that was frozen else, and no adapter trains them"
-        warnings.warn(f"freeze=True freezes {what}, which {reason}; {fix}", stacklevel=4)
+        what = f"freeze=True freezes {shortened(left, 5, ', ')}"
+        warnings.warn(f"{what}, which {reason}; {fix}", stacklevel=4)
 
 
 def moving_without(walk: Walk, adapter: str, copied: bool = True) -> list[Weight]:
@@ -229,9 +231,23 @@ def check_copyable(pairs: Sequence[tuple[Weight, Delta]]) -> None:
 def warn_of_moving(weights: Sequence[Weight]) -> None:
     """Warn of the base's buffers that training is going to move."""
     if weights:
-        what = f"{weights[0].name} and {len(weights) - 1} others: training moves these buffers"
+        what = "training moves these buffers of the base, which no adapter holds"
         fix = "keep such layers in eval mode, or drop statistics=False"
-        warnings.warn(f"{what} of the base, which no adapter holds; {fix}", stacklevel=4)
+        names = shortened([weight.name for weight in weights], 3, ", ")
+        warnings.warn(f"{names}: {what}; {fix}", stacklevel=4)
+
+
+def warn_of_saved(walk: Walk, pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Warn of an adapter that changes nothing, and of training of the base, which isn't saved."""
+    trained = [list(delta.parameters()) for _, delta in pairs if not delta.of_buffers]
+    if all(any(not each.any() for each in parameters) for parameters in trained):
+        reason = f"adapter {pairs[0][1].adapter!r} was never trained: its update is zero everywhere"
+        warnings.warn(f"{reason}; if it should have been, {OPTIMIZER}", stacklevel=3)
+    if loose := [weight.name for weight, tensor in walk.parameters if tensor.requires_grad]:
+        what = f"{shortened(loose, 3, ', ')} can be trained"
+        fix = "freeze them, train them by train=, or keep base_state_dict(model) too"
+        reason = "a file of adapters doesn't hold what trained the base"
+        warnings.warn(f"{reason}, and {what}; {fix}", stacklevel=3)
 
 
 def _names(weights: Sequence[Weight]) -> str:

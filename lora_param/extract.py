@@ -12,7 +12,7 @@ from .checks import check_weights
 from .combine import Fit, pair_of
 from .deltas import Delta, DenseDelta, StatisticsDelta
 from .deltas.protocol import FLOATS, Shape
-from .errors import LoRAError, TargetError
+from .errors import LoRAError, TargetError, shortened
 from .lowrank import LARGE, Rank, factorised
 from .progress import progress
 from .targets import Target, resolve, resolve_whole
@@ -79,7 +79,7 @@ def differences(
         raise LoRAError("there is no difference: the tuned weights are the model's own")
     check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
     if left:
-        what = ", ".join(left[:5]) + (f" and {len(left) - 5:,} more" if left[5:] else "")
+        what = shortened(left, 5, ", ")
         warnings.warn(f"changed, and not extracted: {what}", stacklevel=3)
     for _, delta in pairs:
         delta.adapter = adapter
@@ -99,5 +99,4 @@ def _check_same(
         if absent and not any(other.name in tuned for other in walk.partners(weight)):
             faults.append(f"missing: {name}")
     if faults:
-        listing = "; ".join(faults[:10]) + ("; ..." if faults[10:] else "")
-        raise LoRAError(f"the tuned weights aren't of this model: {listing}")
+        raise LoRAError(f"the tuned weights aren't of this model: {shortened(faults)}")

@@ -16,16 +16,15 @@ from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
 from .deltas.inits import DRAWS, Init
 from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
-from .errors import LoRAError
+from .errors import LoRAError, in_our_words
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
+from .optim import watch
 from .quantised import dense, is_packed
 from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
 from .undo import all_or_nothing
 from .walk import Walk
-from .watch import watch
 from .weight import Weight
-from .words import in_our_words
 
 
 @in_our_words

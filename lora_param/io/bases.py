@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import FileError, LoRAError
+from ..errors import FileError, LoRAError, shortened
 from ..walk import WRAPPERS
 from ..weight import join
 from .formats import AdapterFile, Deltas, open_adapter
 from .outline import UNKNOWN, Outline, outline_of_tensors
-from .tensors import AnyPath, OpenFile, open_file, read_json, shortened
+from .tensors import AnyPath, OpenFile, open_file, read_json
 
 INDEX = ".index.json"
 FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import Need, walk
 from ..combine import Fit, Method, combine, resized
 from ..deltas.protocol import check_adapter
-from ..errors import FileError, LoRAError
+from ..errors import FileError, LoRAError, shortened
 from ..extract import differences
 from ..lowrank import Rank, check_rank_or_share
 from ..progress import progress
@@ -22,7 +22,7 @@ from ..walk import Walk
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
-from .tensors import About, AnyPath, check_apart, shortened
+from .tensors import About, AnyPath, check_apart
 
 
 def extract_lora(

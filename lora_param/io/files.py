@@ -14,7 +14,7 @@ from .. import checks
 from ..chains import type_before
 from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter, tensors_of
-from ..errors import AdapterError, FileError, LoRAError
+from ..errors import AdapterError, FileError, LoRAError, shortened
 from ..frozen import digest_of
 from ..progress import progress
 from ..register import install
@@ -22,11 +22,10 @@ from ..sharding import alike, mesh_of
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
 from ..walk import Walk
-from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .outline import Outline, outline_of_model
-from .tensors import About, AnyPath, check_strings, shortened
+from .tensors import About, AnyPath, check_strings
 
 
 def save_lora(
@@ -93,7 +92,7 @@ def save_lora(
     with alike(mesh) as first:
         if first:
             write_adapter(format, Path(path), dict(pairs), weights, about, **options)
-    check_saved(found, pairs)
+    checks.warn_of_saved(found, pairs)
 
 
 def load_lora(

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -303,12 +303,6 @@ def check_strings(name: str, given: Any) -> Mapping[str, str]:
     if any(type(t) is not str or t.encode("utf-8", "ignore").decode() != t for t in texts):
         raise LoRAError(f"{name} must map strings to strings, got {given!r:.80}")
     return dict(given)
-
-
-def shortened(items: Sequence[str]) -> str:
-    """Join the first few of many."""
-    more = f"; and {len(items) - 8:,} more" if len(items) > 8 else ""
-    return "; ".join(items[:8]) + more
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from ...combine import overlapping
 from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
 from ...deltas.protocol import FLOATS, show_dtypes, tensors_of
-from ...errors import FileError, LoRAError
+from ...errors import FileError, LoRAError, shortened
 from ...progress import progress
 from ...state import NUMBERS
 from ...targets import nearest
 from ...weight import Weight
 from ..outline import UNKNOWN, Outline, outline_of_tensors
-from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
+from ..tensors import About, Config, OpenFile, open_file, write_content
 from . import diffusers, kohya, loralib, native, peft
 from .factors import joined, warn_of_statistics
 from .peft_whole import NewValues

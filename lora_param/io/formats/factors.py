@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
 from ...deltas.pair import Pair
-from ...errors import FileError
+from ...errors import FileError, shortened
 from ...layers import Shape
 from ...lowrank import summed
 from ...targets import nearest
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
-from ..tensors import shortened
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
