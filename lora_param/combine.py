@@ -30,7 +30,6 @@ from .lowrank import (
 )
 from .progress import progress
 from .register import install
-from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
 from .weight import Weight
 
@@ -100,7 +99,8 @@ def combine_lora(
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
-    strengths_of(found, adapters)  # raises for names that there aren't
+    for name in adapters:
+        deltas_called(found, name)
     pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
     check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
     terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]

@@ -17,18 +17,16 @@ from .errors import AdapterError, LoRAError, TargetError
 from .groups import run_by_groups
 from .places import Place, Places
 from .routing import Routing, routed_here
+from .select import Selection, check_together, strengths_of
 from .targets import matches
 from .walk import Walk
 from .weight import Weight
-
-Setting = str | Mapping[str, float] | None
-"""What acts on a row: an adapter by name, adapters with strengths, or `None` for the base."""
 
 
 @contextmanager
 def lora_routed(
     model: nn.Module,
-    adapters: Sequence[Setting] | Tensor,
+    adapters: Sequence[Selection] | Tensor,
     *,
     names: Sequence[str] | None = None,
     dim: int | None = None,
@@ -52,8 +50,9 @@ def lora_routed(
 
     Args:
         model: An adapted model.
-        adapters: For each row of the batch a name, a mapping from name to strength or `None` for
-            the base; or a tensor of strengths `[rows, len(names)]`, which may require gradients.
+        adapters: For each row of the batch what `select_lora` takes: a name, several, a mapping
+            from name to strength, or `None` for the base; or a tensor of strengths
+            `[rows, len(names)]`, which may require gradients.
         names: The adapters of a tensor's columns. With settings: adapters that take part whether
             they occur or not, so that compiled code stays the same when the rows change.
         dim: The dimension of all inputs that has the rows, or neighbours of one row each. By
@@ -97,7 +96,7 @@ def lora_routed(
 
 
 def _weights(
-    adapters: Sequence[Setting] | Tensor, names: Sequence[str] | None
+    adapters: Sequence[Selection] | Tensor, names: Sequence[str] | None
 ) -> tuple[Tensor, list[str]]:
     """Return strengths, `[rows, adapters]`, and the adapters' names."""
     if isinstance(names, str) or (names is not None and len({*names}) < len(names)):
@@ -112,14 +111,9 @@ def _weights(
     if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
         rule = "adapters must have an entry for each row of the batch"
         raise LoRAError(f"{rule}, got {adapters!r:.60}; for all alike, use lora_selected")
-    settings = []
-    for entry in adapters:
-        own = {entry: 1.0} if isinstance(entry, str) else entry or {}
-        if not isinstance(own, Mapping):
-            rule = "a row's entry must be a name, a mapping from name to strength, or None"
-            raise LoRAError(f"{rule}, got {entry!r:.60}")
-        settings.append({name: strength for name, strength in own.items() if strength != 0})
-    chosen = list(dict.fromkeys([*(names or ()), *(name for own in settings for name in own)]))
+    settings = [strengths_of(entry) for entry in adapters]
+    occurring = [name for own in settings for name in own if own[name] != 0]
+    chosen = list(dict.fromkeys([*(names or ()), *occurring]))
     if names is not None and (new := chosen[len(names) :]):
         raise AdapterError(f"names has not {new[0]!r}, which is on a row; add it, or drop names")
     rows = [[float(own.get(name, 0.0)) for name in chosen] for own in settings]
@@ -127,23 +121,14 @@ def _weights(
 
 
 def _check_rows(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
-    """Raise for strengths or statistics that a row can't have, and for what would mix rows."""
-    columns = dict(zip(chosen, weights.detach().t().tolist(), strict=True))
-    movers = dict[tuple[str, int], str]()
-    for weight, delta in walk.deltas:
-        name, own = delta.adapter, columns.get(delta.adapter, ())
-        for strength in () if delta.of_buffers else {*own} - {0.0}:
-            try:
-                delta.check_strength(strength)
-            except LoRAError as error:
-                raise LoRAError(f"{weight.name}: {error}") from None
-        if weights.requires_grad and own and not (delta.adds or delta.of_buffers):
-            reason = f"strengths of a {delta.kind} delta, of adapter {name!r}, can't be learned"
-            raise LoRAError(f"{weight.name}: {reason}; detach the tensor, or leave it out")
-        for row, strength in enumerate(own if delta.of_buffers else ()):
-            if strength and (other := movers.setdefault((weight.name, row), name)) != name:
-                reason = "have statistics of their own here, of which a row can have one's"
-                raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
+    """Raise for what can't act together on a row, or be learned, and for what would mix rows."""
+    for own in dict.fromkeys(map(tuple, weights.tolist())):
+        check_together(walk, {name: s for name, s in zip(chosen, own, strict=True) if s})
+    for weight, delta in walk.deltas if weights.requires_grad else ():
+        if delta.adapter in chosen and not (delta.adds or delta.of_buffers):
+            what = f"strengths of a {delta.kind} delta, of adapter {delta.adapter!r},"
+            fix = "detach the tensor, or leave it out"
+            raise LoRAError(f"{weight.name}: {what} can't be learned; {fix}")
     for path, module in walk.modules:
         if isinstance(module, _BatchNorm) and module.training:
             reason = "a batch norm in training mixes the rows of a batch"

@@ -120,45 +120,51 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         yield
 
 
-def strengths_of(walk: Walk, adapters: Selection) -> dict[str, float]:
-    """Return what a selection says, by adapter, or raise if it names none of the model's."""
+def strengths_of(adapters: Selection) -> dict[str, float]:
+    """Return what a selection says, by adapter; what it names has to be there."""
     if isinstance(adapters, str):
         adapters = [adapters]
     if not isinstance(adapters, (Iterable, type(None))):
         rule = "adapters must be a name, names, a mapping from name to strength, or None"
         raise AdapterError(f"{rule}, got {adapters!r:.60}")
     listed = list(adapters or ())
-    for name in (None, *listed):
-        deltas_called(walk, name)
     if len({*listed}) < len(listed):
         raise AdapterError(f"each adapter can be named once, got {listed}")
-    strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(listed, 1.0)
-    return {name: strength for name, strength in strengths.items() if strength != 0}
+    return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(listed, 1.0)
+
+
+def check_together(walk: Walk, strengths: Mapping[str, float]) -> None:
+    """Raise unless adapters can act together, at these strengths."""
+    movers = dict[str, str]()
+    for weight, delta in walk.deltas:
+        if (name := delta.adapter) not in strengths:
+            continue
+        if delta.of_buffers and (other := movers.setdefault(weight.name, name)) != name:
+            reason = "have statistics of their own here, of which one's alone can be moved"
+            raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
+        try:
+            delta.check_strength(1 if delta.of_buffers else strengths[name])
+        except LoRAError as error:
+            raise LoRAError(f"{weight.name}: adapter {name!r}: {error}") from None
 
 
 def _switches(walk: Walk, adapters: Selection, trainable: str | Iterable[str] | None) -> Switches:
     """Pair every delta of a model with what a selection makes of it, or raise."""
-    strengths = strengths_of(walk, adapters)
-    trained = strengths if trainable is None else strengths_of(walk, trainable)
-    for name in trained if trainable is not None else ():
-        if not any(delta.trains for _, delta in deltas_called(walk, name)):
+    strengths = strengths_of(adapters)
+    acting = {name: strength for name, strength in strengths.items() if strength != 0}
+    trained = acting if trainable is None else strengths_of(trainable)
+    for name in (None, *strengths, *trained):
+        found = deltas_called(walk, name)
+        asked = trainable is not None and name in trained
+        if asked and not any(delta.trains for _, delta in found):
             fix = "set requires_grad on lora_parameters(model, it) first"
             raise AdapterError(f"adapter {name!r} can't be trained: all of it was frozen; {fix}")
-    switches, movers = Switches(), dict[str, str]()
-    for weight, delta in walk.deltas:
-        name, on = delta.adapter, delta.adapter in strengths
-        strength = strengths.get(name, delta.strength)
-        if on and delta.of_buffers:
-            if movers.setdefault(weight.name, name) != name:
-                pair = f"adapters {movers[weight.name]!r} and {name!r}"
-                reason = "have statistics of their own here, and only one's can be moved"
-                raise AdapterError(f"{weight.name}: {pair} {reason}; select one of them")
-            strength = 1.0
-        try:
-            delta.check_strength(strength)
-        except LoRAError as error:
-            raise LoRAError(f"{weight.name}: adapter {name!r}: {error}") from None
-        switches.append((delta, Switch(on, float(strength), name in trained)))
+    check_together(walk, acting)
+    switches = Switches()
+    for _, delta in walk.deltas:
+        name = delta.adapter
+        strength = delta.strength if delta.of_buffers else float(acting.get(name, delta.strength))
+        switches.append((delta, Switch(name in acting, strength, name in trained)))
     return switches
 
 

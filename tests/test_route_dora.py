@@ -198,7 +198,7 @@ def test_no_strength_but_one_and_none_can_be_had(learned: bool) -> None:
         got = layer(x)
     with lora_routed(layer, ["a", "b", None]):
         assert torch.equal(got, layer(x))
-    with pytest.raises(LoRAError, match=r"weight: a strength must be 1, .* got 0\.5"):
+    with pytest.raises(LoRAError, match=r"weight: adapter 'a': a strength must be 1, .* got 0\.5"):
         lora_routed(layer, [{"a": 0.5}, None]).__enter__()
 
 
