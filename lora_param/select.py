@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -124,13 +125,14 @@ def strengths_of(adapters: Selection) -> dict[str, float]:
     """Return what a selection says, by adapter; what it names has to be there."""
     if isinstance(adapters, str):
         adapters = [adapters]
-    if not isinstance(adapters, (Iterable, type(None))):
+    known = isinstance(adapters, (Iterable, type(None)))
+    names: list[Any] = [*(adapters or ())] if known else [adapters]
+    if not all(isinstance(name, str) for name in names):
         rule = "adapters must be a name, names, a mapping from name to strength, or None"
         raise AdapterError(f"{rule}, got {adapters!r:.60}")
-    listed = list(adapters or ())
-    if len({*listed}) < len(listed):
-        raise AdapterError(f"each adapter can be named once, got {listed}")
-    return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(listed, 1.0)
+    if len({*names}) < len(names):
+        raise AdapterError(f"each adapter can be named once, got {names}")
+    return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
 
 
 def check_together(walk: Walk, strengths: Mapping[str, float]) -> None:
