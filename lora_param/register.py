@@ -21,7 +21,7 @@ from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
 from .optim import watch
 from .quantised import dense, is_packed
-from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
+from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
 from .walk import Walk
 from .weight import Weight
@@ -119,9 +119,7 @@ def register_lora(
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
-    left_out = exclude if is_nothing(target) else None
-    whole = [] if train is None else resolve_whole(found, train, left_out)
-    weights = resolve(found, target, exclude, cls.least_dimensions, whole)
+    weights, whole = resolve(found, target, exclude, train, cls.least_dimensions)
     checks.check_weights([*weights, *whole], adapter)
     checks.check_trainable(found)
     if target is None:

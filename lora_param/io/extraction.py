@@ -18,7 +18,7 @@ from ..errors import FileError, LoRAError, TargetError, shortened
 from ..lowrank import LARGE, Rank, check_rank_or_share, factorised
 from ..progress import progress
 from ..register import install
-from ..targets import Target, resolve, resolve_whole
+from ..targets import Target, named, resolve
 from ..walk import Walk
 from ..weight import Weight
 from .bases import open_checkpoint, plain_name
@@ -123,9 +123,9 @@ def _differences(
     """Pair a model's weights with what turns them into a tuned model's, one at a time."""
     tensors = {weight.name: (weight, tensor) for weight, tensor in walk.tensors}
     _check_same(tensors, tuned, walk)
-    excluded = set() if exclude is None else {w.name for w in resolve_whole(walk, exclude)}
+    excluded = set() if exclude is None else {w.name for w in named(walk, "exclude", exclude)}
     try:
-        low_rank = {weight.name for weight in resolve(walk, target)}
+        low_rank = {weight.name for weight in resolve(walk, target)[0]}
     except TargetError:
         if target is not None:
             raise
