@@ -132,39 +132,41 @@ def check_trainable(walk: Walk) -> None:
         raise LoRAError(f"{weight.name}: {reason}quantised as they come; {fix}")
 
 
-def check_droppable(weights: Sequence[Weight]) -> None:
-    """Raise for the first weight whose input a delta doesn't meet."""
-    for weight in weights:
-        if not (acts(weight.module, weight.tensor) and weight.layer.drops):
-            rule = "dropout needs a layer that computes in activation space, and an input to drop"
-            finding = f"from, which a {type_before(weight.module).__name__} has not; use dropout=0"
-            raise TargetError(f"{weight.name}: {rule} {finding}, or exclude this weight")
-
-
-def check_space(space: str, dropout: float, kind: type[Delta], weights: Sequence[Weight]) -> None:
-    """Raise unless all of these weights can be computed in a space."""
+def check_space(
+    weights: Sequence[Weight], dropout: float, space: str = "auto", kind: type[Delta] = Delta
+) -> None:
+    """Raise unless all of these weights can be computed in a space, and with a dropout."""
     if space not in SPACES:
         raise LoRAError(f"space must be one of {[*SPACES]}, got {space!r:.60}")
     if space == "weight" and dropout:
         raise LoRAError(f"dropout={dropout} needs activation space; drop space or the dropout")
-    for weight in weights if space == "activation" else ():
-        if not (kind.act and acts(weight.module, weight.tensor)):
-            place = f"{type_before(weight.module).__name__}'s {weight.tensor}"
-            rule = f"a {kind.kind} delta on a {place} here is computed in weight space"
+    for weight in weights if dropout or space == "activation" else ():
+        able, layer = acts(weight.module, weight.tensor), type_before(weight.module).__name__
+        if dropout and not (able and weight.layer.drops):
+            rule = "dropout needs a layer that computes in activation space, and an input to drop"
+            fix = f"from, which a {layer} has not; use dropout=0, or exclude this weight"
+            raise TargetError(f"{weight.name}: {rule} {fix}")
+        if space == "activation" and not (able and kind.act):
+            where = f"a {layer}'s {weight.tensor} here is computed in weight space"
             fix = 'drop space="activation", or exclude this weight'
-            raise TargetError(f"{weight.name}: {rule}; {fix}")
+            raise TargetError(f"{weight.name}: a {kind.kind} delta on {where}; {fix}")
 
 
-def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
-    """Raise for the first delta that would take another's dropout away, having no `act`."""
+def check_pairs(pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Raise for the first delta that would not be read, or would end another's dropout."""
     for weight, delta in pairs:
+        if delta.of_buffers and not weight.chain:
+            rule = _taken(weight, "_buffers")
+            if getattr(weight.module, weight.tensor) is not weight.original:
+                rule = "reading it gives something else than the buffer itself"
+            if rule:
+                raise TargetError(f"{weight.name}: {rule}, or register with statistics=False")
         for other in weight.whole.deltas if weight.chain and not delta.has_own("act") else ():
             if other.numbers.get("dropout"):
-                reason = (
-                    f"drops entries of the input, which a {delta.kind} delta beside it would end"
-                )
+                what = f"adapter {other.adapter!r} drops entries of the input"
+                reason = f"which a {delta.kind} delta beside it would end"
                 fix = "set its dropout to 0, or exclude this weight"
-                raise TargetError(f"{weight.name}: adapter {other.adapter!r} {reason}; {fix}")
+                raise TargetError(f"{weight.name}: {what}, {reason}; {fix}")
 
 
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
@@ -214,18 +216,6 @@ def moving_without(walk: Walk, adapter: str, copied: bool = True) -> list[Weight
             fix = "run one forward first, or pass statistics=False"
             raise TargetError(f"{weight.name}: it is lazy and has no shape yet; {fix}")
     return moving
-
-
-def check_copyable(pairs: Sequence[tuple[Weight, Delta]]) -> None:
-    """Raise for the first buffer in whose place a copy would not be read."""
-    for weight, delta in pairs:
-        if not delta.of_buffers or weight.chain:
-            continue
-        rule = _taken(weight, "_buffers")
-        if getattr(weight.module, weight.tensor) is not weight.original:
-            rule = "reading it gives something else than the buffer itself"
-        if rule:
-            raise TargetError(f"{weight.name}: {rule}, or register with statistics=False")
 
 
 def warn_of_moving(weights: Sequence[Weight]) -> None:

@@ -125,9 +125,7 @@ def register_lora(
     if target is None:
         weights = checks.without_tied(found, weights)
     check_scaling(scaling)
-    if check_dropout(dropout):
-        checks.check_droppable(weights)
-    checks.check_space(space, dropout, cls, weights)
+    checks.check_space(weights, check_dropout(dropout), space, cls)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
     pairs: list[tuple[Weight, Delta]] = []
@@ -158,8 +156,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     weights = [weight for weight, _ in pairs]
     names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
-    checks.check_copyable(pairs)
-    checks.check_dropping(pairs)
+    checks.check_pairs(pairs)
     with all_or_nothing() as undo:
         if freeze:
             freeze_base(walk, undo)

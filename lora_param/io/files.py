@@ -180,11 +180,11 @@ def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Wei
     for weight, delta in progress(list(deltas.items()), "loading"):
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{weight.name} is on the meta device; load when the model has values")
+        checks.check_space([weight], delta.numbers.get("dropout", 0.0))
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
         copy.adapter = adapter
         pairs.append((weight, copy))
-    checks.check_droppable([weight for weight, delta in pairs if delta.numbers.get("dropout")])
     return pairs
 
 
