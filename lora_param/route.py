@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .chains import chains_of
 from .checks import Need, deltas_called, walk
 from .errors import AdapterError, LoRAError, TargetError
-from .groups import run_by_groups
 from .places import Place, Places
 from .routing import Routing, routed_here
 from .select import Selection, check_together, strengths_of
@@ -87,11 +84,8 @@ def lora_routed(
         for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
             columns[module] = max(columns.get(module, -1), column)
     own = {t for _, m in found.modules for t in (*m._parameters.values(), *m._buffers.values())}
-    run: Any = run_by_groups
-    if "torch._dynamo" in sys.modules:
-        run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
     places = Places(len(weights), _places(found, dim, dims), own)
-    with routed_here(Routing(weights, columns, places, run)):
+    with routed_here(Routing(weights, columns, places)):
         yield
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from lora_param import (
+    groups,
     LoRAError,
     lora_parameters,
     lora_routed,
     lora_selected,
     register_lora,
-    route,
 )
 from lora_param.deltas import dora as kind
 
@@ -36,7 +36,7 @@ def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("runs by groups")
 
-    monkeypatch.setattr(route, "run_by_groups", fail)
+    monkeypatch.setattr(groups, "run_by_groups", fail)
 
 
 @pytest.fixture(params=["formed", "not formed"])
