@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from lora_param import (
-    groups,
     LoRAError,
+    groups,
     lora_parameters,
     lora_routed,
     lora_selected,
