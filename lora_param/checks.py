@@ -1,7 +1,5 @@
 """What can't be done, and why: each rule is a row."""
 
-from __future__ import annotations
-
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -1,7 +1,5 @@
 """New adapters out of adapters: combinations of several, and one with another rank."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections import defaultdict

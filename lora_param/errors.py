@@ -1,7 +1,5 @@
 """What `lora_param` raises, and how it says it: where, the rule, what it got, the fix."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

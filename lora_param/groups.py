@@ -1,7 +1,5 @@
 """Weight space for a routed batch: a module runs once for each group of rows that are alike."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The arithmetic of updates: sums of products, products of less rank, and what they miss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias

@@ -1,7 +1,5 @@
 """Merging: fold adapters into the weights for good."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

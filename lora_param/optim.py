@@ -1,7 +1,5 @@
 """What an optimizer is given, in groups, and a warning of one that was given no adapter."""
 
-from __future__ import annotations
-
 import functools
 import math
 import warnings

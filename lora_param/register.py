@@ -1,7 +1,5 @@
 """The verbs that adapt a model and give it back. Each does all of its work or none."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """A batch whose rows have adapters of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Which adapters act, how strongly, and which are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The adapters' own tensors and numbers: for an optimizer, and as a strict state dict."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any

@@ -1,7 +1,5 @@
 """Which weights: patterns, types and predicates, resolved to a list before anything is changed."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import warnings

@@ -1,7 +1,5 @@
 """Where a pair of factors starts: from a draw alone, or from the weight that it adapts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
