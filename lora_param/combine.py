@@ -249,10 +249,8 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> _ = register_lora(model, rank=2)
-        >>> resize_lora(model, 4)
-        [Fit(weight='weight', rank=4, error=0.0)]
+        >>> resize_lora(model, 2)
+        [Fit(weight='weight', rank=2, error=0.0)]
     """
     found = walk(model, "resize_lora", Need.CHANGE)
     check_rank_or_share(rank)

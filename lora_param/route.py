@@ -62,8 +62,6 @@ def lora_routed(
             layer's input has the rows would be a guess.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Linear(3, 2)
         >>> for name in ("a", "b"):
         ...     _ = register_lora(model, rank=1, adapter=name)

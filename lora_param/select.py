@@ -62,8 +62,6 @@ def lora_selected(
     Flags come back with the block's end, and gradients of what wasn't trained in it.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> with lora_selected(model, {"default": 0.5}):
         ...     output = model(torch.ones(1, 3))
     """
@@ -78,8 +76,6 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> enable_lora(model)
     """
     _switch(_turned(model, "enable_lora", adapter, on=True))
@@ -92,8 +88,6 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> disable_lora(model, "default")
     """
     _switch(_turned(model, "disable_lora", adapter, on=False))
@@ -109,8 +103,6 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> with lora_disabled(model):
         ...     model.weight is model.parametrizations.weight.original
         True
