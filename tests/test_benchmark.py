@@ -92,6 +92,17 @@ def test_all_ways_compute_the_same_function_of_their_factors(way: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_all_ways_have_the_base_in_the_same_memory(kind: str) -> None:
+    plain = linears(8)
+    memory = {each.data_ptr() for each in plain.parameters()}
+    models = prepared(plain, replace(TINY, kind=kind))
+    assert len(models) > 2
+    for model in models.values():
+        assert memory <= {each.data_ptr() for each in model.parameters()}
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_adapter_acts_in_what_is_measured(kind: str) -> None:
     models = prepared(linears(8), replace(TINY, kind=kind))

@@ -123,7 +123,7 @@ def loralib(model: nn.Module, cell: Cell) -> nn.Module:
         else:
             raise NotImplementedError(f"loralib has no {type(layer).__name__}")
         own = new.conv if isinstance(layer, nn.Conv2d) else new
-        own.load_state_dict(layer.state_dict(), strict=False)
+        own.load_state_dict(layer.state_dict(), strict=False, assign=True)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new.to(layer.weight))
     loralib.mark_only_lora_as_trainable(model)
@@ -142,13 +142,15 @@ def _only_lora(cell: Cell, way: str) -> None:
 def prepared(plain: nn.Module, cell: Cell) -> dict[str, nn.Module]:
     """Prepare a copy of a model in each way that has layers for it.
 
-    What starts at zero is drawn at random, as it would be after some training: an adapter acts, and
-    no product is with zeros.
+    All copies have the base's weights in the same memory, because how fast a few tokens meet a
+    matrix depends on where it lies. What starts at zero is drawn at random, as it would be after
+    some training: an adapter acts, and no product is with zeros.
     """
     models = {}
     for way, prepare in WAYS.items():
+        own: dict[int, Any] = {id(each): nn.Parameter(each.detach()) for each in plain.parameters()}
         try:
-            model = prepare(copy.deepcopy(plain), cell)
+            model = prepare(copy.deepcopy(plain, own), cell)
         except NotImplementedError:
             continue
         for each in model.parameters():
