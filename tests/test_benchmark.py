@@ -27,7 +27,7 @@ from experiments.benchmark.ways import KINDS, OTHERS, WAYS, prepared
 CPU, SHORT = torch.device("cpu"), Effort(turn=0.0, budget=0.0, least=2)
 TINY = Cell("tiny", lambda: linears(8), (4, 8), 2, ("0", "2", "4", "6"))
 ENVIRONMENT = {"device_name": "", "device": "cpu", "threads": 1, "torch": "x", "clock": "wall"}
-SAME = ("lora_param", "parametrize", "peft", "loralib")
+SAME = ("lora_param", "bare", "parametrize", "peft", "loralib")
 peers = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("peft", "loralib")),
     reason="needs peft and loralib",
@@ -64,7 +64,7 @@ def test_every_way_starts_from_the_floors_output_and_trains(cell: Cell) -> None:
             model = WAYS[way](copy.deepcopy(plain), cell)
             torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
         except NotImplementedError:
-            assert way in OTHERS
+            assert way in ("bare", *OTHERS)
             assert "Linear" not in cell.name.split(":")[0]  # plain linear layers, everybody has
             continue
         trained = [each for each in model.parameters() if each.requires_grad]
@@ -285,7 +285,7 @@ def test_the_command_writes_what_it_can_show_and_compare(tmp_path, monkeypatch, 
 
 def test_peers_are_compared_where_they_are_installed() -> None:
     installed = {name for name in ("peft", "loralib") if importlib.util.find_spec(name)}
-    assert WAYS.keys() - {"floor", "lora_param", "parametrize", "full"} == installed
+    assert WAYS.keys() - {"floor", "lora_param", "bare", "parametrize", "full"} == installed
 
 
 def test_the_largest_layers_are_named_by_what_the_picture_looks_for() -> None:
