@@ -234,6 +234,9 @@ def _homeless(names: Collection[str], wrapped: Mapping[str, bool]) -> Iterator[s
 
 def _value(weight: Weight, delta: Delta) -> Tensor:
     """Return what a tensor becomes."""
+    if len(weight.chain) > len(weight.whole.deltas):
+        reason = "PEFT keeps its new values, which another's parametrization computes here"
+        raise FileError(f"{weight.name}: {reason}; remove that one first, or write our own file")
     if (tensor := weight.like).is_meta or is_sharded(tensor):
         fix = "convert a native file with the base, by --base"
         raise FileError(f"{weight.name}: PEFT keeps its new values; {fix}")
