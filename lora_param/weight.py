@@ -109,11 +109,9 @@ class Weight:
     @property
     def value(self) -> Tensor:
         """What reading it gives, without a graph and without advancing anyone's state."""
-        return self._read(self.chain)
+        return self._read(chain) if (chain := self.chain) else cast("Tensor", self.original)
 
     def _read(self, chain: list[nn.Module]) -> Tensor:
-        if not chain:
-            return cast("Tensor", self.original)
         with without_side_effects(chain):
             value = run_through(chain, self.originals)
         return self._rows_of(value)
@@ -126,7 +124,7 @@ class Weight:
         """What reading it gives without deltas, of their shape, dtype and device."""
         plain = self.tensor in self.module._parameters
         others = [] if plain else [each for each in self.chain if not isinstance(each, Delta)]
-        tensor: Any = self._read(others)
+        tensor: Any = self._read(others) if others else self.original
         return tensor if tensor is None or tensor.is_floating_point() else logical(tensor)
 
     @property

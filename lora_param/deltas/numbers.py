@@ -51,13 +51,6 @@ def check_dropout(dropout: object) -> float:
     return value
 
 
-def check_strength(strength: object) -> float:
-    """Return `strength` as a finite float, or raise."""
-    if not math.isfinite(value := real(strength)):
-        raise LoRAError(f"a strength must be a finite number, got {strength!r:.40}; give a number")
-    return value
-
-
 def real(value: Any) -> float:
     """Return a real number as a float, and anything else as NaN."""
     known = isinstance(value, (float, Real)) and not isinstance(value, bool)

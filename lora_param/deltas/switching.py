@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..chains import originals_of, run_through
 from ..errors import LoRAError
 from ..routing import Routing, Switch, routing_of
-from .numbers import check_strength
+from .numbers import check_alpha
 
 
 class _Place:
@@ -132,7 +132,7 @@ class Switched(nn.Module):
 
     def check_strength(self, strength: object) -> float:
         """Return a strength that it can act with as a float, or raise."""
-        if (value := check_strength(strength)) != 1 and not self.adds:
+        if (value := check_alpha(strength, 1, "a strength")) != 1 and not self.adds:
             reason = f"a {self.kind} delta adds nothing that could be multiplied"
             raise LoRAError(f"a strength must be 1, because {reason}, got {strength!r}")
         return value
