@@ -101,6 +101,9 @@ def new_values(
         if key.endswith(f".{TOKENS}"):
             new |= [_tokens(key.removesuffix(f".{TOKENS}"), tensor, config, weights)]
             continue
+        plain = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
+        if plain != key and plain in tensors:  # a bias once more, under the adapter's name
+            continue
         name = re.sub(r"(\.base_layer)+\.|\.(modules_to_save|original_module)\.", ".", key)
         inside = any(path.endswith(saved) for path in _parents(name.rpartition(".")[0]) if saved)
         still = name in weights.tensors and weights.weight(name) is None  # nothing can train it
