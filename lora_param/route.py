@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .chains import chains_of
 from .checks import Need, deltas_called, walk
+from .deltas.numbers import check_alpha
 from .errors import AdapterError, LoRAError, TargetError
 from .groups import run_by_groups
 from .places import Place, Places
@@ -122,7 +123,7 @@ def _weights(
     chosen = list(dict.fromkeys([*(names or ()), *(name for own in settings for name in own)]))
     if names is not None and (new := chosen[len(names) :]):
         raise AdapterError(f"names has not {new[0]!r}, which is on a row; add it, or drop names")
-    rows = [[float(own.get(name, 0.0)) for name in chosen] for own in settings]
+    rows = [[check_alpha(own.get(n, 0.0), 1, "a strength") for n in chosen] for own in settings]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), -1), chosen
 
 

@@ -155,10 +155,10 @@ def _switches(walk: Walk, adapters: Selection, trainable: str | Iterable[str] | 
                 raise AdapterError(f"{weight.name}: {pair} {reason}; select one of them")
             strength = 1.0
         try:
-            delta.check_strength(strength)
+            strength = delta.check_strength(strength)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: adapter {name!r}: {error}") from None
-        switches.append((delta, Switch(on, float(strength), name in trained)))
+        switches.append((delta, Switch(on, strength, name in trained)))
     return switches
 
 

@@ -70,7 +70,7 @@ def extract_lora(
     """
     found = walk(model, "extract_lora", Need.CHANGE)
     check_adapter(adapter)
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     with ExitStack() as stack:
         if isinstance(tuned, (str, Path)):
             own = stack.enter_context(open_checkpoint(Path(tuned))).tensors
@@ -142,7 +142,7 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
         FileError: The file doesn't say what its weights are.
         LoRAError: The rank is out of range, or there is no pair.
     """
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     check_apart(Path(out), Path(path))
     with open_adapter(Path(path)) as file:
         weights, _ = _common([file])
@@ -169,7 +169,7 @@ def extract_checkpoint(
         FileError: A checkpoint can't be read, they aren't of one model, or nothing has changed.
         LoRAError: The rank is out of range.
     """
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     check_apart(Path(out), Path(base), Path(tuned))
     with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
         outline = outline_of_tensors(first.tensors, {})
