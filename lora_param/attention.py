@@ -18,6 +18,7 @@ from .deltas.protocol import Delta
 from .groups import SHAPE
 from .layers import Layer, computes_as_its_row
 from .ops import LinearRun, is_exact, is_unseen
+from .places import is_captured
 from .routing import Routing
 
 READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
@@ -146,9 +147,10 @@ def _leaves_kernels(plan: Plan, weight: Tensor) -> bool:
     """Say whether inference pays without torch's kernels, and the base's bits aren't expected."""
     drops = any(delta.training for delta in plan.dropping)
     few = plan.rank and (plan.rank + LinearRun.forming) * weight.numel() <= KERNEL
-    if weight.is_meta or (few and not drops and is_exact(weight, weight)):
+    if few and not drops and is_exact(weight, weight):
         return False
     deltas = [delta for run in plan.acting for delta in run]
-    fresh = [delta for delta in deltas if delta not in _learnt]
+    unasked = weight.is_meta or is_captured(weight)  # torch's kernels are right for any values
+    fresh = [delta for delta in deltas if not unasked and delta not in _learnt]
     _learnt.update(delta for delta in fresh if not torch.equal(delta(weight), weight))
     return any(delta in _learnt for delta in deltas)
