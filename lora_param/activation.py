@@ -180,7 +180,7 @@ def acting(
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
     plan: Plan | None = None if traced or not record else record.plans.get(name)
     if routing is not None:
-        plan = None if traced else routing.plans.get(chain)
+        plan = None if routing.is_input else routing.plans.get(chain)
     entries = chain.__dict__.get("acting") if routing is None else None
     entries = tuple(chain._modules.values()) if entries is None else entries
     if not plan or plan.switched is not Switched.switched or plan.entries != entries:

@@ -18,6 +18,7 @@ from .deltas.protocol import Delta
 from .groups import SHAPE
 from .layers import Layer, computes_as_its_row
 from .ops import LinearRun, is_exact, is_unseen
+from .places import is_captured
 from .routing import Routing
 
 READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
@@ -155,9 +156,8 @@ def _pays_kernels(plan: Plan, weight: Tensor, x: Tensor) -> bool:
 
 def _has_learnt(plan: Plan, weight: Tensor) -> bool:
     """Say whether any delta has changed a weight, whose own bits are expected where none has."""
-    if weight.is_meta:
-        return False
     deltas = [delta for run in plan.acting for delta in run]
-    fresh = [delta for delta in deltas if delta not in _learnt]
+    unasked = weight.is_meta or is_captured(weight)  # torch's kernels are right for any values
+    fresh = [delta for delta in deltas if not unasked and delta not in _learnt]
     _learnt.update(delta for delta in fresh if not torch.equal(delta(weight), weight))
     return any(delta in _learnt for delta in deltas)
