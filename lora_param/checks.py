@@ -313,6 +313,7 @@ def _cant_be_added_to(tensor: Tensor) -> bool:
 
 TENSOR_RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (is_lazy, "it is lazy and has no shape yet; run one forward first"),
+    (lambda tensor: not tensor.numel(), "it has no elements"),
     (
         torch.is_inference,
         "it was made in torch.inference_mode and can never be trained; build the model outside",

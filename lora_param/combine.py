@@ -117,10 +117,11 @@ def combine(
     generator: torch.Generator | None = None,
 ) -> tuple[dict[Weight, Delta], list[Fit]]:
     """Combine each weight's deltas, at these strengths, and say what the results miss."""
-    _check_options(method, rank, density)
+    _check_options(method, density)
+    rank = None if rank is None else check_rank_or_share(rank)
     own: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
     for weight, delta, strength in terms:
-        delta.check_strength(1 if delta.of_buffers else strength)
+        strength = delta.check_strength(1 if delta.of_buffers else strength)
         own[weight].append((delta, strength))
     for one, other in overlapping(own):
         fix = "combine adapters of the same blocks"
@@ -141,12 +142,10 @@ def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
     return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
-def _check_options(method: object, rank: Rank | None, density: float | None) -> None:
+def _check_options(method: object, density: float | None) -> None:
     """Raise for options of a combination that are out of range."""
     if method not in ("sum", "ties", "dare"):
         raise LoRAError(f'method must be "sum", "ties" or "dare", got {method!r}')
-    if rank is not None:
-        check_rank_or_share(rank)
     if method == "sum" and density is not None:
         raise LoRAError(f'density is for "ties" and "dare", got {density!r}; drop it')
     if method != "sum" and not 0 < real(density) <= 1:
@@ -253,7 +252,7 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         [Fit(weight='weight', rank=2, error=0.0)]
     """
     found = walk(model, "resize_lora", Need.CHANGE)
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     pairs = deltas_called(found, adapter)
     changed = [(delta, *resized(w, delta, rank)) for w, delta in pairs if "rank" in delta.numbers]
     if not changed:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from numbers import Integral
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .deltas.numbers import real
 from .errors import LoRAError
 
 Rank: TypeAlias = int | float
@@ -24,12 +26,13 @@ class Product(NamedTuple):
     error: float = 0.0
 
 
-def check_rank_or_share(rank: object) -> None:
-    """Raise unless `rank` is a positive integer, or a share between 0 and 1."""
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
-    if not whole and not (isinstance(rank, float) and 0 < rank < 1):
+def check_rank_or_share(rank: Any) -> Rank:
+    """Return `rank` as a positive integer, or a share between 0 and 1, or raise."""
+    whole, value = isinstance(rank, Integral), real(rank)
+    if not (value >= 1 if whole else 0 < value < 1):
         rule = "a positive integer, or a share of the squared norm such as 0.95"
         raise LoRAError(f"rank must be {rule}, got {rank!r:.40}")
+    return int(rank) if whole else value
 
 
 def summed(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Product:

@@ -90,6 +90,13 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Say whether a CUDA graph is being captured, which nothing may ask for values."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 def _is_mapped(x: Tensor) -> bool:
     """Say whether a dimension of a tensor is vmap's."""
     transforms = torch._C._functorch

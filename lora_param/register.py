@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def register_lora(
     for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
         own = given | {"rank": own_rank, "alpha": own_alpha}
         try:
-            delta = _fresh(weight, cls, own, lowered=type(rank) is int, adapter=adapter)
+            delta = _fresh(weight, cls, own, lowered=isinstance(rank, Integral), adapter=adapter)
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
         delta.__dict__["space"] = space

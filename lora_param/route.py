@@ -106,7 +106,7 @@ def _weights(
     chosen = list(dict.fromkeys([*(names or ()), *occurring]))
     if names is not None and (new := chosen[len(names) :]):
         raise AdapterError(f"names has not {new[0]!r}, which is on a row; add it, or drop names")
-    rows = [[float(own.get(name, 0.0)) for name in chosen] for own in settings]
+    rows = [[own.get(name, 0.0) for name in chosen] for own in settings]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), -1), chosen
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .checks import deltas_called, walk
 from .deltas import Delta
+from .deltas.numbers import check_alpha
 from .errors import AdapterError, LoRAError
 from .routing import Switch, unrouted
 from .undo import all_or_nothing
@@ -122,7 +123,8 @@ def strengths_of(adapters: Selection) -> dict[str, float]:
         raise AdapterError(f"{rule}, got {adapters!r:.60}")
     if len({*names}) < len(names):
         raise AdapterError(f"each adapter can be named once, got {names}")
-    return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
+    strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
+    return {n: check_alpha(s, 1, f"adapter {n!r}: a strength") for n, s in strengths.items()}
 
 
 def check_together(walk: Walk, strengths: Mapping[str, float]) -> None:
@@ -155,7 +157,7 @@ def _switches(walk: Walk, adapters: Selection, trainable: str | Iterable[str] | 
     switches = Switches()
     for _, delta in walk.deltas:
         name = delta.adapter
-        strength = delta.strength if delta.of_buffers else float(acting.get(name, delta.strength))
+        strength = delta.strength if delta.of_buffers else acting.get(name, delta.strength)
         switches.append((delta, Switch(name in acting, strength, name in trained)))
     return switches
 

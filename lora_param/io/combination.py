@@ -72,7 +72,7 @@ def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
         FileError: The file doesn't say what its weights are.
         LoRAError: The rank is out of range, or there is no pair.
     """
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     check_apart(Path(out), Path(path))
     with open_adapter(Path(path)) as file:
         weights, _ = _common([file])

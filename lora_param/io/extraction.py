@@ -72,7 +72,7 @@ def extract_lora(
     """
     found = walk(model, "extract_lora", Need.CHANGE)
     check_adapter(adapter)
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     with ExitStack() as stack:
         if isinstance(tuned, (str, Path)):
             own = stack.enter_context(open_checkpoint(Path(tuned))).tensors
@@ -100,7 +100,7 @@ def extract_checkpoint(
         FileError: A checkpoint can't be read, they aren't of one model, or nothing has changed.
         LoRAError: The rank is out of range.
     """
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     check_apart(Path(out), Path(base), Path(tuned))
     with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
         outline = outline_of_tensors(first.tensors, {})
