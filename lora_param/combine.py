@@ -1,9 +1,8 @@
 """New adapters out of adapters: combinations of several, and one with another rank."""
 
 import functools
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -29,7 +28,7 @@ from .lowrank import (
 from .progress import progress
 from .register import install
 from .undo import all_or_nothing, keep_entries
-from .weight import Weight
+from .weight import Weight, overlapping
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -131,15 +130,6 @@ def combine(
         made[weight], fit = _combined(weight, deltas, method, rank, density or 1, generator)
         fits += [] if weight.is_buffer else [fit]
     return made, fits
-
-
-def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
-    """Yield pairs of blocks of one tensor that have rows in common."""
-    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
-    for weight in weights:
-        blocks[weight.whole].append(weight)
-    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
-    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
 def _check_options(method: object, density: float | None) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checks import check_weights
-from ...combine import overlapping
 from ...deltas import KINDS, Delta
 from ...deltas.pair import Pair
 from ...deltas.protocol import FLOATS, show_dtypes, tensors_of
@@ -21,7 +20,7 @@ from ...errors import FileError, LoRAError, shortened
 from ...progress import progress
 from ...state import NUMBERS
 from ...targets import nearest
-from ...weight import Weight
+from ...weight import Weight, overlapping
 from ..outline import UNKNOWN, Outline, outline_of_tensors
 from ..tensors import About, Config, OpenFile, open_file, write_content
 from . import diffusers, kohya, loralib, native, peft
