@@ -82,12 +82,10 @@ def combine_lora(
         LoRAError: An option is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> for name in ("a", "b"):
-        ...     _ = register_lora(model, rank=2, adapter=name)
-        >>> combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
-        [Fit(weight='weight', rank=4, error=0.0)]
-        >>> select_lora(model, "ab")
+        >>> _ = register_lora(model, rank=1, adapter="b")
+        >>> combine_lora(model, {"default": 0.7, "b": -0.3}, adapter="both")
+        [Fit(weight='weight', rank=2, error=0.0)]
+        >>> select_lora(model, "both")
 
     Source:
         arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
