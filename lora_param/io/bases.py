@@ -1,7 +1,5 @@
 """Checkpoints as they lie on a disk: one file or many, by the names that the model has."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections import Counter

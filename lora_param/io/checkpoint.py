@@ -1,7 +1,5 @@
 """Adapters and checkpoints, both as files: whether they belong together, their sum, conversion."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set

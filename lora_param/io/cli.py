@@ -1,7 +1,5 @@
 """The command line: looks into adapter files, converts, checks, merges and combines them."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -1,7 +1,5 @@
 """New adapters out of adapters' files, of two checkpoints, or of a model and a tuned one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adapter files: save one adapter of a model, and load it into another."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack

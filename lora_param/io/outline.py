@@ -1,7 +1,5 @@
 """A model's outline: what a format knows of its weights, from a model, a checkpoint or a file."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field

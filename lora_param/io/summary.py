@@ -1,7 +1,5 @@
 """What an adapter's file holds, in numbers and as a picture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

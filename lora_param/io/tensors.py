@@ -1,7 +1,5 @@
 """Files as they lie on a disk: opened and read once, and written whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

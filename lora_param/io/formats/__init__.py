@@ -1,7 +1,5 @@
 """The formats of adapter files: a row each in one table, and the file that is read by a row."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections import Counter

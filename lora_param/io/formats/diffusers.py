@@ -1,7 +1,5 @@
 """The layouts of diffusers' `pytorch_lora_weights.safetensors`, new and old: read."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

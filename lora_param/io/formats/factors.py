@@ -1,7 +1,5 @@
 """What foreign formats share: keys to modules, factors to the matrix view, all faults in a list."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Models kept in two layouts: where one has a fused layer, the other has a layer for each part."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """LoRA files of Kohya's scripts and LyCORIS, for Stable Diffusion and kin: read and written."""
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """loralib's state dicts, read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """LyCORIS's other kinds, read: each as plain factors, or dense where that is smaller."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Our own file: safetensors whose metadata say what each delta is, and of which base."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """PEFT: a folder of `adapter_model.safetensors` and `adapter_config.json`, read and written."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -1,7 +1,5 @@
 """What PEFT trains whole: `modules_to_save`, biases and the rows of tokens, read and written."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections import Counter, defaultdict
