@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from ...checks import check_weights
 from ...combine import overlapping
-from ...deltas import KINDS, Delta
-from ...deltas.pair import Pair
+from ...deltas import KINDS, Delta, Pair
 from ...deltas.protocol import FLOATS, show_dtypes, tensors_of
 from ...errors import FileError, LoRAError
 from ...progress import progress
@@ -24,7 +23,6 @@ from ..outline import UNKNOWN, Outline, outline_of_tensors
 from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
 from . import diffusers, kohya, loralib, native, peft
 from .factors import joined, warn_of_statistics
-from .peft_whole import NewValues
 
 Deltas = dict[Weight, Delta]
 """An adapter: its deltas by their weights."""
@@ -124,8 +122,6 @@ class AdapterFile:
             )
         if weights.unknown:
             return {found[name]: delta for name, delta in deltas.items()}
-        for name, delta in deltas.items():
-            deltas[name] = delta.added_to(found[name]) if isinstance(delta, NewValues) else delta
         check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
         order = {name: place for place, name in enumerate(weights.weights)}
         pairs = overlapping(found.values())

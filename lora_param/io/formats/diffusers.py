@@ -2,14 +2,12 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-
-from torch import Tensor
 
 from ...errors import FileError
 from ..outline import Outline
-from ..tensors import About, Config, OpenFile, explained, strict_json
+from ..tensors import About, Config, OpenFile, Tensors, explained, strict_json
 from . import factors as shared
 from . import fused, peft
 from .peft_config import costly_patterns, rank_and_alpha, scaling, unsupported_fields
@@ -52,7 +50,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 
 def parse(
-    tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
+    tensors: Tensors, config: Config, weights: Outline, *, prefix: str = ""
 ) -> list[shared.Named]:
     """Read a LoRA, with PEFT's configs by the parts of a pipeline.
 

@@ -10,15 +10,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
-from ...deltas.pair import Pair
+from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization, Pair
 from ...errors import FileError
 from ...layers import Shape
 from ...lowrank import summed
 from ...targets import nearest
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
-from ..tensors import shortened
+from ..tensors import Tensors, shortened
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
@@ -87,9 +86,7 @@ def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(re.fullmatch(pattern, name) for name in names for pattern in patterns)
 
 
-def group_factors(
-    tensors: Mapping[str, Tensor], *patterns: str
-) -> tuple[Factors, dict[str, Tensor]]:
+def group_factors(tensors: Tensors, *patterns: str) -> tuple[Factors, dict[str, Tensor]]:
     """Sort tensors by the patterns' groups `name` and `role`; return the rest by key."""
     factors: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
@@ -143,7 +140,7 @@ def _trim(shape: Shape) -> Shape:
     return shape
 
 
-def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> Iterator[str]:
+def tensors_of_another_base(tensors: Tensors, weights: Outline) -> Iterator[str]:
     """Complain of a base's tensors in a file, unless the model has the same."""
     for key, tensor in {} if weights.unknown else tensors.items():
         own = weights.tensors.get(key)
@@ -151,7 +148,7 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
             yield f"{key} is neither a factor nor equal to the model's"
 
 
-def both_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def both_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Return a layer's factors, or raise a `ValueError` for one that is missing or no matrix."""
     for role in "AB":
         if (factor := tensors.get(role)) is None:
@@ -167,7 +164,7 @@ def check_plain(weight: Weight) -> None:
         raise ValueError(f"is a {class_name(weight.module)}, not a linear or convolution")
 
 
-def plain(weight: Weight, tensors: Mapping[str, Tensor]) -> Pair:
+def plain(weight: Weight, tensors: Tensors) -> Pair:
     """Return the update of a linear or convolution layer; no alpha, or 0, means the rank."""
     (A, B), alpha = both_factors(tensors), tensors.get("alpha", torch.zeros(()))
     if alpha.numel() != 1 or alpha.is_complex():

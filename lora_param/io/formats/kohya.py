@@ -8,12 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta, DoRA
-from ...deltas.pair import Pair
+from ...deltas import Delta, DenseDelta, DoRA, Pair
 from ...errors import FileError
 from ...weight import Weight, join, tensor_names
 from ..outline import Outline, class_name, is_plain
-from ..tensors import About, Config, Content, OpenFile
+from ..tensors import About, Config, Content, OpenFile, Tensors
 from . import factors as shared
 from . import fused, lycoris
 
@@ -49,7 +48,7 @@ def recognises(file: OpenFile) -> bool:
 
 
 def parse(
-    tensors: Mapping[str, Tensor], config: Config, weights: Outline, *, prefix: str = ""
+    tensors: Tensors, config: Config, weights: Outline, *, prefix: str = ""
 ) -> list[shared.Named]:
     """Read a LoRA, another kind of LyCORIS's, and whole differences.
 

@@ -9,7 +9,7 @@ from ...errors import FileError
 from ...layers import CONV1D, Shape
 from ...weight import Weight, join
 from ..outline import LINEARS, Outline, class_name
-from ..tensors import PICKLED, PICKLES, Config, OpenFile, shortened
+from ..tensors import PICKLED, PICKLES, Config, OpenFile, Tensors, shortened
 from . import factors as shared
 
 KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
@@ -22,7 +22,7 @@ def recognises(file: OpenFile) -> bool:
 
 
 def parse(
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     config: Config,
     weights: Outline,
     *,

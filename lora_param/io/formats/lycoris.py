@@ -1,7 +1,6 @@
 """LyCORIS's other kinds, read: each as plain factors, or dense where that is smaller."""
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from ...deltas import Delta
 from ...layers import Shape
 from ...weight import Weight
+from ..tensors import Tensors
 from . import factors as shared
 
 KEYS = (
@@ -73,7 +73,7 @@ class Update(NamedTuple):
         return torch.einsum(PRODUCTS[self.kind][0], one, two).reshape(self.shape)
 
 
-def kind_of(roles: Mapping[str, Tensor]) -> str | None:
+def kind_of(roles: Tensors) -> str | None:
     """Name the kind whose tensors these are; `None` for a plain LoRA's."""
     own = {role for role in roles if role in ("A", "B") or role[:5] in KINDS}
     if not (kinds := {KINDS[role[:5]] for role in own - {"A", "B"}}):
@@ -83,9 +83,7 @@ def kind_of(roles: Mapping[str, Tensor]) -> str | None:
     return min(kinds)
 
 
-def plain_or_dense(
-    kind: str, tensors: Mapping[str, Tensor], shape: Shape | None
-) -> dict[str, Tensor] | Tensor:
+def plain_or_dense(kind: str, tensors: Tensors, shape: Shape | None) -> dict[str, Tensor] | Tensor:
     """Return the tensors `"A"`, `"B"` and `"alpha"` of a plain LoRA, or what is added, if smaller.
 
     Products are computed in float64 and kept in float32 at least, which holds those of half
@@ -133,12 +131,12 @@ def _with_kernel(A: Tensor, shape: Shape | None) -> Tensor:
     return A.view(len(A), *shape[1:]) if fits and shape else A
 
 
-def _side(tensors: Mapping[str, Tensor], name: str, core: str) -> Pair:
+def _side(tensors: Tensors, name: str, core: str) -> Pair:
     a, b = tensors[f"{name}_a"], tensors[f"{name}_b"].flatten(1)
     return (a.T, _through_core(tensors[core], b)) if core in tensors else (a, b)
 
 
-def _lokr(tensors: Mapping[str, Tensor]) -> Update:
+def _lokr(tensors: Tensors) -> Update:
     sides, dims = [], []
     for name, core in (("lokr_w1", "none"), ("lokr_w2", "lokr_t2")):
         if name in tensors:
@@ -153,7 +151,7 @@ def _lokr(tensors: Mapping[str, Tensor]) -> Update:
     return Update("lokr", one, two, dims[0] if dims else 0)
 
 
-def read_layer(weight: Weight, tensors: Mapping[str, Tensor]) -> Delta:
+def read_layer(weight: Weight, tensors: Tensors) -> Delta:
     """Return the update of a layer, of one of LyCORIS's kinds or a plain one."""
     shared.check_plain(weight)
     kind = kind_of(tensors)

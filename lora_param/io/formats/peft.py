@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...deltas import Delta, DoRA
-from ...deltas.pair import Pair
+from ...deltas import Delta, DoRA, Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
 from ...weight import Weight, join, tensor_names
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
-from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
+from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile, Tensors
 from . import factors as shared
 from .peft_config import costly_patterns, dropout, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
-from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_whole
+from .peft_whole import NO_LAYERS, changes, check_heads, new_values, render_whole
 
 Placed = tuple[Place, Pair]
 
@@ -51,7 +50,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 
 def parse(
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     config: Config,
     weights: Outline,
     *,
@@ -88,15 +87,13 @@ def parse(
     biases = {
         name: own["bias"] * pairs[name].scale for name, own in factors.items() if "bias" in own
     }
-    add_biases(new, biases, config, weights)
+    added = list(changes(new, biases, config, weights))
     twice = READ_TWICE if mha_out_proj is None else ""
     warn(found.values(), weights, twice, dropout(config))
-    return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *new.items()]
+    return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *added]
 
 
-def _pair(
-    place: Place, tensors: Mapping[str, Tensor], config: Config, transposed: bool | None
-) -> Pair:
+def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | None) -> Pair:
     """Make a pair of factors that are said to be transposed or not, or raise a `ValueError`."""
     A, B, lengths = tensors["A"], tensors["B"], tensors.get("lora_magnitude_vector")
     idle = place.kind == "alone" and not B.any()
