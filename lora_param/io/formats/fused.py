@@ -15,31 +15,22 @@ FLUX, FLUX_SINGLE, SD3 = "double_blocks.{}.", "single_blocks.{}.", "joint_blocks
 BLOCK, SINGLE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
 QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 
-LAYOUTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (FLUX + "img_attn.qkv", BLOCK, QKV),
-    (FLUX + "txt_attn.qkv", BLOCK + "attn.", ADDED),
-    (FLUX + "img_attn.proj", BLOCK, ("attn.to_out.0",)),
-    (FLUX + "txt_attn.proj", BLOCK, ("attn.to_add_out",)),
-    (FLUX + "img_mlp.0", BLOCK, ("ff.net.0.proj",)),
-    (FLUX + "img_mlp.2", BLOCK, ("ff.net.2",)),
-    (FLUX + "txt_mlp.0", BLOCK, ("ff_context.net.0.proj",)),
-    (FLUX + "txt_mlp.2", BLOCK, ("ff_context.net.2",)),
-    (FLUX + "img_mod.lin", BLOCK, ("norm1.linear",)),
-    (FLUX + "txt_mod.lin", BLOCK, ("norm1_context.linear",)),
-    (FLUX_SINGLE + "linear1", SINGLE, (*QKV, "proj_mlp")),
-    (FLUX_SINGLE + "linear2", SINGLE, ("proj_out",)),
-    (FLUX_SINGLE + "modulation.lin", SINGLE, ("norm.linear",)),
-    (SD3 + "x_block.attn.qkv", BLOCK, QKV),
-    (SD3 + "x_block.attn2.qkv", BLOCK, ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
-    (SD3 + "context_block.attn.qkv", BLOCK + "attn.", ADDED),
-    (SD3 + "x_block.attn.proj", BLOCK, ("attn.to_out.0",)),
-    (SD3 + "x_block.attn2.proj", BLOCK, ("attn2.to_out.0",)),
-    (SD3 + "context_block.attn.proj", BLOCK, ("attn.to_add_out",)),
-    (SD3 + "x_block.mlp.fc1", BLOCK, ("ff.net.0.proj",)),
-    (SD3 + "x_block.mlp.fc2", BLOCK, ("ff.net.2",)),
-    (SD3 + "context_block.mlp.fc1", BLOCK, ("ff_context.net.0.proj",)),
-    (SD3 + "context_block.mlp.fc2", BLOCK, ("ff_context.net.2",)),
-    (SD3 + "x_block.adaLN_modulation.1", BLOCK, ("norm1.linear",)),
+LAYOUTS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+    ((FLUX + "img_attn.qkv", SD3 + "x_block.attn.qkv"), BLOCK, QKV),
+    ((FLUX + "txt_attn.qkv", SD3 + "context_block.attn.qkv"), BLOCK + "attn.", ADDED),
+    ((FLUX + "img_attn.proj", SD3 + "x_block.attn.proj"), BLOCK, ("attn.to_out.0",)),
+    ((FLUX + "txt_attn.proj", SD3 + "context_block.attn.proj"), BLOCK, ("attn.to_add_out",)),
+    ((FLUX + "img_mlp.0", SD3 + "x_block.mlp.fc1"), BLOCK, ("ff.net.0.proj",)),
+    ((FLUX + "img_mlp.2", SD3 + "x_block.mlp.fc2"), BLOCK, ("ff.net.2",)),
+    ((FLUX + "txt_mlp.0", SD3 + "context_block.mlp.fc1"), BLOCK, ("ff_context.net.0.proj",)),
+    ((FLUX + "txt_mlp.2", SD3 + "context_block.mlp.fc2"), BLOCK, ("ff_context.net.2",)),
+    ((FLUX + "img_mod.lin", SD3 + "x_block.adaLN_modulation.1"), BLOCK, ("norm1.linear",)),
+    ((FLUX + "txt_mod.lin",), BLOCK, ("norm1_context.linear",)),
+    ((FLUX_SINGLE + "linear1",), SINGLE, (*QKV, "proj_mlp")),
+    ((FLUX_SINGLE + "linear2",), SINGLE, ("proj_out",)),
+    ((FLUX_SINGLE + "modulation.lin",), SINGLE, ("norm.linear",)),
+    ((SD3 + "x_block.attn2.qkv",), BLOCK, ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+    ((SD3 + "x_block.attn2.proj",), BLOCK, ("attn2.to_out.0",)),
 )
 """Layers as their authors have them and as diffusers has them, the blocks' numbers left out.
 
@@ -50,12 +41,13 @@ Source: diffusers' `loaders/single_file_utils.py`. Modulations whose halves it s
 def elsewhere(weights: Outline) -> dict[str, list[Weight]]:
     """Say which layers or blocks those of the other layout are, by their paths in that one."""
     found: dict[str, list[Weight]] = {}
-    for whole, stem, parts in LAYOUTS:
+    rows = [(whole, stem, parts) for wholes, stem, parts in LAYOUTS for whole in wholes]
+    for whole, stem, parts in rows:
         names = [stem + part for part in parts]
         for outer, number in _numbered(whole, weights):
             blocks = _blocks(weights, outer + whole.format(number), len(names))
-            for name, block in zip(names, blocks, strict=False):
-                found[outer + name.format(number)] = [block]
+            pairs = zip(names, blocks, strict=False)
+            found |= {outer + name.format(number): [block] for name, block in pairs}
         for outer, number in _numbered(names[0], weights):
             own = [weights.layer_weight(outer + name.format(number)) for name in names]
             layers = [each for each in own if each is not None and each.shape]
