@@ -16,7 +16,6 @@ from ..lowrank import Rank, check_rank_or_share
 from ..progress import progress
 from ..register import install
 from ..targets import Target
-from ..walk import Walk
 from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
 from .outline import Outline, outline_of_tensors
@@ -172,7 +171,7 @@ def extract_checkpoint(
     with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
         outline = outline_of_tensors(first.tensors, {})
         try:
-            pairs, fits = differences(Walk(outline.modules[""]), second.tensors, rank)
+            pairs, fits = differences(outline.walk, second.tensors, rank)
         except LoRAError as error:
             raise FileError(f"{tuned}: held against {base}: {error}") from None
         write_adapter("native", Path(out), dict(pairs), outline, About())

@@ -23,7 +23,7 @@ from ..walk import Walk
 from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
-from .outline import Outline, outline_of_model
+from .outline import Outline
 from .tensors import About, AnyPath, check_strings, shortened
 
 
@@ -79,7 +79,7 @@ def save_lora(
         raise LoRAError(f"nothing was saved: {shortened(faults)}")
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
     cls = type_before(getattr(model, "_orig_mod", model))
-    weights = outline_of_model(found)
+    weights = Outline(found, live=True)
     taken = weights.tensors if mesh and options.get("base") is None else {}
     about = About(
         names[0],
@@ -147,7 +147,7 @@ def load_lora(
             checks.check_model(found, "load_lora", need)
             if trainable:
                 checks.check_trainable(found)
-            weights = outline_of_model(found)
+            weights = Outline(found, live=True)
             deltas = file.fit(weights, "" if own else adapter, **options)
         if base != "ignore" and (doubt := _doubt(file.about, weights)):
             if base == "require":

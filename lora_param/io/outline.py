@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, Shape, layer_
 from ..rows import split_rows
 from ..walk import Walk
 from ..weight import Weight, join
+from .tensors import Tensors
 
 Facts = Mapping[str, Any]
 
@@ -79,22 +80,27 @@ def drops(weight: Weight) -> bool:
     return able and ("_facts" in weight.module.__dict__ or acts(weight.module, weight.tensor))
 
 
-@dataclass(frozen=True)
 class Outline:
     """What is known of a model's modules and weights, by path and name in model order.
 
     Where there is no model, modules without a forward and children stand in for its own, on the
     meta device where only shapes are known. Of an `unknown` model every name may be one of its own:
-    nothing is known but what a file says.
+    nothing is known but what a file says. `live` is whether it is a model's, and no file's.
     """
 
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    weights: Mapping[str, Weight] = field(default_factory=dict)
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # buffers too, if with values
-    shared: frozenset[str] = frozenset()  # paths of modules that it has in several places
-    unknown: bool = False
-    live: bool = False  # whether it is a model's, and no file's
+    def __init__(self, walk: Walk, *, live: bool = False, unknown: bool = False) -> None:
+        self.walk, self.live, self.unknown = walk, live, unknown
+        self.modules = dict(walk.modules)
+        known = (w for w in walk.weights + walk.moving if live or w.original is not None)
+        self.weights = {weight.name: weight for weight in known}
+        # Buffers too, if with values.
+        self.tensors = {w.name: each for w, each in walk.tensors if live or not each.is_meta}
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """Paths of modules that the model has in several places."""
+        slots = Counter(id(child) for each in self.walk.owners for child in each._modules.values())
+        return {path for path, module in self.modules.items() if slots[id(module)] > 1}
 
     def weight(self, name: str) -> Weight | None:
         """Return a weight or a block of its rows; `None` if there is none."""
@@ -116,25 +122,12 @@ class Outline:
         return next(filter(None, found), None)
 
 
-UNKNOWN = Outline(unknown=True)
+UNKNOWN = Outline(Walk(nn.Module()), unknown=True)
 """The outline of a model of which there is nothing but the adapter's file."""
 
 
-def outline_of_model(walk: Walk) -> Outline:
-    """Take the outline of a model."""
-    slots = Counter(id(child) for owner in walk.owners for child in owner._modules.values())
-    return Outline(
-        dict(walk.modules),
-        {weight.name: weight for weight in walk.weights + walk.moving},
-        {weight.name: tensor for weight, tensor in walk.parameters},
-        {weight.name: tensor for weight, tensor in walk.tensors},
-        frozenset(path for path, module in walk.modules if slots[id(module)] > 1),
-        live=True,
-    )
-
-
 def outline_of_tensors(
-    tensors: Mapping[str, Tensor] | Mapping[str, Shape], facts: Mapping[str, Facts]
+    tensors: Tensors | Mapping[str, Shape], facts: Mapping[str, Facts]
 ) -> Outline:
     """Make the outline of the model whose tensors, or whose tensors' shapes, these are.
 
@@ -147,19 +140,12 @@ def outline_of_tensors(
             own.setdefault(parent, {})
         value = said if isinstance(said, Tensor) else torch.empty(said, device="meta")
         own[path][tensor] = value
-    modules = {path: _stand_in(path, inside, facts) for path, inside in own.items()}
-    modules[""]._modules.update({path: each for path, each in modules.items() if path})
-    weights = {
-        join(path, tensor): Weight(path, modules[path], tensor)
-        for path, inside in own.items()
-        for tensor in inside
-    }
-    values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
-    parameters = {name: each for name, each in values.items() if not weights[name].is_buffer}
-    return Outline(modules, weights, parameters, values)
+    model, *inner = (_stand_in(path, inside, facts) for path, inside in own.items())
+    model._modules.update(zip([*own][1:], inner, strict=True))
+    return Outline(Walk(model))
 
 
-def _stand_in(path: str, own: Mapping[str, Tensor], facts: Mapping[str, Facts]) -> nn.Module:
+def _stand_in(path: str, own: Tensors, facts: Mapping[str, Facts]) -> nn.Module:
     """Make a module of what is said of one, or of what its tensors' shapes look like."""
     given = facts.get(path, {})
     said = {name: given[name] for name in given if isinstance(given[name], FACTS.get(name, ()))}
@@ -180,7 +166,9 @@ def _stand_in(path: str, own: Mapping[str, Tensor], facts: Mapping[str, Facts]) 
     nn.Module.__init__(module)
     moving = layer_of(cls).moving
     for name, tensor in own.items():
-        table: Any = module._buffers if name in moving else module._parameters
-        table[name] = tensor
+        if name in moving:
+            module._buffers[name] = tensor
+        else:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     module.__dict__.update({**said, "_facts": said})
     return module

@@ -164,8 +164,9 @@ def changes(
     if biases and not config.get("lora_bias"):
         reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
         warnings.warn(f"{', '.join(biases)}: {reason}", stacklevel=6)
-    made = shared.collect(lambda name: _change(values[name], weights.weight(name)), values)
-    yield from zip(values, made, strict=True)
+    yield from shared.collect(
+        lambda name: [(name, _change(values[name], weights.weight(name)))], values
+    )
 
 
 def _change(new: Tensor, weight: Weight | None) -> Delta:
@@ -239,8 +240,8 @@ def _value(weight: Weight, delta: Delta) -> Tensor:
 def _whole_modules(names: Collection[str], weights: Outline) -> Iterator[str]:
     """Yield the outermost modules all of whose parameters are trained whole."""
     left: Counter[str] = Counter()
-    for name in weights.parameters:
-        left.update(dict.fromkeys(_parents(name.rpartition(".")[0]), name not in names))
+    for weight, _ in weights.walk.parameters:
+        left.update(dict.fromkeys(_parents(weight.path), weight.name not in names))
     found: tuple[str, ...] = ()
     for path, module in weights.modules.items():
         able = path and class_name(module) not in CONTAINERS and not path.startswith(found or " ")
