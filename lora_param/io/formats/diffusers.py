@@ -57,13 +57,12 @@ def parse(
     The model is a UNet, transformer or text encoder, or one with children called so, as in a
     pipeline. Only keys that begin with `prefix` are read: `"unet."`, where it is only a UNet.
     """
-    chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    factors, rest = shared.group_factors(chosen, *KEYS)
+    factors, rest = shared.group_factors(tensors, *KEYS, prefix=prefix)
     shared.refuse(f"{key} is no plain LoRA's" for key in rest)
     shared.refuse(each for part in config.values() for each in costly_patterns(part, factors))
     factors, found = fused.placed(factors, weights, fused.elsewhere(weights), _paths)
 
-    def read(part_name: str) -> shared.Named:
+    def read(part_name: str) -> Iterator[shared.Named]:
         shared.check_plain(weight := found[part_name])
         name, pair = part_name.partition("#")[0], shared.plain(weight, factors[part_name])
         if (part := _part(name)) in config:
@@ -71,7 +70,7 @@ def parse(
             pair.scaling = scaling(config[part])
             if rank != pair.rank:
                 raise ValueError(f"has rank {pair.rank}, by its config {rank}")
-        return weight.name, pair
+        yield weight.name, pair
 
     return shared.collect(read, factors)
 

@@ -39,13 +39,13 @@ def refuse(complaints: Iterable[str], deed: str = "loaded") -> None:
 
 
 def collect(
-    make: Callable[[Item], Result], items: Iterable[Item], deed: str = "loaded"
+    make: Callable[[Item], Iterable[Result]], items: Iterable[Item], deed: str = "loaded"
 ) -> list[Result]:
-    """Make something of each item, or raise one `FileError` that lists what is wrong with all."""
-    results, complaints = [], []
+    """List what each item makes, or raise one `FileError` that lists what is wrong with all."""
+    results, complaints = list[Result](), list[str]()
     for item in items:
         try:
-            results.append(make(item))
+            results += make(item)
         except (RuntimeError, ValueError) as error:
             named = isinstance(error, FileError)
             complaints.append(f"{error}" if named else f"{item}: {error}")
@@ -86,11 +86,13 @@ def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(re.fullmatch(pattern, name) for name in names for pattern in patterns)
 
 
-def group_factors(tensors: Tensors, *patterns: str) -> tuple[Factors, dict[str, Tensor]]:
+def group_factors(
+    tensors: Tensors, *patterns: str, prefix: str = ""
+) -> tuple[Factors, dict[str, Tensor]]:
     """Sort tensors by the patterns' groups `name` and `role`; return the rest by key."""
     factors: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
-    for key, tensor in tensors.items():
+    for key, tensor in ((k, t) for k, t in tensors.items() if k.startswith(prefix)):
         match = next((m for pattern in patterns if (m := re.fullmatch(pattern, key))), None)
         role = ROLES.get(match["role"], match["role"]) if match else ""
         if match and role not in factors[match["name"] or ""]:

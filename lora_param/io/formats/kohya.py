@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -57,8 +57,7 @@ def parse(
     The model is a UNet, a text encoder, any other, or one with children called `unet`,
     `text_encoder` and `text_encoder_2`. Only keys that begin with `prefix` are read.
     """
-    chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    factors, rest = shared.group_factors(chosen, *KEYS)
+    factors, rest = shared.group_factors(tensors, *KEYS, prefix=prefix)
     flat = {name: [name] for name in factors} if weights.unknown else flat_names(weights, prefix)
     complaints = [f"{key} is of no kind that is supported" for key in rest]
     for name in factors:
@@ -72,15 +71,15 @@ def parse(
         return [*flat.get(name, []), *theirs.get(name, [])[:1]]
 
     factors, found = fused.placed(factors, weights, others, paths)
-    whole = [
-        (join(weight.path, WHOLE[role]), shared.dense(tensor))
-        for name, weight in found.items()
-        for role, tensor in factors[name].items()
-        if role in WHOLE
-    ]
-    pairs = [name for name, own in factors.items() if own.keys() - WHOLE.keys()]
-    read = shared.collect(lambda name: lycoris.read_layer(found[name], factors[name]), pairs)
-    return [*zip((found[name].name for name in pairs), read, strict=True), *whole]
+
+    def read(name: str) -> Iterator[shared.Named]:
+        weight, own = found[name], factors[name]
+        if own.keys() - WHOLE.keys():
+            yield weight.name, lycoris.read_layer(weight, own)
+        for role in own.keys() & WHOLE.keys():
+            yield join(weight.path, WHOLE[role]), shared.dense(own[role])
+
+    return shared.collect(read, factors)
 
 
 def render(
@@ -96,7 +95,7 @@ def render(
         raise FileError(f"no name in the file can have a dot, so no prefix, got {prefix!r}")
     flat, cls = flat_names(weights, prefix), about.cls.rpartition(".")[2]
 
-    def tensors_of(weight: Weight) -> dict[str, Tensor]:
+    def lay_out(weight: Weight) -> Iterator[tuple[str, Tensor]]:
         delta = deltas[weight]
         path, tensor, dense = weight.path, weight.tensor, isinstance(delta, DenseDelta)
         name, own = _flat_name(path, weights, cls, prefix), weights.layer_weight(path)
@@ -108,26 +107,27 @@ def render(
             others = " or ".join(flat.get(name, ["another part"]))
             raise FileError(f"{name} could be {others}")
         if isinstance(delta, DenseDelta):
-            return {f"{name}.{NORM[tensor] if norm else DENSE[tensor]}": delta.D.detach()}
-        return _pair(name, weight, cast("Pair", delta).plain("lora"))
+            yield f"{name}.{NORM[tensor] if norm else DENSE[tensor]}", delta.D.detach()
+        else:
+            yield from _pair(name, weight, cast("Pair", delta).plain("lora"))
 
-    layers = shared.collect(tensors_of, deltas, "written")
-    tensors = {key: tensor for layer in layers for key, tensor in layer.items()}
+    tensors = dict(shared.collect(lay_out, deltas, "written"))
     if dropped := [w.name for w, each in deltas.items() if each.numbers.get("dropout")]:
         warnings.warn(f"Kohya's files hold no dropout: {', '.join(dropped)}", stacklevel=5)
     return Content(tensors, {"format": "pt", **about.metadata})
 
 
-def _pair(name: str, weight: Weight, delta: Pair) -> dict[str, Tensor]:
+def _pair(name: str, weight: Weight, delta: Pair) -> Iterator[tuple[str, Tensor]]:
     """Lay out the update of one layer."""
     alpha = torch.tensor(delta.alpha, dtype=torch.float32)
     if not alpha or not alpha.isfinite():
         raise FileError(f"{weight.name} has an alpha of {delta.alpha:g}, in float32 {alpha:g}")
     factors = delta.lora_A.detach(), delta.lora_B.detach()
     down, up = shared.factors_with_kernel(*factors, weight.shape)
-    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
-    tensors |= {"dora_scale": delta.magnitude.detach()} if isinstance(delta, DoRA) else {}
-    return {f"{name}.{role}": tensor for role, tensor in tensors.items()}
+    yield from {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}.items()
+    yield f"{name}.alpha", alpha
+    if isinstance(delta, DoRA):
+        yield f"{name}.dora_scale", delta.magnitude.detach()
 
 
 def flat_names(

@@ -48,19 +48,17 @@ def parse(
     shared.refuse(shared.tensors_of_another_base(base, weights))
     found = shared.all_found(places, weights)
 
-    def read(name: str) -> list[shared.Named]:
+    def read(name: str) -> Iterator[shared.Named]:
         weight, (A, B) = found[name], shared.both_factors(factors[name])
         blocks = [(weight, A, B)]
         if weight.shape is not None and weight.layer.kind in (*LINEARS, CONV1D):
             blocks = list(_slices(weight, A, B, enable_lora))
-        pairs = list[shared.Named]()
         for block, a, b in blocks:
             down, up, rank = _layer_factors(block, a, b)
             numbers = alpha * len(down) / rank, weight.layer.transposed
-            pairs.append((block.name, shared.of_layer(block, down, up, *numbers)))
-        return pairs
+            yield block.name, shared.of_layer(block, down, up, *numbers)
 
-    return [pair for pairs in shared.collect(read, factors) for pair in pairs]
+    return shared.collect(read, factors)
 
 
 def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:

@@ -76,14 +76,15 @@ def parse(
     conv1d = any(layer_of(type(each)).kind == CONV1D for each in weights.modules.values())
     vague = bool(config.get("fan_in_fan_out")) or conv1d
 
-    def read(name: str) -> Pair:
+    def read(name: str) -> Iterator[tuple[str, Pair]]:
         place, (A, B) = found[name], shared.both_factors(factors[name])
         embedded = f"{PREFIX}{name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
         twice = mha_out_proj != "once" and place.kind == "out_proj"
-        return _pair(place, factors[name] | {"B": B * 2 if twice else B}, config, transposed)
+        tensors_of = factors[name] | {"B": B * 2 if twice else B}
+        yield name, _pair(place, tensors_of, config, transposed)
 
-    pairs = dict(zip(found, shared.collect(read, found), strict=True))
+    pairs = dict(shared.collect(read, found))
     biases = {
         name: own["bias"] * pairs[name].scale for name, own in factors.items() if "bias" in own
     }
