@@ -14,8 +14,7 @@ from ..errors import FileError
 from ..frozen import bytes_of, digest, digest_of
 from ..progress import progress
 from ..rows import Rows
-from .bases import open_both
-from .formats import write_adapter
+from .formats import open_both, write_adapter
 from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
 
 BLOCK = 2**22

@@ -16,9 +16,8 @@ from ..lowrank import Rank, check_rank_or_share
 from ..progress import progress
 from ..register import install
 from ..targets import Target
-from .bases import open_checkpoint, plain_name
 from .formats import AdapterFile, open_adapter, write_adapter
-from .outline import Outline, outline_of_tensors
+from .outline import Outline, open_checkpoint, outline_of_tensors, plain_name
 from .tensors import About, AnyPath, check_apart, shortened
 
 

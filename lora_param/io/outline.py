@@ -1,9 +1,13 @@
-"""A model's outline: what a format knows of its weights, from a model, a checkpoint or a file."""
+"""What is known of a model: its outline, from itself, a checkpoint or an adapter's file."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +15,12 @@ from torch import Tensor, nn
 
 from ..activation import acts
 from ..chains import type_before
-from ..errors import TargetError
+from ..errors import FileError, TargetError
 from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, Shape, layer_of
 from ..rows import split_rows
-from ..walk import Walk
+from ..walk import WRAPPERS, Walk
 from ..weight import Weight, join
-from .tensors import Tensors
+from .tensors import OpenFile, Tensors, open_file, read_json, shortened
 
 Facts = Mapping[str, Any]
 
@@ -172,3 +176,92 @@ def _stand_in(path: str, own: Tensors, facts: Mapping[str, Facts]) -> nn.Module:
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     module.__dict__.update({**said, "_facts": said})
     return module
+
+
+INDEX = ".index.json"
+FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")
+"""What a folder's checkpoint can be called, the first kind of which there is one."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """An open checkpoint: in which file each tensor is, and the model's name for it, by its key."""
+
+    path: Path
+    files: Mapping[str, OpenFile]
+    names: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Raise where two keys have the same name."""
+        if twice := [name for name, count in Counter(self.names.values()).items() if count > 1]:
+            rule = f"more than one tensor is {shortened(twice)}; keep one of them"
+            raise FileError(f"{self.path}: {rule}")
+
+    def with_prefix(self, prefix: str) -> "Base":
+        """Return it with a prefix taken from its names, or given to them."""
+        return replace(self, names=_with_prefix(self.names, prefix))
+
+    def prefix_for(self, adapted: Set[str]) -> str:
+        """Return the prefix with which, or without, most adapted weights have one of its names."""
+        names, first = self.names.values(), next(iter(adapted), "")
+        choices = {first.removesuffix(name) for name in names if first.endswith(f".{name}")}
+        choices |= {n.removesuffix(first) for n in names if first and n.endswith(f".{first}")}
+        named = {
+            each: {*_with_prefix(self.names, each).values()} for each in sorted(choices | {""})
+        }
+        return max(named, key=lambda each: len(adapted & named[each]))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the model's names, read when they are used."""
+        return {name: self.files[key].tensors[key] for key, name in self.names.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The strings of its first file, of a pickle those that transformers asks for."""
+        first = next(iter(self.files.values()), None)
+        return first.metadata if first and not first.fault else {"format": "pt"}
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[Base]:
+    """Open a checkpoint for a block: a file, an index of shards, or a folder with one of these."""
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
+        for shard in _shards(path):
+            opened = stack.enter_context(open_file(shard))
+            names = opened.tensors if opened.fault else opened.entries
+            files |= dict.fromkeys(names, opened)
+        yield Base(path, files, {key: plain_name(key) for key in files})
+
+
+def plain_name(key: str) -> str:
+    """Return the plain model's name of a key of a state dict."""
+    plain = join(*(part for part in key.split(".") if part not in WRAPPERS))
+    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain)
+
+
+def _shards(path: Path) -> list[Path]:
+    """List the files of a checkpoint."""
+    if path.is_dir():
+        found = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [])
+        if len(found) != 1:
+            listed = ", ".join(each.name for each in found) or ", ".join(FILES)
+            count = "several" if found else "none"
+            raise FileError(f"{path}: has {count} of {listed}; name a file")
+        path = found[0]
+    if not path.name.endswith(INDEX):
+        return [path]
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
+        raise FileError(f"{path}: no index of shards")
+    if strange := [name for name in names.values() if Path(name).name != name]:
+        raise FileError(f"{path}: {strange[0]!r:.80} is no file beside it")
+    return [path.with_name(name) for name in dict.fromkeys(names.values())]
+
+
+def _with_prefix(names: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Take a prefix from the names that have it, or where none has it give it to all."""
+    if any(name.startswith(prefix) for name in names.values()):
+        return {key: name.removeprefix(prefix) for key, name in names.items()}
+    return {key: prefix + name for key, name in names.items()}

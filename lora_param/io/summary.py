@@ -12,7 +12,7 @@ from ..errors import FileError, LoRAError
 from ..layers import Shape
 from ..progress import progress
 from ..weight import Weight
-from .bases import open_both
+from .formats import open_both
 from .formats.peft_whole import NEW
 from .tensors import AnyPath, explained
 

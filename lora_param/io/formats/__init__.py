@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,12 @@ from ...deltas import KINDS, Delta, Pair
 from ...deltas.protocol import FLOATS, show_dtypes, tensors_of
 from ...errors import FileError, LoRAError
 from ...progress import progress
+from ...rows import split_rows
 from ...state import NUMBERS
 from ...targets import nearest
 from ...weight import Weight
-from ..outline import UNKNOWN, Outline, outline_of_tensors
-from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
+from ..outline import UNKNOWN, Base, Outline, open_checkpoint, outline_of_tensors
+from ..tensors import About, AnyPath, Config, OpenFile, open_file, shortened, write_content
 from . import diffusers, kohya, loralib, native, peft
 from .factors import joined, warn_of_statistics
 
@@ -103,6 +104,15 @@ class AdapterFile:
             raise FileError(f"{self.path}: {shortened(faults)}")
         return dict(pairs)
 
+    def adapted(self, options: Mapping[str, Any]) -> set[str]:
+        """Return the adapted weights' names, as far as the file says them without a model."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the same are given when it is read for good
+                return {split_rows(name)[0] for name in self.parse(UNKNOWN, **options)}
+        except LoRAError:
+            return set()
+
     def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
         """Read the deltas and hold them against a model's weights, if known, in model order.
 
@@ -166,6 +176,26 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
         describe = getattr(rows[0].module, "describe", None)
         said = describe(file) if describe else ({}, About(metadata=file.strings))
         yield AdapterFile(path, rows[0], file, *said)
+
+
+@contextmanager
+def open_both(
+    path: AnyPath, base: AnyPath | None, prefix: str | None, options: Mapping[str, Any]
+) -> Iterator[tuple[AdapterFile, Base, Outline, Deltas]]:
+    """Open an adapter's file and the base that it was trained on; yield the deltas as they fit it.
+
+    Where the model's names begin with a `prefix` that the checkpoint's lack, or the other way
+    round, it is found or given. Without a base an outline is what the file itself says.
+    """
+    with ExitStack() as stack:
+        file, found = stack.enter_context(open_adapter(Path(path))), Base(Path(), {}, {})
+        weights = file.outline
+        if base is not None:
+            found = stack.enter_context(open_checkpoint(Path(base)))
+            seen = found.prefix_for(file.adapted(options)) if prefix is None else prefix
+            found = found.with_prefix(seen)
+            weights = outline_of_tensors(found.tensors, file.about.layers)
+        yield file, found, weights, file.fit(weights, **options)
 
 
 def _check_no_state_dict(file: OpenFile) -> None:
