@@ -206,10 +206,11 @@ class Base:
         names, first = self.names.values(), next(iter(adapted), "")
         choices = {first.removesuffix(name) for name in names if first.endswith(f".{name}")}
         choices |= {n.removesuffix(first) for n in names if first and n.endswith(f".{first}")}
-        named = {
-            each: {*_with_prefix(self.names, each).values()} for each in sorted(choices | {""})
-        }
-        return max(named, key=lambda each: len(adapted & named[each]))
+
+        def count(prefix: str) -> int:
+            return len(adapted & {*_with_prefix(self.names, prefix).values()})
+
+        return max(["", *sorted(choices)], key=count)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """LyCORIS's other kinds, read: each as plain factors, or dense where that is smaller."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,39 +39,6 @@ Pair = tuple[Tensor, Tensor]
 """A matrix as `B (out, rank) @ A (rank, in * kernel)`."""
 
 
-class Update(NamedTuple):
-    """The product of two matrices, elementwise or of Kronecker, times `alpha / dim`."""
-
-    kind: str
-    one: Pair
-    two: Pair
-    dim: int  # 0 where it has a scale of one, whatever alpha says
-
-    @property
-    def shape(self) -> Shape:
-        """That of the matrix."""
-        (B1, A1), (B2, A2) = self.one, self.two
-        if self.kind == "lokr":
-            return B1.shape[0] * B2.shape[0], A1.shape[1] * A2.shape[1]
-        return B1.shape[0], A1.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """That of the pair that it amounts to."""
-        return len(self.one[1]) * len(self.two[1])
-
-    def pair(self) -> Pair:
-        """Return plain factors of it, exact but for the rounding of one product an element."""
-        (B1, A1), (B2, A2), (_, of_B, of_A) = self.one, self.two, PRODUCTS[self.kind]
-        B = torch.einsum(of_B, B1, B2).reshape(self.shape[0], -1)
-        return B, torch.einsum(of_A, A1, A2).reshape(self.rank, -1)
-
-    def matrix(self) -> Tensor:
-        """Return it as a matrix."""
-        one, two = self.one[0] @ self.one[1], self.two[0] @ self.two[1]
-        return torch.einsum(PRODUCTS[self.kind][0], one, two).reshape(self.shape)
-
-
 def kind_of(roles: Tensors) -> str | None:
     """Name the kind whose tensors these are; `None` for a plain LoRA's."""
     own = {role for role in roles if role in ("A", "B") or role[:5] in KINDS}
@@ -99,26 +65,27 @@ def plain_or_dense(kind: str, tensors: Tensors, shape: Shape | None) -> dict[str
     if kind == "tucker":
         A = _through_core(wide["lora_mid"], wide["A"].flatten(1))
         return kept | {"A": _with_kernel(A.to(dtype), shape), "B": wide["B"].to(dtype)}
-    if kind == "loha":
-        one, two = (_side(wide, f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
-        update = Update("loha", one, two, len(wide["hada_w1_b"]))
-    else:
-        update = _lokr(wide)
-    (fan_out, fan_in), rank = update.shape, update.rank
+    (B1, A1), (B2, A2), dim = _factors(kind, wide)
+    rank, fan_out, fan_in = len(A1) * len(A2), len(B1), A1.shape[1]
+    if kind == "lokr":
+        fan_out, fan_in = fan_out * len(B2), fan_in * A2.shape[1]
     if shape is not None and (fan_out, fan_in) != (shape[0], math.prod(shape[1:])):
         raise ValueError(f"is a {kind} of {fan_out}x{fan_in} for a weight of {shape}")
     size = rank * (fan_out + fan_in)
     if min(size, fan_out * fan_in) > LARGEST:
         raise ValueError(f"is a {kind} of {fan_out}x{fan_in}, which is too large to be a weight's")
-    if not update.dim:
+    if not dim:
         kept.pop("alpha", None)
+    of_matrix, of_B, of_A = PRODUCTS[kind]
     if size < fan_out * fan_in or "dora_scale" in kept:  # which scales a sum, so its two parts
         if "alpha" in kept:
-            kept["alpha"] = wide["alpha"] * (rank / update.dim)
-        B, A = update.pair()
-        return kept | {"A": _with_kernel(A.to(dtype), shape), "B": B.to(dtype)}
-    scale = wide["alpha"].item() / update.dim or 1.0 if "alpha" in kept else 1.0
-    return (update.matrix() * scale).to(dtype).reshape(shape or update.shape)
+            kept["alpha"] = wide["alpha"] * (rank / dim)
+        A = torch.einsum(of_A, A1, A2).reshape(rank, fan_in).to(dtype)
+        B = torch.einsum(of_B, B1, B2).reshape(fan_out, -1).to(dtype)
+        return kept | {"A": _with_kernel(A, shape), "B": B}
+    scale = wide["alpha"].item() / dim or 1.0 if "alpha" in kept else 1.0
+    matrix = torch.einsum(of_matrix, B1 @ A1, B2 @ A2) * scale
+    return matrix.to(dtype).reshape(shape or (fan_out, fan_in))
 
 
 def _through_core(core: Tensor, down: Tensor) -> Tensor:
@@ -131,24 +98,23 @@ def _with_kernel(A: Tensor, shape: Shape | None) -> Tensor:
     return A.view(len(A), *shape[1:]) if fits and shape else A
 
 
-def _side(tensors: Tensors, name: str, core: str) -> Pair:
-    a, b = tensors[f"{name}_a"], tensors[f"{name}_b"].flatten(1)
-    return (a.T, _through_core(tensors[core], b)) if core in tensors else (a, b)
+def _factors(kind: str, tensors: Tensors) -> tuple[Pair, Pair, int]:
+    """Return the two matrices, and what alpha is divided by; 0 where the scale is one all the same.
 
-
-def _lokr(tensors: Tensors) -> Update:
-    sides, dims = [], []
-    for name, core in (("lokr_w1", "none"), ("lokr_w2", "lokr_t2")):
+    A matrix that is whole is the product of itself and of one.
+    """
+    begin, pairs, dims = "hada" if kind == "loha" else "lokr", list[Pair](), [0]
+    for name, core in ((f"{begin}_w{n}", f"{begin}_t{n}") for n in (1, 2)):
         if name in tensors:
             whole = tensors[name].flatten(1)
-            fan_out, fan_in = whole.shape
-            eye = torch.eye(min(fan_out, fan_in), dtype=whole.dtype)
-            sides.append((whole, eye) if fan_in <= fan_out else (eye, whole))
-        else:
-            sides.append(_side(tensors, name, core))
-            dims.append(len(sides[-1][1]))
-    one, two = sides
-    return Update("lokr", one, two, dims[0] if dims else 0)
+            eye = torch.eye(min(whole.shape), dtype=whole.dtype)
+            pairs.append((whole, eye) if len(eye) == whole.shape[1] else (eye, whole))
+            continue
+        B, A = tensors[f"{name}_a"], tensors[f"{name}_b"].flatten(1)
+        pairs.append((B.T, _through_core(tensors[core], A)) if core in tensors else (B, A))
+        dims.append(len(pairs[-1][1]))
+    one, two = pairs
+    return one, two, (dims[1:] or dims)[0]
 
 
 def read_layer(weight: Weight, tensors: Tensors) -> Delta:
