@@ -18,7 +18,7 @@ from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile, Tensors
 from . import factors as shared
 from .peft_config import costly_patterns, dropout, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
-from .peft_whole import NO_LAYERS, changes, check_heads, new_values, render_whole
+from .peft_whole import NO_LAYERS, changes, new_values, render_whole
 
 Placed = tuple[Place, Pair]
 
@@ -66,7 +66,6 @@ def parse(
     factors, rest = shared.group_factors(tensors, *KEYS)
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
     new, base = new_values(rest, config, weights)
-    check_heads(new, config, weights)
     foreign = shared.tensors_of_another_base(base, weights)
     shared.refuse([*foreign, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):

@@ -68,27 +68,20 @@ def new_values(
     said = config.get("trainable_token_indices")
     if said and not any(TOKENS in key for key in tensors):
         raise FileError(f"trainable_token_indices={said!r:.60}, of which no rows are in the file")
-    new, base = dict[str, Tensor](), dict[str, Tensor]()
+    new, base, missing = dict[str, Tensor](), dict[str, Tensor](), dict[str, None]()
     for key, tensor in tensors.items():
         if key.endswith(f".{TOKENS}"):
             new |= [_tokens(key.removesuffix(f".{TOKENS}"), tensor, config, weights)]
             continue
         name = re.sub(r"(\.base_layer)+\.|\.(modules_to_save|original_module)\.", ".", key)
-        inside = any(path.endswith(saved) for path in _parents(name.rpartition(".")[0]) if saved)
+        heads = [path for path in _parents(name.rpartition(".")[0]) if path.endswith(saved)]
         still = name in weights.tensors and weights.weight(name) is None  # nothing can train it
-        trained = inside or (biased and name.endswith(".bias"))
+        trained = heads or (biased and name.endswith(".bias"))
         if trained and not still and ".original_module." not in key:
             new[name] = tensor  # of a head's bias there are two copies
+            missing |= {head: None for head in heads if head not in weights.modules}
         else:
             base[name] = tensor
-    return new, base
-
-
-def check_heads(new: Collection[str], config: Config, weights: Outline) -> None:
-    """Raise if a model has none of the modules that were trained whole."""
-    saved = tuple(config.get("modules_to_save") or " ")
-    heads = [p for name in new for p in _parents(name.rpartition(".")[0]) if p.endswith(saved)]
-    missing = {head: None for head in heads if head not in weights.modules}
     if missing and not weights.unknown:
         mapping, task = config.get("auto_mapping"), config.get("task_type")
         cls = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
@@ -97,6 +90,7 @@ def check_heads(new: Collection[str], config: Config, weights: Outline) -> None:
             f"{', '.join(missing)}: trained whole by modules_to_save, and this model has no such "
             f"module; load it on a model that has, {cls or auto or 'of its own class'}"
         )
+    return new, base
 
 
 def _tokens(path: str, tensor: Tensor, config: Config, weights: Outline) -> tuple[str, Tensor]:
@@ -197,7 +191,7 @@ def render_whole(
     new = {name: _value(*pair) for name, pair in whole.items() if name not in moving}
     modules = list(_whole_modules(new, weights))
     inside = tuple(f"{path}." for path in modules)
-    saved = [name for name in weights.tensors if name.startswith(inside or " ")]
+    saved = [name for name in weights.tensors if name.startswith(inside)]
     new |= {name: _value(*moving[name]) for name in saved if name in moving}
     tensors = {name: new.get(name, weights.tensors[name]) for name in saved}
     if left := sorted(moving.keys() - tensors.keys()):
@@ -244,7 +238,7 @@ def _whole_modules(names: Collection[str], weights: Outline) -> Iterator[str]:
         left.update(dict.fromkeys(_parents(weight.path), weight.name not in names))
     found: tuple[str, ...] = ()
     for path, module in weights.modules.items():
-        able = path and class_name(module) not in CONTAINERS and not path.startswith(found or " ")
+        able = path and class_name(module) not in CONTAINERS and not path.startswith(found)
         if able and path in left and not left[path]:
             found += (f"{path}.",)
             yield path
