@@ -1,6 +1,5 @@
 """Adapters and checkpoints, both as files: whether they belong together, their sum, conversion."""
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
@@ -207,10 +206,8 @@ def _with_updates(weight: Tensor, begin: int, deltas: list[Delta]) -> Tensor:
     for delta in deltas:
         rows, first, last = delta.rows, begin, end
         if rows is not None and delta.dim == 0:
-            numbers = [*rows]
-            first, last = bisect_left(numbers, begin), bisect_left(numbers, end)
-            inside = [number - begin for number in numbers[first:last]]
-            if not inside:
+            first, last = (sum(row < place for row in rows) for place in (begin, end))
+            if not (inside := [row - begin for row in rows if begin <= row < end]):
                 continue
             rows = Rows.of(inside, len(weight))
         block = delta.block(first, last)

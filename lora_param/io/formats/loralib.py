@@ -50,13 +50,19 @@ def parse(
 
     def read(name: str) -> Iterator[shared.Named]:
         weight, (A, B) = found[name], shared.both_factors(factors[name])
-        blocks = [(weight, A, B)]
-        if weight.shape is not None and weight.layer.kind in (*LINEARS, CONV1D):
+        rank, kind, shape = float(B.shape[1]), weight.layer.kind, weight.shape
+        if shape is None or kind is nn.Embedding:
+            blocks = [(weight, A, B)]
+        elif kind in (*LINEARS, CONV1D):
             blocks = list(_slices(weight, A, B, enable_lora))
+        elif kind is nn.Conv2d:  # the rank over its own view
+            blocks, rank = [(weight, *_convolution_factors(shape, A, B))], rank / shape[-1]
+        else:
+            cls = class_name(weight.module)
+            raise ValueError(f"is a {cls}, for which loralib has no layer that works")
         for block, a, b in blocks:
-            down, up, rank = _layer_factors(block, a, b)
-            numbers = alpha * len(down) / rank, weight.layer.transposed
-            yield block.name, shared.of_layer(block, down, up, *numbers)
+            scaled = alpha * len(a) / rank
+            yield block.name, shared.of_layer(block, a, b, scaled, weight.layer.transposed)
 
     return shared.collect(read, factors)
 
@@ -67,16 +73,6 @@ def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:
     outer = f".{owner}".removesuffix(".conv").removeprefix(".")
     weight = found.get(outer)
     return join(outer, tensor) if weight and weight.path == outer else key
-
-
-def _layer_factors(weight: Weight, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return a layer's factors, and the rank that alpha is divided by."""
-    kind, shape = weight.layer.kind, weight.shape
-    if shape is None or kind in (nn.Embedding, *LINEARS, CONV1D):
-        return A, B, B.shape[1]
-    if kind is nn.Conv2d:
-        return *_convolution_factors(shape, A, B), B.shape[1] / shape[-1]
-    raise ValueError(f"is a {class_name(weight.module)}, for which loralib has no layer that works")
 
 
 def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
