@@ -130,26 +130,18 @@ class AdapterFile:
                 f"{shortened(missing)}; the nearest to the first are {near}"
                 f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
+        fitting = {weight: deltas[name] for name, weight in found.items()}
         if weights.unknown:
-            return {found[name]: delta for name, delta in deltas.items()}
-        check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
-        order = {name: place for place, name in enumerate(weights.weights)}
-        pairs = overlapping(found.values())
-        faults = [f"{one.name} and {other.name} overlap" for one, other in pairs]
-        fitting, lowered = Deltas(), dict[str, Delta]()
-        places = {
-            n: (order[w.whole.name], w.rows.parts if w.rows else ()) for n, w in found.items()
-        }
-        for name in sorted(found, key=lambda name: places[name]):
-            weight, delta = found[name], deltas[name]
-            if fault := _misfit(delta, weight):
-                faults.append(f"{name}: {fault}")
-                continue
+            return fitting
+        check_weights([w for w, delta in fitting.items() if not delta.of_buffers], adapter)
+        faults = [f"{a.name} and {b.name} overlap" for a, b in overlapping(found.values())]
+        faults += [f"{w.name}: {fault}" for w, d in fitting.items() if (fault := _misfit(d, w))]
+        lowered = dict[str, Delta]()
+        for weight, delta in {} if faults else fitting.items():
             if isinstance(delta, Pair) and delta.rank > (limit := min(weight.view[-2:])):
-                delta = lowered[name] = delta.lowered(limit)
+                fitting[weight] = lowered[weight.name] = delta = delta.lowered(limit)
             delta.rows, delta.dim = weight.rows, weight.dim
-            fitting[weight] = delta
-        if lowered and not faults:
+        if lowered:
             faults += faults_of(lowered)
         if faults:
             raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
@@ -159,7 +151,9 @@ class AdapterFile:
                 f"rounding: {shortened([*lowered])}",
                 stacklevel=3,
             )
-        return fitting
+        order = {name: place for place, name in enumerate(weights.weights)}
+        places = {w: (order[w.whole.name], w.rows.parts if w.rows else ()) for w in fitting}
+        return {weight: fitting[weight] for weight in sorted(fitting, key=lambda w: places[w])}
 
 
 @contextmanager

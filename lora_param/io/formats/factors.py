@@ -77,8 +77,7 @@ def warn_of_statistics(format: str, names: Sequence[str]) -> None:
     """Warn of the statistics that a format has no place for."""
     reason = f"{format}'s files have no place for a norm's statistics"
     fix = "train the whole norms too, or keep a native file"
-    more = f" and {len(names) - 3:,} more" * bool(names[3:])
-    warnings.warn(f"{reason}: left out are {', '.join(names[:3])}{more}; {fix}", stacklevel=6)
+    warnings.warn(f"{reason}: left out are {shortened(names, ', ')}; {fix}", stacklevel=6)
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
