@@ -29,7 +29,6 @@ KEYS = (
     r"base_model\.model\.(?P<name>.+)\.lora_B\.(?P<role>bias)",
     r"base_model\.model\.(?P<name>.+)\.(?P<role>lora_magnitude_vector)",
 )
-READ_TWICE = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
 
 
 def recognises(file: OpenFile) -> bool:
@@ -79,17 +78,15 @@ def parse(
         place, (A, B) = found[name], shared.both_factors(factors[name])
         embedded = f"{PREFIX}{name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
-        twice = mha_out_proj != "once" and place.kind == "out_proj"
-        tensors_of = factors[name] | {"B": B * 2 if twice else B}
-        yield name, _pair(place, tensors_of, config, transposed)
+        if place.kind == "out_proj" and mha_out_proj != "once":
+            B = B * 2
+        yield name, _pair(place, factors[name] | {"B": B}, config, transposed)
 
     pairs = dict(shared.collect(read, found))
-    biases = {
-        name: own["bias"] * pairs[name].scale for name, own in factors.items() if "bias" in own
-    }
+    biases = {n: own["bias"] * pairs[n].scale for n, own in factors.items() if "bias" in own}
     added = list(changes(new, biases, config, weights))
-    twice = READ_TWICE if mha_out_proj is None else ""
-    warn(found.values(), weights, twice, dropout(config))
+    twice = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
+    warn(found.values(), weights, "" if mha_out_proj else twice, dropout(config))
     return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *added]
 
 
@@ -113,9 +110,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
-    numbers: dict[str, Any] = {"scaling": scaling(config)}
-    if drops(place.weight):
-        numbers["dropout"] = dropout(config)
+    able = drops(place.weight)
+    numbers: dict[str, Any] = {"scaling": scaling(config), "dropout": able * dropout(config)}
     if lengths is not None:
         sizes = [1] * len(place.weight.shape or A.shape)
         sizes[bool(transposed)] = -1
@@ -138,12 +134,7 @@ def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Co
         (place_of_weight(weight, weights, parameters), pair.plain("lora" if mixed else None))
         for weight, pair in pairs.items()
     ]
-    complaints = [
-        fault
-        for place, pair in placed
-        for fault in refusals(place, written=True, dora=isinstance(pair, DoRA))
-    ]
-    shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
+    shared.refuse(_unsayable(placed, weights), "written")
     placed = [*_with_whole_attentions(placed, weights)]
     places = [place for place, _ in placed]
     warn(places, weights, "the file holds half of it")
@@ -152,15 +143,15 @@ def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Co
     plain, said = render_whole(whole, weights, wrapped, about)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in plain.items()}
     for place, delta in placed:
-        infix = "embedding_" if place.weight.layer.kind is nn.Embedding else ""
-        for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
-            key = f"{PREFIX}{place.name}.lora_{infix}{role}"
-            tensors[key if infix else f"{key}.weight"] = factor.contiguous()
+        name = f"{PREFIX}{place.name}."
+        ends = ("lora_A.weight", "lora_B.weight")
+        if place.weight.layer.kind is nn.Embedding:
+            ends = ("lora_embedding_A", "lora_embedding_B")
+        for end, factor in zip(ends, _factors_in_file(place, delta), strict=True):
+            tensors[name + end] = factor.contiguous()
         if isinstance(delta, DoRA):
-            m = delta.magnitude.detach().flatten()
-            ones = [1] * (delta.magnitude.ndim - 2)
-            key = f"{PREFIX}{place.name}.lora_magnitude_vector"
-            tensors[key] = m.view(1, -1, *ones) if ones else m
+            m, kernel = delta.magnitude.detach().flatten(), [1] * (delta.magnitude.ndim - 2)
+            tensors[f"{name}lora_magnitude_vector"] = m.view(1, -1, *kernel) if kernel else m
     config = {"base_model_name_or_path": about.model or None, **_config(placed, weights), **said}
     return Content(tensors, {"format": "pt", **about.metadata}, config, _card(about.model))
 
@@ -174,7 +165,9 @@ def _card(base: str) -> str:
 
 
 def _unsayable(placed: Sequence[Placed], weights: Outline) -> Iterator[str]:
-    """Yield what PEFT's config can't say."""
+    """Yield what PEFT has no place for, and what its config can't say."""
+    for place, pair in placed:
+        yield from refusals(place, written=True, dora=isinstance(pair, DoRA))
     targets = {place.weight.name for place, _ in placed if place.kind == "parameter"}
     for path, module in weights.modules.items() if targets else ():
         for name in (join(path, tensor) for tensor in tensor_names(module)):
