@@ -31,8 +31,7 @@ def info(*, file: Path, base: Path | None, plot: Path | None, json: bool, **opti
     if plot:
         plot_summary(summary, plot)
     totals = {"weights": len(summary.weights), "parameters": summary.parameters}
-    said = dumps(asdict(summary) | {"totals": totals}, indent=2) if json else _table(summary)
-    print(said)
+    print(dumps(asdict(summary) | {"totals": totals}, indent=2) if json else _table(summary))
 
 
 def _table(summary: FileSummary) -> str:

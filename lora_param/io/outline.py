@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..activation import acts
 from ..chains import type_before
 from ..errors import FileError, TargetError
-from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, Shape, layer_of
+from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, layer_of
 from ..rows import split_rows
 from ..walk import WRAPPERS, Walk
 from ..weight import Weight, join
@@ -131,7 +131,7 @@ UNKNOWN = Outline(Walk(nn.Module()), unknown=True)
 
 
 def outline_of_tensors(
-    tensors: Tensors | Mapping[str, Shape], facts: Mapping[str, Facts]
+    tensors: Tensors | Mapping[str, Sequence[int]], facts: Mapping[str, Facts]
 ) -> Outline:
     """Make the outline of the model whose tensors, or whose tensors' shapes, these are.
 

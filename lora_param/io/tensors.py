@@ -94,7 +94,7 @@ class About:
     model: str = ""  # what the base is called on a hub
     cls: str = ""  # the base's class
     base: Mapping[str, str] = field(default_factory=dict)  # its fingerprint
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # its parameters'
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)  # its parameters'
     layers: Mapping[str, Config] = field(default_factory=dict)  # facts of the adapted modules
     metadata: Mapping[str, str] = field(default_factory=dict)  # strings of whoever saved it
 

@@ -198,8 +198,8 @@ def _kind_of(roles: Tensors) -> str | None:
     return min(kinds)
 
 
-def _plain_or_dense(kind: str, tensors: Tensors, shape: Shape | None) -> dict[str, Tensor] | Tensor:
-    """Return the tensors `"A"`, `"B"` and `"alpha"` of a plain LoRA, or what is added, if smaller.
+def _plain_or_dense(kind: str, tensors: Tensors, weight: Weight) -> Delta:
+    """Return the plain LoRA, or where that is smaller the dense delta, that a kind amounts to.
 
     Products are computed in float64 and kept in float32 at least, which holds those of half
     precision exactly.
@@ -209,11 +209,12 @@ def _plain_or_dense(kind: str, tensors: Tensors, shape: Shape | None) -> dict[st
         "Navigating Text-To-Image Customization", arXiv:2309.14859, section 3.
     """
     dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
-    wide = {role: tensor.double() for role, tensor in tensors.items()}
+    wide, shape = {role: tensor.double() for role, tensor in tensors.items()}, weight.shape
     kept = {role: tensors[role] for role in ("alpha", "dora_scale") if role in tensors}
     if kind == "tucker":
         A = _through_core(wide["lora_mid"], wide["A"].flatten(1))
-        return kept | {"A": _with_kernel(A.to(dtype), shape), "B": wide["B"].to(dtype)}
+        kept |= {"A": _with_kernel(A.to(dtype), shape), "B": wide["B"].to(dtype)}
+        return shared.plain(weight, kept)
     (B1, A1), (B2, A2), dim = _factors(kind, wide)
     rank, fan_out, fan_in = len(A1) * len(A2), len(B1), A1.shape[1]
     if kind == "lokr":
@@ -231,10 +232,10 @@ def _plain_or_dense(kind: str, tensors: Tensors, shape: Shape | None) -> dict[st
             kept["alpha"] = wide["alpha"] * (rank / dim)
         A = torch.einsum(of_A, A1, A2).reshape(rank, fan_in).to(dtype)
         B = torch.einsum(of_B, B1, B2).reshape(fan_out, -1).to(dtype)
-        return kept | {"A": _with_kernel(A, shape), "B": B}
+        return shared.plain(weight, kept | {"A": _with_kernel(A, shape), "B": B})
     scale = wide["alpha"].item() / dim or 1.0 if "alpha" in kept else 1.0
     matrix = torch.einsum(of_matrix, B1 @ A1, B2 @ A2) * scale
-    return matrix.to(dtype).reshape(shape or (fan_out, fan_in))
+    return shared.dense(matrix.to(dtype).reshape(shape or (fan_out, fan_in)))
 
 
 def _through_core(core: Tensor, down: Tensor) -> Tensor:
@@ -269,8 +270,8 @@ def _factors(kind: str, tensors: Tensors) -> tuple[Product, Product, int]:
 def _read_layer(weight: Weight, tensors: Tensors) -> Delta:
     """Return the update of a layer, of one of LyCORIS's kinds or a plain one."""
     shared.check_plain(weight)
-    kind = _kind_of(tensors)
-    own = tensors if kind is None else _plain_or_dense(kind, tensors, weight.shape)
-    delta = shared.dense(own) if isinstance(own, Tensor) else shared.plain(weight, own)
-    delta.origin = kind or ""
+    if (kind := _kind_of(tensors)) is None:
+        return shared.plain(weight, tensors)
+    delta = _plain_or_dense(kind, tensors, weight)
+    delta.origin = kind
     return delta

@@ -26,7 +26,6 @@ STRING_FIELDS = ("library", "adapter", "model", "class", "sha256")
 STRINGS = "metadata"
 """Under what a record that was read has the strings of whoever saved it."""
 
-
 SPEC = {"kind": str, "numbers": dict, "rows": str}
 
 
@@ -67,11 +66,8 @@ def describe(file: OpenFile) -> tuple[Config, About]:
         )
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
-    shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    adapter, model, cls, base = (record[name] for name in ("adapter", "model", "class", "base"))
-    return record | {STRINGS: strings}, About(
-        adapter, model, cls, base, shapes, record["layers"], strings
-    )
+    said = (record[name] for name in ("adapter", "model", "class", "base", "shapes", "layers"))
+    return record | {STRINGS: strings}, About(*said, metadata=strings)
 
 
 def _faults(record: Mapping[str, Any]) -> Iterator[str]:

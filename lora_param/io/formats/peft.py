@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...deltas import Delta, DoRA, Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
-from ...weight import Weight, join, tensor_names
+from ...weight import Weight, join
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile, Tensors
 from . import factors as shared
@@ -169,10 +169,9 @@ def _unsayable(placed: Sequence[Placed], weights: Outline) -> Iterator[str]:
     for place, pair in placed:
         yield from refusals(place, written=True, dora=isinstance(pair, DoRA))
     targets = {place.weight.name for place, _ in placed if place.kind == "parameter"}
-    for path, module in weights.modules.items() if targets else ():
-        for name in (join(path, tensor) for tensor in tensor_names(module)):
-            if not _tails(name).isdisjoint(targets):
-                yield f"{name}: PEFT would adapt it too, because a target's name is its end"
+    for name in weights.weights if targets else ():
+        if not _tails(name).isdisjoint(targets):
+            yield f"{name}: PEFT would adapt it too, because a target's name is its end"
     if targets and any(place.weight.layer.kind == CONV1D for place, _ in placed):
         yield f"{min(targets)}: PEFT can't adapt it in one file with a Conv1D"
     others = [place.weight.name for place, pair in placed if not isinstance(pair, DoRA)]
