@@ -66,8 +66,9 @@ def describe(file: OpenFile) -> tuple[Config, About]:
         )
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
-    said = (record[name] for name in ("adapter", "model", "class", "base", "shapes", "layers"))
-    return record | {STRINGS: strings}, About(*said, metadata=strings)
+    names = ("adapter", "model", "class", "base", "shapes", "layers")
+    said: Any = [*map(record.get, names), strings]
+    return record | {STRINGS: strings}, About(*said)
 
 
 def _faults(record: Mapping[str, Any]) -> Iterator[str]:
