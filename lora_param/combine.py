@@ -1,7 +1,5 @@
 """New adapters out of adapters: combinations of several, and one with another rank."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections import defaultdict
@@ -30,7 +28,6 @@ from .lowrank import (
 )
 from .progress import progress
 from .register import install
-from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
 from .weight import Weight
 
@@ -100,7 +97,8 @@ def combine_lora(
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
-    strengths_of(found, adapters)  # raises for names that there aren't
+    for name in adapters:
+        deltas_called(found, name)
     pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
     check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
     terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
@@ -119,10 +117,11 @@ def combine(
     generator: torch.Generator | None = None,
 ) -> tuple[dict[Weight, Delta], list[Fit]]:
     """Combine each weight's deltas, at these strengths, and say what the results miss."""
-    _check_options(method, rank, density)
+    _check_options(method, density)
+    rank = None if rank is None else check_rank_or_share(rank)
     own: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
     for weight, delta, strength in terms:
-        delta.check_strength(1 if delta.of_buffers else strength)
+        strength = delta.check_strength(1 if delta.of_buffers else strength)
         own[weight].append((delta, strength))
     for one, other in overlapping(own):
         fix = "combine adapters of the same blocks"
@@ -143,12 +142,10 @@ def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
     return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
-def _check_options(method: object, rank: Rank | None, density: float | None) -> None:
+def _check_options(method: object, density: float | None) -> None:
     """Raise for options of a combination that are out of range."""
     if method not in ("sum", "ties", "dare"):
         raise LoRAError(f'method must be "sum", "ties" or "dare", got {method!r}')
-    if rank is not None:
-        check_rank_or_share(rank)
     if method == "sum" and density is not None:
         raise LoRAError(f'density is for "ties" and "dare", got {density!r}; drop it')
     if method != "sum" and not 0 < real(density) <= 1:
@@ -251,13 +248,11 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> _ = register_lora(model, rank=2)
-        >>> resize_lora(model, 4)
-        [Fit(weight='weight', rank=4, error=0.0)]
+        >>> resize_lora(model, 2)
+        [Fit(weight='weight', rank=2, error=0.0)]
     """
     found = walk(model, "resize_lora", Need.CHANGE)
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     pairs = deltas_called(found, adapter)
     changed = [(delta, *resized(w, delta, rank)) for w, delta in pairs if "rank" in delta.numbers]
     if not changed:

@@ -109,8 +109,9 @@ class Weight:
     @property
     def value(self) -> Tensor:
         """What reading it gives, without a graph and without advancing anyone's state."""
-        if not (chain := self.chain):
-            return cast("Tensor", self.original)
+        return self._read(chain) if (chain := self.chain) else cast("Tensor", self.original)
+
+    def _read(self, chain: list[nn.Module]) -> Tensor:
         with without_side_effects(chain):
             value = run_through(chain, self.originals)
         return self._rows_of(value)
@@ -120,10 +121,10 @@ class Weight:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of its shape, dtype and device; free where deltas are alone."""
+        """What reading it gives without deltas, of their shape, dtype and device."""
         plain = self.tensor in self.module._parameters
-        alone = plain or all(isinstance(entry, Delta) for entry in self.chain)
-        tensor: Any = self.original if alone else self.value
+        others = [] if plain else [each for each in self.chain if not isinstance(each, Delta)]
+        tensor: Any = self._read(others) if others else self.original
         return tensor if tensor is None or tensor.is_floating_point() else logical(tensor)
 
     @property

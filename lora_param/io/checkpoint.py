@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..deltas import Delta
-from ..errors import FileError
+from ..errors import FileError, shortened
 from ..frozen import bytes_of, digest, digest_of
 from ..progress import progress
 from ..rows import Rows
 from .formats import open_both, write_adapter
-from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
+from .tensors import About, AnyPath, OpenFile, check_apart, check_name, write_blobs
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""

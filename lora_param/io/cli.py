@@ -16,7 +16,8 @@ from ..errors import LoRAError
 from ..lowrank import Rank
 from ..summary import aligned, show_alpha
 from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
-from .combination import combine_files, extract_checkpoint, resize_file
+from .combination import combine_files, resize_file
+from .extraction import extract_checkpoint
 from .formats import WRITTEN
 from .summary import FileSummary, UpdateSummary, file_summary, plot_summary
 from .tensors import AnyPath

@@ -12,7 +12,7 @@ from .. import checks
 from ..chains import type_before
 from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter, tensors_of
-from ..errors import AdapterError, FileError, LoRAError
+from ..errors import AdapterError, FileError, LoRAError, shortened
 from ..frozen import digest_of
 from ..progress import progress
 from ..register import install
@@ -20,11 +20,10 @@ from ..sharding import alike, mesh_of
 from ..state import load_deltas
 from ..undo import all_or_nothing, set_flags
 from ..walk import Walk
-from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
 from .outline import Outline
-from .tensors import About, AnyPath, check_strings, shortened
+from .tensors import About, AnyPath, check_strings
 
 
 def save_lora(
@@ -62,8 +61,6 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})
         >>> load_lora(torch.nn.Linear(3, 2), "adapter.safetensors", base="ignore")
         ['weight']
@@ -91,7 +88,7 @@ def save_lora(
     with alike(mesh) as first:
         if first:
             write_adapter(format, Path(path), dict(pairs), weights, about, **options)
-    check_saved(found, pairs)
+    checks.warn_of_saved(found, pairs)
 
 
 def load_lora(
@@ -179,11 +176,11 @@ def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Wei
     for weight, delta in progress(list(deltas.items()), "loading"):
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{weight.name} is on the meta device; load when the model has values")
+        checks.check_space([weight], delta.numbers.get("dropout", 0.0))
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
         copy.adapter = adapter
         pairs.append((weight, copy))
-    checks.check_droppable([weight for weight, delta in pairs if delta.numbers.get("dropout")])
     return pairs
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..activation import acts
 from ..chains import type_before
-from ..errors import FileError, TargetError
+from ..errors import FileError, TargetError, shortened
 from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, layer_of
 from ..rows import split_rows
 from ..walk import WRAPPERS, Walk
 from ..weight import Weight, join
-from .tensors import OpenFile, Tensors, open_file, read_json, shortened
+from .tensors import OpenFile, Tensors, open_file, read_json
 
 Facts = Mapping[str, Any]
 

@@ -304,12 +304,6 @@ def check_strings(name: str, given: Any) -> Mapping[str, str]:
     return dict(given)
 
 
-def shortened(items: Sequence[str], between: str = "; ") -> str:
-    """Join the first few of many."""
-    more = [f"and {len(items) - 8:,} more"] if len(items) > 8 else []
-    return between.join([*items[:8], *more])
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object, or raise a `FileError`."""
     check_regular(path)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization, Pair
-from ...errors import FileError
+from ...errors import FileError, shortened
 from ...layers import Shape
 from ...lowrank import summed
 from ...targets import nearest
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
-from ..tensors import Tensors, shortened
+from ..tensors import Tensors
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
@@ -77,7 +77,7 @@ def warn_of_statistics(format: str, names: Sequence[str]) -> None:
     """Warn of the statistics that a format has no place for."""
     reason = f"{format}'s files have no place for a norm's statistics"
     fix = "train the whole norms too, or keep a native file"
-    warnings.warn(f"{reason}: left out are {shortened(names, ', ')}; {fix}", stacklevel=6)
+    warnings.warn(f"{reason}: left out are {shortened(names, 3, ', ')}; {fix}", stacklevel=6)
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

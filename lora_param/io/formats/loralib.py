@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...errors import FileError
+from ...errors import FileError, shortened
 from ...layers import CONV1D, Shape
 from ...weight import Weight, join
 from ..outline import LINEARS, Outline, class_name
-from ..tensors import PICKLED, PICKLES, Config, OpenFile, Tensors, shortened
+from ..tensors import PICKLED, PICKLES, Config, OpenFile, Tensors
 from . import factors as shared
 
 KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)

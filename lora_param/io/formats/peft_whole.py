@@ -73,6 +73,9 @@ def new_values(
         if key.endswith(f".{TOKENS}"):
             new |= [_tokens(key.removesuffix(f".{TOKENS}"), tensor, config, weights)]
             continue
+        plain = re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
+        if plain != key and plain in tensors:  # a bias once more, under the adapter's name
+            continue
         name = re.sub(r"(\.base_layer)+\.|\.(modules_to_save|original_module)\.", ".", key)
         heads = [path for path in _parents(name.rpartition(".")[0]) if path.endswith(saved)]
         still = name in weights.tensors and weights.weight(name) is None  # nothing can train it
@@ -223,6 +226,9 @@ def _homeless(names: Collection[str], wrapped: Mapping[str, bool]) -> Iterator[s
 
 def _value(weight: Weight, delta: Delta) -> Tensor:
     """Return what a tensor becomes."""
+    if len(weight.chain) > len(weight.whole.deltas):
+        reason = "PEFT keeps its new values, which another's parametrization computes here"
+        raise FileError(f"{weight.name}: {reason}; remove that one first, or write our own file")
     if (tensor := weight.like).is_meta or is_sharded(tensor):
         fix = "convert a native file with the base, by --base"
         raise FileError(f"{weight.name}: PEFT keeps its new values; {fix}")
