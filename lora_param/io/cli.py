@@ -15,8 +15,7 @@ from ..combine import Fit
 from ..errors import LoRAError
 from ..lowrank import Rank
 from ..summary import aligned, show_alpha
-from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
-from .combination import combine_files, resize_file
+from .checkpoint import check_checkpoint, combine_files, convert_file, merge_checkpoint, resize_file
 from .extraction import extract_checkpoint
 from .formats import WRITTEN
 from .summary import FileSummary, UpdateSummary, file_summary, plot_summary
