@@ -1,7 +1,5 @@
 """What a tuning has changed, as an adapter: of a model and its twin, or of two checkpoints."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,9 +19,8 @@ from ..register import install
 from ..targets import Target, named, resolve
 from ..walk import Walk
 from ..weight import Weight
-from .bases import open_checkpoint, plain_name
 from .formats import write_adapter
-from .outline import outline_of_tensors
+from .outline import open_checkpoint, outline_of_tensors, plain_name
 from .tensors import About, AnyPath, check_apart
 
 
@@ -105,7 +102,7 @@ def extract_checkpoint(
     with open_checkpoint(Path(base)) as first, open_checkpoint(Path(tuned)) as second:
         outline = outline_of_tensors(first.tensors, {})
         try:
-            pairs, fits = _differences(Walk(outline.modules[""]), second.tensors, rank)
+            pairs, fits = _differences(outline.walk, second.tensors, rank)
         except LoRAError as error:
             raise FileError(f"{tuned}: held against {base}: {error}") from None
         write_adapter("native", Path(out), dict(pairs), outline, About())

@@ -1,7 +1,5 @@
 """Adapter files: save one adapter of a model, and load it into another."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,7 +22,7 @@ from ..undo import all_or_nothing, set_flags
 from ..walk import Walk
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
-from .outline import Outline, outline_of_model
+from .outline import Outline
 from .tensors import About, AnyPath, check_strings
 
 
@@ -78,7 +76,7 @@ def save_lora(
         raise LoRAError(f"nothing was saved: {shortened(faults)}")
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
     cls = type_before(getattr(model, "_orig_mod", model))
-    weights = outline_of_model(found)
+    weights = Outline(found, live=True)
     taken = weights.tensors if mesh and options.get("base") is None else {}
     about = About(
         names[0],
@@ -146,7 +144,7 @@ def load_lora(
             checks.check_model(found, "load_lora", need)
             if trainable:
                 checks.check_trainable(found)
-            weights = outline_of_model(found)
+            weights = Outline(found, live=True)
             deltas = file.fit(weights, "" if own else adapter, **options)
         if base != "ignore" and (doubt := _doubt(file.about, weights)):
             if base == "require":
