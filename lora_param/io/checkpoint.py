@@ -259,9 +259,7 @@ def merged_blocks(
     entry, dtype = file.entry(key), file.tensors[key].dtype
     digested, size = digest(dtype, entry.shape), entry.end - entry.begin
     row = size // (*entry.shape, 1)[0] if deltas else 1
-    rows = max(1, BLOCK // row)
-    if not all(delta.by_rows for delta in deltas):
-        rows = (*entry.shape, 1)[0]
+    rows = max(1, BLOCK // row) if all(delta.by_rows for delta in deltas) else size // row
     for index, content in enumerate(file.blocks(key, rows * row)):
         digested.update(content)
         if deltas:

@@ -21,12 +21,12 @@ from ..walk import Walk
 from ..weight import Weight
 from .formats import write_adapter
 from .outline import open_checkpoint, outline_of_tensors, plain_name
-from .tensors import About, AnyPath, check_apart
+from .tensors import About, AnyPath, Tensors, check_apart
 
 
 def extract_lora(
     model: nn.Module,
-    tuned: nn.Module | Mapping[str, Tensor] | AnyPath,
+    tuned: nn.Module | Tensors | AnyPath,
     *,
     rank: Rank = 16,
     adapter: str = "default",
@@ -111,7 +111,7 @@ def extract_checkpoint(
 
 def _differences(
     walk: Walk,
-    tuned: Mapping[str, Tensor],
+    tuned: Tensors,
     rank: Rank,
     adapter: str = "default",
     target: Target | None = None,
@@ -173,9 +173,7 @@ def _difference(
     return pair_of(product, dtype), Fit(name, product.A.shape[-2], product.error)
 
 
-def _check_same(
-    tensors: Mapping[str, tuple[Weight, Tensor]], tuned: Mapping[str, Tensor], walk: Walk
-) -> None:
+def _check_same(tensors: Mapping[str, tuple[Weight, Tensor]], tuned: Tensors, walk: Walk) -> None:
     """Raise unless both have the same parameters, of which tied ones need be there once."""
     faults = [f"unexpected: {name}" for name in tuned if name not in tensors]
     for name, (weight, base) in tensors.items():

@@ -4,6 +4,7 @@ LyCORIS's other kinds are read as plain factors, or dense where that is smaller.
 """
 
 import math
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,15 +49,11 @@ OTHERS = r".+\.oft_\w+"
 
 KINDS = {"hada_": "loha", "lokr_": "lokr", "lora_": "tucker"}
 LAYOUTS = {
-    "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"}),
-    "lokr": tuple(
-        one | two
-        for one in ({"w1"}, {"w1_a", "w1_b"})
-        for two in ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "w2_b", "t2"})
-    ),
-    "tucker": ({"A", "B", "mid"},),
+    "loha": r"(t1 t2 )?w1_a w1_b w2_a w2_b",
+    "lokr": r"(w1|w1_a w1_b) w2|(t2 )?(w1|w1_a w1_b) w2_a w2_b",
+    "tucker": r"A B mid",
 }
-"""Which tensors a kind has, in each of its layouts, without what they begin with."""
+"""Which tensors a kind has, sorted, without what they begin with."""
 
 PRODUCTS = {
     "loha": ("oi,oi->oi", "oa,ob->oab", "ai,bi->abi"),
@@ -104,7 +101,7 @@ def parse(
         weight, own = found[name], factors[name]
         if own.keys() - WHOLE.keys():
             yield weight.name, _read_layer(weight, own)
-        for role in own.keys() & WHOLE.keys():
+        for role in [role for role in own if role in WHOLE]:
             yield join(weight.path, WHOLE[role]), shared.dense(own[role])
 
     return shared.collect(read, factors)
@@ -193,7 +190,8 @@ def _kind_of(roles: Tensors) -> str | None:
     own = {role for role in roles if role in ("A", "B") or role[:5] in KINDS}
     if not (kinds := {KINDS[role[:5]] for role in own - {"A", "B"}}):
         return None
-    if len(kinds) > 1 or {role[5:] or role for role in own} not in LAYOUTS[min(kinds)]:
+    layout = " ".join(sorted(role[5:] or role for role in own))
+    if len(kinds) > 1 or not re.fullmatch(LAYOUTS[min(kinds)], layout):
         raise ValueError(f"has {', '.join(sorted(own))}, which are no {min(kinds)}'s")
     return min(kinds)
 
