@@ -60,12 +60,9 @@ def extract_lora(
         FileError: The checkpoint can't be read.
 
     Example:
-        >>> import copy
-        >>> model = torch.nn.Linear(8, 8)
-        >>> tuned = copy.deepcopy(model)
-        >>> _ = tuned.weight.data.add_(torch.ones(8, 8))
-        >>> [(fit.weight, fit.rank) for fit in extract_lora(model, tuned, rank=0.99)]
-        [('weight', 1)]
+        >>> base, tuned = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        >>> [(fit.weight, fit.rank) for fit in extract_lora(base, tuned, rank=1)]
+        [('weight', 1), ('bias', None)]
     """
     found = walk(model, "extract_lora", Need.CHANGE)
     check_adapter(adapter)

@@ -149,7 +149,8 @@ def _pair(name: str, weight: Weight, delta: Pair) -> Iterator[tuple[str, Tensor]
         raise FileError(f"{weight.name} has an alpha of {delta.alpha:g}, in float32 {alpha:g}")
     factors = delta.lora_A.detach(), delta.lora_B.detach()
     down, up = shared.factors_with_kernel(*factors, weight.shape)
-    yield from {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}.items()
+    yield f"{name}.lora_down.weight", down
+    yield f"{name}.lora_up.weight", up
     yield f"{name}.alpha", alpha
     if isinstance(delta, DoRA):
         yield f"{name}.dora_scale", delta.magnitude.detach()
@@ -163,9 +164,7 @@ def flat_names(
     known = any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     if paths is None:
-        paths = [
-            path for path, module in weights.modules.items() if "weight" in tensor_names(module)
-        ]
+        paths = [p for p, module in weights.modules.items() if "weight" in tensor_names(module)]
     for path in paths:
         for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -49,11 +49,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 
 def parse(
-    tensors: Tensors,
-    config: Config,
-    weights: Outline,
-    *,
-    mha_out_proj: Literal["twice", "once"] | None = None,
+    tensors: Tensors, config: Config, weights: Outline, *, mha_out_proj: str | None = None
 ) -> list[shared.Named]:
     """Read an adapter of PEFT's, with its config, and what it has trained whole.
 
