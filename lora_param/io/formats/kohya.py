@@ -184,17 +184,6 @@ def _flat_name(path: str, weights: Outline, cls: str, prefix: str) -> str:
     return prefix + path.replace(".", "_")
 
 
-def _kind_of(roles: Tensors) -> str | None:
-    """Name the kind whose tensors these are; `None` for a plain LoRA's."""
-    own = {role for role in roles if role in ("A", "B") or role[:5] in KINDS}
-    if not (kinds := {KINDS[role[:5]] for role in own - {"A", "B"}}):
-        return None
-    layout = " ".join(sorted(role[5:] or role for role in own))
-    if len(kinds) > 1 or not re.fullmatch(LAYOUTS[min(kinds)], layout):
-        raise ValueError(f"has {', '.join(sorted(own))}, which are no {min(kinds)}'s")
-    return min(kinds)
-
-
 def _plain_or_dense(kind: str, tensors: Tensors, weight: Weight) -> Delta:
     """Return the plain LoRA, or where that is smaller the dense delta, that a kind amounts to.
 
@@ -267,8 +256,12 @@ def _factors(kind: str, tensors: Tensors) -> tuple[Product, Product, int]:
 def _read_layer(weight: Weight, tensors: Tensors) -> Delta:
     """Return the update of a layer, of one of LyCORIS's kinds or a plain one."""
     shared.check_plain(weight)
-    if (kind := _kind_of(tensors)) is None:
+    own = {role for role in tensors if role in ("A", "B") or role[:5] in KINDS}
+    if not (kinds := {KINDS[role[:5]] for role in own - {"A", "B"}}):
         return shared.plain(weight, tensors)
+    kind, layout = min(kinds), " ".join(sorted(role[5:] or role for role in own))
+    if len(kinds) > 1 or not re.fullmatch(LAYOUTS[kind], layout):
+        raise ValueError(f"has {', '.join(sorted(own))}, which are no {kind}'s")
     delta = _plain_or_dense(kind, tensors, weight)
     delta.origin = kind
     return delta

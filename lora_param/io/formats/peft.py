@@ -106,8 +106,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
-    able = drops(place.weight)
-    numbers: dict[str, Any] = {"scaling": scaling(config), "dropout": able * dropout(config)}
+    numbers: dict[str, Any] = {"scaling": scaling(config)}
+    numbers["dropout"] = dropout(config) if drops(place.weight) else 0.0
     if lengths is not None:
         sizes = [1] * len(place.weight.shape or A.shape)
         sizes[bool(transposed)] = -1
