@@ -16,7 +16,7 @@ from ...weight import Weight, join
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile, Tensors
 from . import factors as shared
-from .peft_config import costly_patterns, dropout, load_config, rank_and_alpha, scaling
+from .peft_config import costly_patterns, load_config, numbers_of
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 from .peft_whole import NO_LAYERS, changes, new_values, render_whole
 
@@ -82,7 +82,7 @@ def parse(
     biases = {n: own["bias"] * pairs[n].scale for n, own in factors.items() if "bias" in own}
     added = list(changes(new, biases, config, weights))
     twice = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
-    warn(found.values(), weights, "" if mha_out_proj else twice, dropout(config))
+    warn(found.values(), weights, "" if mha_out_proj else twice, numbers_of(config)["dropout"])
     return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *added]
 
 
@@ -95,7 +95,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
     if (lengths is not None) != (used := bool(config.get("use_dora"))):
         has = "no" if used else "a"
         raise ValueError(f"has {has} lora_magnitude_vector, by its {CONFIG} use_dora={used}")
-    rank, alpha = rank_and_alpha(config, place.key)
+    numbers = numbers_of(config, place.key)
+    rank = numbers["rank"]
     experts = place.stack[0] if place.stack else 1
     if isinstance(place.weight.module, Unknown):
         experts = max(len(A) // max(rank, 1), 1)
@@ -106,8 +107,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
-    numbers: dict[str, Any] = {"scaling": scaling(config)}
-    numbers["dropout"] = dropout(config) if drops(place.weight) else 0.0
+    if not drops(place.weight):
+        numbers["dropout"] = 0.0
     if lengths is not None:
         sizes = [1] * len(place.weight.shape or A.shape)
         sizes[bool(transposed)] = -1
@@ -116,8 +117,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
         A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
         B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
         A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
-        return shared.low_rank(A, B, alpha, **numbers)
-    return shared.of_layer(place.weight, A, B, alpha, transposed, **numbers)
+        return shared.low_rank(A, B, **numbers)
+    return shared.of_layer(place.weight, A, B, transposed=transposed, **numbers)
 
 
 def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Content:
