@@ -147,8 +147,7 @@ def _pair(name: str, weight: Weight, delta: Pair) -> Iterator[tuple[str, Tensor]
     alpha = torch.tensor(delta.alpha, dtype=torch.float32)
     if not alpha or not alpha.isfinite():
         raise FileError(f"{weight.name} has an alpha of {delta.alpha:g}, in float32 {alpha:g}")
-    factors = delta.lora_A.detach(), delta.lora_B.detach()
-    down, up = shared.factors_with_kernel(*factors, weight.shape)
+    down, up = shared.factors_of(delta, weight.shape)
     yield f"{name}.lora_down.weight", down
     yield f"{name}.lora_up.weight", up
     yield f"{name}.alpha", alpha

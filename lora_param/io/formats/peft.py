@@ -202,12 +202,12 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
 
 
 def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
-    A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
+        A, B = delta.lora_A.detach(), delta.lora_B.detach()
         A, B = (B.mT, A.mT) if facts_of(place.weight.module).get("is_transposed") else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
     transposed = place.kind == "layer" and place.weight.layer.transposed
-    return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
+    return shared.factors_of(delta, place.weight.shape, transposed)
 
 
 def _with_whole_attentions(placed: Sequence[Placed], weights: Outline) -> Iterator[Placed]:
