@@ -259,9 +259,7 @@ def merged_blocks(
     entry, dtype = file.entry(key), file.tensors[key].dtype
     digested, size = digest(dtype, entry.shape), entry.end - entry.begin
     row = size // (*entry.shape, 1)[0] if deltas else 1
-    rows = max(1, BLOCK // row)
-    if not all(delta.by_rows for delta in deltas):
-        rows = (*entry.shape, 1)[0]
+    rows = max(1, BLOCK // row) if all(delta.by_rows for delta in deltas) else size // row
     for index, content in enumerate(file.blocks(key, rows * row)):
         digested.update(content)
         if deltas:
@@ -282,9 +280,10 @@ def _with_updates(weight: Tensor, begin: int, deltas: list[Delta]) -> Tensor:
     for delta in deltas:
         rows, first, last = delta.rows, begin, end
         if rows is not None and delta.dim == 0:
-            first, last = (sum(row < place for row in rows) for place in (begin, end))
-            if not (inside := [row - begin for row in rows if begin <= row < end]):
+            before = [row - begin for row in rows if row < end]
+            if not (inside := [row for row in before if row >= 0]):
                 continue
+            first, last = len(before) - len(inside), len(before)
             rows = Rows.of(inside, len(weight))
         block = delta.block(first, last)
         block.rows, block.dim = rows, delta.dim

@@ -21,12 +21,12 @@ from ..walk import Walk
 from ..weight import Weight
 from .formats import write_adapter
 from .outline import open_checkpoint, outline_of_tensors, plain_name
-from .tensors import About, AnyPath, check_apart
+from .tensors import About, AnyPath, Tensors, check_apart
 
 
 def extract_lora(
     model: nn.Module,
-    tuned: nn.Module | Mapping[str, Tensor] | AnyPath,
+    tuned: nn.Module | Tensors | AnyPath,
     *,
     rank: Rank = 16,
     adapter: str = "default",
@@ -60,12 +60,9 @@ def extract_lora(
         FileError: The checkpoint can't be read.
 
     Example:
-        >>> import copy
-        >>> model = torch.nn.Linear(8, 8)
-        >>> tuned = copy.deepcopy(model)
-        >>> _ = tuned.weight.data.add_(torch.ones(8, 8))
-        >>> [(fit.weight, fit.rank) for fit in extract_lora(model, tuned, rank=0.99)]
-        [('weight', 1)]
+        >>> base, tuned = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        >>> [(fit.weight, fit.rank) for fit in extract_lora(base, tuned, rank=1)]
+        [('weight', 1), ('bias', None)]
     """
     found = walk(model, "extract_lora", Need.CHANGE)
     check_adapter(adapter)
@@ -111,7 +108,7 @@ def extract_checkpoint(
 
 def _differences(
     walk: Walk,
-    tuned: Mapping[str, Tensor],
+    tuned: Tensors,
     rank: Rank,
     adapter: str = "default",
     target: Target | None = None,
@@ -173,9 +170,7 @@ def _difference(
     return pair_of(product, dtype), Fit(name, product.A.shape[-2], product.error)
 
 
-def _check_same(
-    tensors: Mapping[str, tuple[Weight, Tensor]], tuned: Mapping[str, Tensor], walk: Walk
-) -> None:
+def _check_same(tensors: Mapping[str, tuple[Weight, Tensor]], tuned: Tensors, walk: Walk) -> None:
     """Raise unless both have the same parameters, of which tied ones need be there once."""
     faults = [f"unexpected: {name}" for name in tuned if name not in tensors]
     for name, (weight, base) in tensors.items():

@@ -97,8 +97,11 @@ class Outline:
         self.modules = dict(walk.modules)
         known = (w for w in walk.weights + walk.moving if live or w.original is not None)
         self.weights = {weight.name: weight for weight in known}
-        # Buffers too, if with values.
-        self.tensors = {w.name: each for w, each in walk.tensors if live or not each.is_meta}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the model's state dict has, buffers too; of a file what has values."""
+        return {w.name: t for w, t in self.walk.tensors if self.live or not t.is_meta}
 
     @cached_property
     def shared(self) -> set[str]:

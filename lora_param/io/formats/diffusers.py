@@ -18,7 +18,7 @@ from ..outline import Outline
 from ..tensors import About, Config, OpenFile, Tensors, explained, strict_json
 from . import factors as shared
 from . import peft
-from .peft_config import costly_patterns, rank_and_alpha, scaling, unsupported_fields
+from .peft_config import costly_patterns, numbers_of, unsupported_fields
 
 CONFIG = "lora_adapter_metadata"
 """The key of the metadata under which PEFT's config is kept."""
@@ -100,9 +100,9 @@ def parse(
         shared.check_plain(weight := found[part_name])
         name, pair = part_name.partition("#")[0], shared.plain(weight, factors[part_name])
         if (part := _part(name)) in config:
-            rank, pair.alpha = rank_and_alpha(config[part], name.removeprefix(f"{part}."))
-            pair.scaling = scaling(config[part])
-            if rank != pair.rank:
+            numbers = numbers_of(config[part], name.removeprefix(f"{part}."))
+            pair.alpha, pair.scaling = numbers["alpha"], numbers["scaling"]
+            if (rank := numbers["rank"]) != pair.rank:
                 raise ValueError(f"has rank {pair.rank}, by its config {rank}")
         yield weight.name, pair
 

@@ -109,14 +109,10 @@ def all_found(found: Mapping[str, Item | None], weights: Outline) -> dict[str, I
     return {name: each for name, each in found.items() if each is not None}
 
 
-def stored_factors(A: Tensor, B: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Turn factors `(rank, in, ...)`, `(out, rank, ...)` to those of the stored weight, or back."""
-    A, B = A.flatten(1), B.flatten(1)
-    return (B.T.contiguous(), A.T.contiguous()) if transposed else (A, B)
-
-
-def factors_with_kernel(A: Tensor, B: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
-    """Give the factors of a convolution its kernel, as the libraries keep them."""
+def factors_of(pair: Pair, shape: Shape | None, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """Return a layer's factors, with a convolution's kernel, as the libraries keep them."""
+    A, B = pair.lora_A.detach(), pair.lora_B.detach()
+    A, B = (B.T, A.T) if transposed else (A, B)
     kernel = (shape or ())[2:]
     return A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *[1] * len(kernel))
 
@@ -129,7 +125,9 @@ def of_layer(
     wanted = factors if weight.shape is None else weight.shape[:: -1 if transposed else 1]
     if _trim(factors) != _trim(wanted) or _trim(B.shape[1:]) != _trim(A.shape[:1]):
         raise ValueError(f"has factors {(*A.shape,)} and {(*B.shape,)} for a weight of {wanted}")
-    pair = low_rank(*stored_factors(A, B, transposed), alpha, **more)
+    A, B = A.flatten(1), B.flatten(1)
+    A, B = (B.T.contiguous(), A.T.contiguous()) if transposed else (A, B)
+    pair = low_rank(A, B, alpha, **more)
     pair.rows = weight.rows
     return pair
 

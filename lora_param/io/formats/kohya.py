@@ -4,6 +4,7 @@ LyCORIS's other kinds are read as plain factors, or dense where that is smaller.
 """
 
 import math
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,15 +49,11 @@ OTHERS = r".+\.oft_\w+"
 
 KINDS = {"hada_": "loha", "lokr_": "lokr", "lora_": "tucker"}
 LAYOUTS = {
-    "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"}),
-    "lokr": tuple(
-        one | two
-        for one in ({"w1"}, {"w1_a", "w1_b"})
-        for two in ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "w2_b", "t2"})
-    ),
-    "tucker": ({"A", "B", "mid"},),
+    "loha": r"(t1 t2 )?w1_a w1_b w2_a w2_b",
+    "lokr": r"(w1|w1_a w1_b) w2|(t2 )?(w1|w1_a w1_b) w2_a w2_b",
+    "tucker": r"A B mid",
 }
-"""Which tensors a kind has, in each of its layouts, without what they begin with."""
+"""Which tensors a kind has, sorted, without what they begin with."""
 
 PRODUCTS = {
     "loha": ("oi,oi->oi", "oa,ob->oab", "ai,bi->abi"),
@@ -104,7 +101,7 @@ def parse(
         weight, own = found[name], factors[name]
         if own.keys() - WHOLE.keys():
             yield weight.name, _read_layer(weight, own)
-        for role in own.keys() & WHOLE.keys():
+        for role in [role for role in own if role in WHOLE]:
             yield join(weight.path, WHOLE[role]), shared.dense(own[role])
 
     return shared.collect(read, factors)
@@ -150,9 +147,9 @@ def _pair(name: str, weight: Weight, delta: Pair) -> Iterator[tuple[str, Tensor]
     alpha = torch.tensor(delta.alpha, dtype=torch.float32)
     if not alpha or not alpha.isfinite():
         raise FileError(f"{weight.name} has an alpha of {delta.alpha:g}, in float32 {alpha:g}")
-    factors = delta.lora_A.detach(), delta.lora_B.detach()
-    down, up = shared.factors_with_kernel(*factors, weight.shape)
-    yield from {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}.items()
+    down, up = shared.factors_of(delta, weight.shape)
+    yield f"{name}.lora_down.weight", down
+    yield f"{name}.lora_up.weight", up
     yield f"{name}.alpha", alpha
     if isinstance(delta, DoRA):
         yield f"{name}.dora_scale", delta.magnitude.detach()
@@ -166,9 +163,7 @@ def flat_names(
     known = any(part[0] == prefix for part in PARTS)
     parts = PARTS if known or not prefix else (*PARTS, (prefix, "", ""))
     if paths is None:
-        paths = [
-            path for path, module in weights.modules.items() if "weight" in tensor_names(module)
-        ]
+        paths = [p for p, module in weights.modules.items() if "weight" in tensor_names(module)]
     for path in paths:
         for begin, child, _ in parts:
             inside = path.removeprefix(f"{child}.")
@@ -186,16 +181,6 @@ def _flat_name(path: str, weights: Outline, cls: str, prefix: str) -> str:
             return begin + inside.replace(".", "_")
     prefix = prefix or next(begin for begin, _, name in PARTS if name in cls)
     return prefix + path.replace(".", "_")
-
-
-def _kind_of(roles: Tensors) -> str | None:
-    """Name the kind whose tensors these are; `None` for a plain LoRA's."""
-    own = {role for role in roles if role in ("A", "B") or role[:5] in KINDS}
-    if not (kinds := {KINDS[role[:5]] for role in own - {"A", "B"}}):
-        return None
-    if len(kinds) > 1 or {role[5:] or role for role in own} not in LAYOUTS[min(kinds)]:
-        raise ValueError(f"has {', '.join(sorted(own))}, which are no {min(kinds)}'s")
-    return min(kinds)
 
 
 def _plain_or_dense(kind: str, tensors: Tensors, weight: Weight) -> Delta:
@@ -270,8 +255,12 @@ def _factors(kind: str, tensors: Tensors) -> tuple[Product, Product, int]:
 def _read_layer(weight: Weight, tensors: Tensors) -> Delta:
     """Return the update of a layer, of one of LyCORIS's kinds or a plain one."""
     shared.check_plain(weight)
-    if (kind := _kind_of(tensors)) is None:
+    own = {role for role in tensors if role in ("A", "B") or role[:5] in KINDS}
+    if not (kinds := {KINDS[role[:5]] for role in own - {"A", "B"}}):
         return shared.plain(weight, tensors)
+    kind, layout = min(kinds), " ".join(sorted(role[5:] or role for role in own))
+    if len(kinds) > 1 or not re.fullmatch(LAYOUTS[kind], layout):
+        raise ValueError(f"has {', '.join(sorted(own))}, which are no {kind}'s")
     delta = _plain_or_dense(kind, tensors, weight)
     delta.origin = kind
     return delta

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from ...weight import Weight, join
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
 from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile, Tensors
 from . import factors as shared
-from .peft_config import costly_patterns, dropout, load_config, rank_and_alpha, scaling
+from .peft_config import costly_patterns, load_config, numbers_of
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
 from .peft_whole import NO_LAYERS, changes, new_values, render_whole
 
@@ -49,11 +49,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 
 def parse(
-    tensors: Tensors,
-    config: Config,
-    weights: Outline,
-    *,
-    mha_out_proj: Literal["twice", "once"] | None = None,
+    tensors: Tensors, config: Config, weights: Outline, *, mha_out_proj: str | None = None
 ) -> list[shared.Named]:
     """Read an adapter of PEFT's, with its config, and what it has trained whole.
 
@@ -86,7 +82,7 @@ def parse(
     biases = {n: own["bias"] * pairs[n].scale for n, own in factors.items() if "bias" in own}
     added = list(changes(new, biases, config, weights))
     twice = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
-    warn(found.values(), weights, "" if mha_out_proj else twice, dropout(config))
+    warn(found.values(), weights, "" if mha_out_proj else twice, numbers_of(config)["dropout"])
     return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *added]
 
 
@@ -99,7 +95,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
     if (lengths is not None) != (used := bool(config.get("use_dora"))):
         has = "no" if used else "a"
         raise ValueError(f"has {has} lora_magnitude_vector, by its {CONFIG} use_dora={used}")
-    rank, alpha = rank_and_alpha(config, place.key)
+    numbers = numbers_of(config, place.key)
+    rank = numbers["rank"]
     experts = place.stack[0] if place.stack else 1
     if isinstance(place.weight.module, Unknown):
         experts = max(len(A) // max(rank, 1), 1)
@@ -110,8 +107,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
-    able = drops(place.weight)
-    numbers: dict[str, Any] = {"scaling": scaling(config), "dropout": able * dropout(config)}
+    if not drops(place.weight):
+        numbers["dropout"] = 0.0
     if lengths is not None:
         sizes = [1] * len(place.weight.shape or A.shape)
         sizes[bool(transposed)] = -1
@@ -120,8 +117,8 @@ def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | Non
         A = A.reshape(-1, rank, A.shape[1])  # rows by expert, then rank
         B = B.reshape(len(B), rank, -1).movedim(2, 0)  # columns by rank, then expert
         A, B = (B.mT.contiguous(), A.mT.contiguous()) if transposed else (A, B.contiguous())
-        return shared.low_rank(A, B, alpha, **numbers)
-    return shared.of_layer(place.weight, A, B, alpha, transposed, **numbers)
+        return shared.low_rank(A, B, **numbers)
+    return shared.of_layer(place.weight, A, B, transposed=transposed, **numbers)
 
 
 def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Content:
@@ -205,12 +202,12 @@ def _is_transposed(place: Place, A: Tensor, config: Config, vague: bool) -> bool
 
 
 def _factors_in_file(place: Place, delta: Pair) -> tuple[Tensor, Tensor]:
-    A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if place.stack:
+        A, B = delta.lora_A.detach(), delta.lora_B.detach()
         A, B = (B.mT, A.mT) if facts_of(place.weight.module).get("is_transposed") else (A, B)
         return A.flatten(0, 1), B.movedim(0, 2).flatten(1)
     transposed = place.kind == "layer" and place.weight.layer.transposed
-    return shared.factors_with_kernel(*shared.stored_factors(A, B, transposed), place.weight.shape)
+    return shared.factors_of(delta, place.weight.shape, transposed)
 
 
 def _with_whole_attentions(placed: Sequence[Placed], weights: Outline) -> Iterator[Placed]:
