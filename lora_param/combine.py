@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checks import Need, check_weights, deltas_called, walk
 from .deltas import Delta, DenseDelta, LoRAParametrization
-from .deltas.numbers import SCALINGS, check_rank, real
+from .deltas.numbers import real
 from .deltas.protocol import Shape, check_adapter, tensors_of
 from .errors import AdapterError, LoRAError
 from .lowrank import (
@@ -256,19 +256,17 @@ def resized(weight: Weight, delta: Delta, rank: Rank) -> tuple[Delta, Fit]:
     if not isinstance(delta, LoRAParametrization):
         reason = f"a {delta.kind} delta is no sum, so that none of a lower rank is the nearest"
         raise AdapterError(f"{weight.name}: adapter {delta.adapter!r}: {reason}")
-    view, A, B = weight.view, delta.lora_A.detach(), delta.lora_B.detach()
+    A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if isinstance(rank, int):
-        rank = min(rank, min(view[-2:]))
+        rank = min(rank, *weight.view[-2:])
     if isinstance(rank, int) and rank > A.shape[-2]:
         more = rank - A.shape[-2]
         fresh = A.new_empty(*A.shape[:-2], more, A.shape[-1]).uniform_(-1, 1) / A.shape[-1] ** 0.5
         product = Product(torch.cat([A, fresh], -2), nn.functional.pad(B, (0, more)))
     else:
         product = recompressed(A, B, rank)
-    found = check_rank(product.A.shape[-2], *view[-2:])
-    numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
-    tensors = {"lora_A": product.A.to(A.dtype), "lora_B": product.B.to(A.dtype)}
-    return delta.made_of(tensors, delta.numbers | numbers), Fit(weight.name, found, product.error)
+    made = delta.with_factors(product.A.to(A.dtype), product.B.to(A.dtype))
+    return made, Fit(weight.name, made.rank, product.error)
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:
