@@ -97,9 +97,9 @@ def deltas_called(walk: Walk, adapter: str | None) -> list[tuple[Weight, Delta]]
     if not isinstance(adapter, (str, type(None))):
         rule = "adapter must be one name, or None for all"
         raise AdapterError(f"{rule}, got {adapter!r:.60}; make a call for each")
-    wanted = [pair for pair in walk.deltas if adapter in (None, pair[1].adapter)]
+    wanted = walk.deltas if adapter is None else walk.adapters.get(adapter, [])
     if not wanted:
-        names = sorted({delta.adapter for _, delta in walk.deltas})
+        names = sorted(walk.adapters)
         there = ", ".join(map(repr, names)) or "none; call register_lora(model) first"
         which = "an adapter" if adapter is None else f"an adapter {adapter!r}"
         raise AdapterError(f"there is no weight with {which}; the model has {there}")

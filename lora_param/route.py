@@ -68,9 +68,10 @@ def lora_routed(
     for name in chosen:
         deltas_called(found, name)
     _check_rows(found, weights, chosen)
+    numbers = {name: number for number, name in enumerate(chosen)}
     columns: dict[nn.Module, int] = {}
     for weight, delta in found.deltas:
-        column = chosen.index(delta.adapter) if delta.adapter in chosen else -1
+        column = numbers.get(delta.adapter, -1)
         for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
             columns[module] = max(columns.get(module, -1), column)
     own = {t for _, m in found.modules for t in (*m._parameters.values(), *m._buffers.values())}

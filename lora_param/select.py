@@ -128,9 +128,8 @@ def strengths_of(adapters: Selection) -> dict[str, float]:
 def check_together(walk: Walk, strengths: Mapping[str, float]) -> None:
     """Raise unless adapters can act together, at these strengths."""
     movers = dict[str, str]()
-    for weight, delta in walk.deltas:
-        if (name := delta.adapter) not in strengths:
-            continue
+    for weight, delta in (pair for name in strengths for pair in walk.adapters[name]):
+        name = delta.adapter
         if delta.of_buffers and (other := movers.setdefault(weight.name, name)) != name:
             reason = "have statistics of their own here, of which one's alone can be moved"
             raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")

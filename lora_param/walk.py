@@ -93,6 +93,14 @@ class Walk:
         return pairs
 
     @cached_property
+    def adapters(self) -> dict[str, list[tuple[Weight, Delta]]]:
+        """The deltas of each adapter, by its name."""
+        own: dict[str, list[tuple[Weight, Delta]]] = {}
+        for weight, delta in self.deltas:
+            own.setdefault(delta.adapter, []).append((weight, delta))
+        return own
+
+    @cached_property
     def tensors(self) -> list[tuple[Weight, Tensor]]:
         """What the base's state dict has, parameters and buffers."""
         tensors = []
