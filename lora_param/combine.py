@@ -1,7 +1,5 @@
 """New adapters out of adapters: combinations of several, and one with another rank."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections import defaultdict
@@ -30,7 +28,6 @@ from .lowrank import (
 )
 from .progress import progress
 from .register import install
-from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
 from .weight import Weight
 
@@ -100,7 +97,8 @@ def combine_lora(
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
-    strengths_of(found, adapters)  # raises for names that there aren't
+    for name in adapters:
+        deltas_called(found, name)
     pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
     check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
     terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
@@ -250,10 +248,8 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> _ = register_lora(model, rank=2)
-        >>> resize_lora(model, 4)
-        [Fit(weight='weight', rank=4, error=0.0)]
+        >>> resize_lora(model, 2)
+        [Fit(weight='weight', rank=2, error=0.0)]
     """
     found = walk(model, "resize_lora", Need.CHANGE)
     rank = check_rank_or_share(rank)

@@ -1,7 +1,5 @@
 """Which weights: patterns, types and predicates, resolved to a list before anything is changed."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import warnings
@@ -30,32 +28,30 @@ def resolve(
     walk: Walk,
     target: Target | None,
     exclude: Target | None = None,
+    train: Target | None = None,
     least: int = 2,
-    whole: Sequence[Weight] = (),
-) -> list[Weight]:
-    """List the weights that `target` names and `exclude` doesn't, in model order.
+) -> tuple[list[Weight], list[Weight]]:
+    """List the weights of `target`, and those of `train`, both in model order without `exclude`'s.
 
-    A glob that also covers biases and norms takes those of at least `least` dimensions. Those of
-    `whole` are left out; beside them there may be no target. A selector with rows gives blocks.
+    A glob of `target` that also covers biases and norms takes those of at least `least` dimensions,
+    and a selector with rows gives blocks. Beside `train` a target may be empty, which `exclude`
+    then is about; what both name is `train`'s.
     """
-    if whole and is_nothing(target):
-        return []
+    nothing = isinstance(target, (list, tuple)) and not target
+    whole = [] if train is None else named(walk, "train", train, exclude if nothing else None)
+    if whole and nothing:
+        return [], whole
     chosen = _chosen(_Names(walk, least), "target", target, exclude)
     both = [weight.name for weight in whole if chosen.pop(weight.name, None)]
     if both and target is not None:
         listing = ", ".join(both)
         warnings.warn(f"target and train both name {listing}: trained whole", stacklevel=4)
-    return [each for own in chosen.values() for each in (_disjoint(own) if own[1:] else own)]
+    return [each for own in chosen.values() for each in _disjoint(own)], whole
 
 
-def is_nothing(target: Target | None) -> bool:
-    """Say whether a target is empty, `()` or `[]`, for training by `train` alone."""
-    return isinstance(target, (list, tuple)) and not target
-
-
-def resolve_whole(walk: Walk, train: Target, exclude: Target | None = None) -> list[Weight]:
-    """List the parameters that `train` names, of a module all, and `exclude` doesn't, in order."""
-    return [own[0] for own in _chosen(_Names(walk, 0), "train", train, exclude).values()]
+def named(walk: Walk, option: str, target: Target, exclude: Target | None = None) -> list[Weight]:
+    """List the parameters that an option names, of a module all, in model order."""
+    return [own[0] for own in _chosen(_Names(walk, 0), option, target, exclude).values()]
 
 
 def number_for_each(
