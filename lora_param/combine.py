@@ -1,9 +1,8 @@
 """New adapters out of adapters: combinations of several, and one with another rank."""
 
 import functools
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -29,7 +28,7 @@ from .lowrank import (
 from .progress import progress
 from .register import install
 from .undo import all_or_nothing, keep_entries
-from .weight import Weight
+from .weight import Weight, overlapping
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -83,12 +82,10 @@ def combine_lora(
         LoRAError: An option is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> for name in ("a", "b"):
-        ...     _ = register_lora(model, rank=2, adapter=name)
-        >>> combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
-        [Fit(weight='weight', rank=4, error=0.0)]
-        >>> select_lora(model, "ab")
+        >>> _ = register_lora(model, rank=1, adapter="b")
+        >>> combine_lora(model, {"default": 0.7, "b": -0.3}, adapter="both")
+        [Fit(weight='weight', rank=2, error=0.0)]
+        >>> select_lora(model, "both")
 
     Source:
         arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
@@ -131,15 +128,6 @@ def combine(
         made[weight], fit = _combined(weight, deltas, method, rank, density or 1, generator)
         fits += [] if weight.is_buffer else [fit]
     return made, fits
-
-
-def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
-    """Yield pairs of blocks of one tensor that have rows in common."""
-    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
-    for weight in weights:
-        blocks[weight.whole].append(weight)
-    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
-    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
 def _check_options(method: object, density: float | None) -> None:

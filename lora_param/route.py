@@ -35,10 +35,6 @@ def lora_routed(
     `lora_disabled` too: the innermost one that knows a layer decides. Call `backward` in the block
     where activations are checkpointed.
 
-    In activation space the factors of the adapters that occur are one product, weighed by row, or
-    are gathered row by row where that is quicker. Elsewhere, in attention, recurrent layers,
-    grouped convolutions and for dense deltas, the module runs once for each group of rows alike.
-
     A layer has the rows where its input has exactly as many. Multiples (windows, frames, tokens
     laid out) are neighbours of one row each in a layer behind one with the rows. What else there
     may be is refused until `dims` says it: beams, positions, learned queries, dispatched tokens.
@@ -62,12 +58,10 @@ def lora_routed(
             layer's input has the rows would be a guess.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> for name in ("a", "b"):
-        ...     _ = register_lora(model, rank=1, adapter=name)
-        >>> with lora_routed(model, ["a", None, {"a": 0.7, "b": 0.3}]):
-        ...     model(torch.ones(3, 3)).shape
-        torch.Size([3, 2])
+        >>> _ = register_lora(model, rank=1, adapter="b")
+        >>> with lora_routed(model, ["default", "b", None, {"default": 0.7, "b": 0.3}]):
+        ...     model(torch.ones(4, 3)).shape
+        torch.Size([4, 2])
     """
     found = walk(model, "lora_routed", Need.STRUCTURE)
     weights, chosen = _weights(adapters, names)

@@ -42,11 +42,9 @@ def select_lora(
         LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> for name in ("language", "task"):
-        ...     _ = register_lora(model, rank=1, adapter=name)
-        >>> select_lora(model, {"language": 0.7, "task": -0.3})
-        >>> select_lora(model, ["language", "task"], trainable="task")
+        >>> _ = register_lora(model, rank=1, adapter="task")
+        >>> select_lora(model, {"default": 0.7, "task": -0.3})
+        >>> select_lora(model, ["default", "task"], trainable="task")
         >>> [name for name, factor in model.named_parameters() if factor.requires_grad]
         ['parametrizations.weight.1.lora_A', 'parametrizations.weight.1.lora_B']
     """

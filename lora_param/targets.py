@@ -5,7 +5,7 @@ import fnmatch
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, combinations
+from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .errors import TargetError
 from .layers import UNLISTED, layer_of, listed_tensors
 from .rows import Said, split_rows
 from .walk import Walk
-from .weight import Weight, join, tensor_names
+from .weight import Weight, join, overlapping, tensor_names
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
@@ -46,7 +46,7 @@ def resolve(
     if both and target is not None:
         listing = ", ".join(both)
         warnings.warn(f"target and train both name {listing}: trained whole", stacklevel=4)
-    return [each for own in chosen.values() for each in _disjoint(own)], whole
+    return [each for own in chosen.values() for each in (_disjoint(own) if own[1:] else own)], whole
 
 
 def named(walk: Walk, option: str, target: Target, exclude: Target | None = None) -> list[Weight]:
@@ -153,10 +153,9 @@ def _by_default(path: str, module: nn.Module) -> bool:
 def _disjoint(blocks: Sequence[Weight]) -> list[Weight]:
     """List one adapter's blocks of a tensor in order, or raise if two have a row in common."""
     blocks = list(dict.fromkeys(blocks))
-    for one, other in combinations(blocks, 2):
-        if one.overlaps(other.rows):
-            reason = f"{other.name} overlaps it, and an adapter changes a row once"
-            raise TargetError(f"{one.name}: {reason}; give blocks that don't, or another adapter")
+    for one, other in overlapping(blocks):
+        reason = f"{other.name} overlaps it, and an adapter changes a row once"
+        raise TargetError(f"{one.name}: {reason}; give blocks that don't, or another adapter")
     return sorted(blocks, key=lambda block: block.rows.parts if block.rows else ())
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checks import check_weights
-from ...combine import overlapping
 from ...deltas import KINDS, Delta, Pair
 from ...deltas.protocol import FLOATS, show_dtypes, tensors_of
 from ...errors import FileError, LoRAError, shortened
@@ -19,7 +18,7 @@ from ...progress import progress
 from ...rows import split_rows
 from ...state import NUMBERS
 from ...targets import nearest
-from ...weight import Weight
+from ...weight import Weight, overlapping
 from ..outline import UNKNOWN, Base, Outline, open_checkpoint, outline_of_tensors
 from ..tensors import About, AnyPath, Config, OpenFile, open_file, write_content
 from . import diffusers, kohya, loralib, native, peft
