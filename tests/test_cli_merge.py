@@ -317,3 +317,14 @@ def test_a_base_with_complex_numbers_is_merged(
     save_lora(model, files[0])
     save_file(base_state_dict(model), files[1])
     works(capsys, *merging(*files))
+
+
+def test_a_combination_is_of_the_base_that_all_its_files_name(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, (first, second, out) = adapted(), files
+    for other in ("lab/base", "lab/other"):
+        for path, model.name_or_path in ((first, "lab/base"), (second, other)):  # type: ignore[assignment]
+            save_lora(model, path)
+        works(capsys, "combine", f"{first}:1", f"{second}:1", "--out", out)
+        assert ("base lab/base\n" in works(capsys, "info", out)) == (other == "lab/base")

@@ -27,7 +27,7 @@ from lora_param import (
     save_lora,
     select_lora,
 )
-from lora_param.io import combine_files, extract_checkpoint, file_summary
+from lora_param.io import combine_files, extract_checkpoint
 from lora_param.io.cli import main
 
 from .cases import describe, shake
@@ -222,15 +222,6 @@ def test_files_are_combined_as_strong_as_they_were_saved(tmp_path: Path) -> None
     select_lora(model, {"a": -1.5})
     want = model(X)
     torch.testing.assert_close(outputs(model, tmp_path / "alone.safetensors"), want)
-
-
-def test_a_combination_is_of_the_base_that_all_its_files_name(tmp_path: Path) -> None:
-    model, _ = saved(tmp_path)
-    for b in ("base", "other"):
-        for path, model.name_or_path in ((tmp_path / "a", "base"), (tmp_path / "b", b)):
-            save_lora(model, path, path.name)
-        combine_files({tmp_path / "a": 1, tmp_path / "b": 1}, tmp_path / "ab")
-        assert (file_summary(tmp_path / "ab").base == "base") == (b == "base")
 
 
 def test_files_of_blocks_are_combined_on_their_rows(tmp_path: Path) -> None:
