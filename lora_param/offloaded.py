@@ -37,7 +37,7 @@ def train_nothing(module: nn.Module) -> None:
     if torch.is_grad_enabled() and getattr(module.__dict__.get("_hf_hook"), "offload", False):
         for parameter in module._parameters.values():
             if parameter is not None and parameter.requires_grad:
-                parameter.register_hook(_refuse)
+                parameter.register_hook(_refuse)  # type: ignore[no-untyped-call]
 
 
 def _refuse(gradient: Tensor) -> None:

@@ -33,7 +33,6 @@ from lora_param import (
     save_lora,
     select_lora,
 )
-
 from lora_param.deltas import Delta
 
 from .cases import shake
