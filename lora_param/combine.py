@@ -101,8 +101,8 @@ def combine_lora(
     terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
     made, fits = combine(terms, method, rank, density, generator)
     for delta in made.values():
-        delta.adapter, delta.enabled = adapter, False
-    install(found, list(made.items()), freeze=False)
+        delta.enabled = False
+    install(found, list(made.items()), adapter, freeze=False)
     return fits
 
 

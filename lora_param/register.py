@@ -131,12 +131,12 @@ def register_lora(
     for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
         own = given | {"rank": own_rank, "alpha": own_alpha}
         try:
-            delta = _fresh(weight, cls, own, lowered=isinstance(rank, Integral), adapter=adapter)
+            delta = _fresh(weight, cls, own, lowered=isinstance(rank, Integral))
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
         delta.__dict__["space"] = space
         pairs.append((weight, delta))
-    pairs += [(w, DenseDelta.make(w.like, (), adapter=adapter, dtype=dtype)) for w in whole]
+    pairs += [(w, DenseDelta.make(w.like, (), dtype=dtype)) for w in whole]
     if whole:
         order = {weight.name: place for place, weight in enumerate(found.weights)}
         pairs.sort(key=lambda pair: order[pair[0].whole.name])
@@ -144,13 +144,15 @@ def register_lora(
         checks.warn_of_thawed(found, {weight.whole.name for weight, _ in pairs})
         moving = checks.moving_without(found, adapter, statistics)
         if statistics:
-            pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
+            pairs += [(w, StatisticsDelta(w.value)) for w in moving]
         else:
             checks.warn_of_moving(moving)
-    return install(found, pairs, freeze)
+    return install(found, pairs, adapter, freeze)
 
 
-def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
+def install(
+    walk: Walk, pairs: Sequence[tuple[Weight, Delta]], adapter: str, freeze: bool
+) -> list[str]:
     """Attach deltas to weights that have passed the checks, all or none; name the parameters."""
     weights = [weight for weight, _ in pairs]
     names = [weight.name for weight, delta in pairs if not delta.of_buffers]
@@ -161,6 +163,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
             freeze_base(walk, undo)
         hold_frozen(walk, [delta for _, delta in pairs])
         for weight, delta in pairs:
+            delta.__dict__["adapter"] = adapter
             weight.attach(delta, undo)
         if freeze:
             watch(walk)
@@ -180,9 +183,7 @@ def _kind(kind: str, given: Mapping[str, Any]) -> type[Delta]:
     return KINDS[kind]
 
 
-def _fresh(
-    weight: Weight, cls: type[Delta], given: Mapping[str, Any], lowered: bool, adapter: str
-) -> Delta:
+def _fresh(weight: Weight, cls: type[Delta], given: Mapping[str, Any], lowered: bool) -> Delta:
     """Make a fresh delta of a weight, with a rank that is `lowered` to what the weight can have."""
     own, view, beneath = {**given, "transposed": weight.layer.transposed}, weight.view, weight.like
     if cls.of_values or own["init"] not in [*DRAWS]:
@@ -192,7 +193,7 @@ def _fresh(
     if lowered and "rank" in own and (rank := own["rank"]) > (most := min(view[-2:])):
         scale = check_alpha(own["alpha"], rank) / SCALINGS[own["scaling"]](rank)
         own |= {"rank": most, "alpha": scale * SCALINGS[own["scaling"]](most)}
-    return cls.make(beneath, view, adapter=adapter, **own)
+    return cls.make(beneath, view, **own)
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:

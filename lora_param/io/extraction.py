@@ -78,7 +78,7 @@ def extract_lora(
             rule = "tuned must be a module, a state dict of tensors or a path"
             raise LoRAError(f"{rule}, got {type(tuned).__name__}")
         pairs, fits = _differences(found, own, rank, adapter, target, exclude)
-    install(found, pairs, freeze)
+    install(found, pairs, adapter, freeze)
     return fits
 
 
@@ -145,8 +145,6 @@ def _differences(
     check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
     if left:
         warnings.warn(f"changed, and not extracted: {shortened(left, 5, ', ')}", stacklevel=3)
-    for _, delta in pairs:
-        delta.adapter = adapter
     return pairs, fits
 
 

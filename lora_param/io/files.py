@@ -156,7 +156,7 @@ def load_lora(
         if own:
             _load(file, own, deltas, trainable)
         else:
-            install(found, _attachable(deltas, adapter, trainable), freeze)
+            install(found, _attachable(deltas, trainable), adapter, freeze)
     return [weight.name for weight, delta in deltas.items() if not delta.of_buffers]
 
 
@@ -170,7 +170,7 @@ def _statistics_beside(
     return {weight: StatisticsDelta(each) for weight, each in moving if weight not in deltas}
 
 
-def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Weight, Delta]]:
+def _attachable(deltas: Deltas, trainable: bool) -> list[tuple[Weight, Delta]]:
     """Pair weights with deltas that have tensors of their own, on the weights' devices."""
     pairs = []
     for weight, delta in progress(list(deltas.items()), "loading"):
@@ -179,7 +179,6 @@ def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Wei
         checks.check_space([weight], delta.numbers.get("dropout", 0.0))
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
-        copy.adapter = adapter
         pairs.append((weight, copy))
     return pairs
 

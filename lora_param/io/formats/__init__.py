@@ -264,6 +264,4 @@ def faults_of(deltas: Mapping[str, Delta]) -> Iterator[str]:
 def _misfit(delta: Delta, weight: Weight | None) -> str | None:
     if weight is None:
         return "it isn't said"
-    if delta.rows != weight.rows:
-        return f"its rows are [{delta.rows or ':'}], by its name [{weight.rows or ':'}]"
     return delta.misfit(weight.shape or (), weight.view)

@@ -127,9 +127,7 @@ def of_layer(
         raise ValueError(f"has factors {(*A.shape,)} and {(*B.shape,)} for a weight of {wanted}")
     A, B = A.flatten(1), B.flatten(1)
     A, B = (B.T.contiguous(), A.T.contiguous()) if transposed else (A, B)
-    pair = low_rank(A, B, alpha, **more)
-    pair.rows = weight.rows
-    return pair
+    return low_rank(A, B, alpha, **more)
 
 
 def _trim(shape: Shape) -> Shape:

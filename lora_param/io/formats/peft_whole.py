@@ -178,14 +178,12 @@ def _change(new: Tensor, weight: Weight | None) -> Delta:
         as_buffer = StatisticsDelta.restore({"S": new}, {})
         delta = shared.dense(new) if new.is_floating_point() else as_buffer
         delta.origin = NEW
-    elif (old := weight.like).shape != new.shape:
+        return delta
+    if (old := weight.like).shape != new.shape:
         raise ValueError(f"its new values are {(*new.shape,)}, should be {(*old.shape,)}")
-    elif weight.is_buffer:
-        delta = StatisticsDelta.restore({"S": new.to(old.dtype)}, {})
-    else:
-        delta = shared.dense(difference(new, whole(old)))
-    delta.rows = weight.rows if weight else None
-    return delta
+    if weight.is_buffer:
+        return StatisticsDelta.restore({"S": new.to(old.dtype)}, {})
+    return shared.dense(difference(new, whole(old)))
 
 
 def render_whole(
