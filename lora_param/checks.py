@@ -35,7 +35,7 @@ class Need(IntEnum):
     """What a verb needs of a model, and all that is in front of it."""
 
     ANYTHING = 0
-    TENSORS = 1  # in the model, or never made
+    TENSORS = 1  # of its adapters, in the model or never made
     ADAPTERS = 2  # that can be seen as they are
     STRUCTURE = 3  # that can change: nobody keeps a list of its parameters
     CHANGE = 4  # for good, with gradients
@@ -60,9 +60,16 @@ def check_model(walk: Walk, call: str, need: Need) -> None:
 
 def _unmet(walk: Walk, need: Need) -> Iterator[tuple[str, str]]:
     merged = {*merged_for_now}
-    for module, path in walk.owners.items() if need else ():
+    deltas = {delta: w.name for w, delta in walk.deltas} if need == Need.TENSORS else {}
+    for module, path in (walk.owners | deltas).items() if need else ():
         where, marks = path or "model", module.__dict__
-        if "_hf_hook" in marks and any(each.is_meta for each in module.parameters(False)):
+        below = getattr(marks.get("_hf_hook"), "place_submodules", False)
+        needed = need > Need.TENSORS or below or module in deltas
+        if (
+            needed
+            and "_hf_hook" in marks
+            and any(each.is_meta for each in module.parameters(below))
+        ):
             fix = "first call accelerate.hooks.remove_hook_from_submodules(model), and dispatch it"
             yield where, f": its weights are away, where accelerate has put them; {fix} again after"
         if need >= Need.ADAPTERS and module in merged:
@@ -72,8 +79,9 @@ def _unmet(walk: Walk, need: Need) -> Iterator[tuple[str, str]]:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
                 yield where, f" on a {base.__name__}: {FIXED[base.__name__]}"
         if need >= Need.STRUCTURE and "_is_fsdp_managed_module" in marks:
-            reason = "it knows those parameters alone that it was given; call this before sharding"
-            yield where, f" on what FSDP shards: {reason}"
+            reason = "it knows those parameters alone that it was given"
+            fix = "call this before sharding, or on an unsharded model, by save_lora and load_lora"
+            yield where, f" on what FSDP shards: {reason}; {fix}"
     # Marks are there too while the parameters are whole for a moment.
     for weight, tensor in walk.parameters if need >= Need.STRUCTURE else ():
         if hasattr(tensor, "ds_id"):

@@ -36,8 +36,9 @@ class Content(NamedTuple):
 
 CONFIG, SAFE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CARD = "README.md"
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 """What the files in a folder of PEFT's are called."""
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 CODES = dict(zip(FLOATS, ("F16", "BF16", "F32", "F64"), strict=True))
 CODES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}

@@ -1,6 +1,6 @@
 """loralib's state dicts, read."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,11 @@ def parse(
         raise FileError(f"no adapter's file: it holds {shortened([*tensors])}, and no lora_A")
     if alpha is None:
         raise FileError("the file doesn't hold its lora_alpha; pass it as alpha=")
-    # A ConvLoRA has its layer inside.
+    # A ConvLoRA has its layer inside, where the plain model may have one in its place.
     places = {name: weights.layer_weight(name, join(name, "conv")) for name in factors}
-    base = {_name_in_base(key, places): tensor for key, tensor in rest.items()}
+    inside = {join(name, "conv"): name for name, w in places.items() if w and w.path == name}
+    owners = {key: key.rpartition(".") for key in rest}
+    base = {join(inside.get(path, path), t): rest[key] for key, (path, _, t) in owners.items()}
     shared.refuse(shared.tensors_of_another_base(base, weights))
     found = shared.all_found(places, weights)
 
@@ -65,14 +67,6 @@ def parse(
             yield block.name, shared.of_layer(block, a, b, scaled, weight.layer.transposed)
 
     return shared.collect(read, factors)
-
-
-def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:
-    """Name a tensor as the plain model does, where a convolution takes a ConvLoRA's place."""
-    owner, _, tensor = key.rpartition(".")
-    outer = f".{owner}".removesuffix(".conv").removeprefix(".")
-    weight = found.get(outer)
-    return join(outer, tensor) if weight and weight.path == outer else key
 
 
 def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,14 +86,19 @@ def new_values(
         else:
             base[name] = tensor
     if missing and not weights.unknown:
-        mapping, task = config.get("auto_mapping"), config.get("task_type")
-        cls = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-        auto = next((f"AutoModel{name}" for name, own in TASKS.items() if task == own[0]), None)
-        raise FileError(
-            f"{', '.join(missing)}: trained whole by modules_to_save, and this model has no such "
-            f"module; load it on a model that has, {cls or auto or 'of its own class'}"
-        )
+        raise FileError(_headless(", ".join(missing), config))
     return new, base
+
+
+def _headless(heads: str, config: Config) -> str:
+    """Say that a model lacks what was trained whole, and what may have it."""
+    mapping, task = config.get("auto_mapping"), config.get("task_type")
+    cls = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    auto = next((f"AutoModel{name}" for name, own in TASKS.items() if task == own[0]), None)
+    return (
+        f"{heads}: trained whole by modules_to_save, and this model has no such module; load it on "
+        f"a model that has, {cls or auto or 'of its own class'}"
+    )
 
 
 def _tokens(path: str, tensor: Tensor, config: Config, weights: Outline) -> tuple[str, Tensor]:
@@ -250,8 +255,7 @@ def _whole_modules(names: Collection[str], weights: Outline) -> Iterator[str]:
 
 def _task(about: About, weights: Outline, modules: Collection[str]) -> Config:
     """Name the task, where PEFT saves for its sake what is trained whole and nothing else."""
-    ending = next((each for each in TASKS if about.cls.endswith(each)), None)
-    task, saved = TASKS[ending] if ending else (None, ())
+    task, saved = next((TASKS[each] for each in TASKS if about.cls.endswith(each)), ("", ()))
     if task and all(path in modules for path in weights.modules if path.endswith(saved)):
         return {"task_type": task}
     library, _, cls = about.cls.rpartition(".")
