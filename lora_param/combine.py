@@ -97,9 +97,8 @@ def combine_lora(
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
     for name in adapters:
         deltas_called(found, name)
-    pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
-    check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
-    terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
+    terms = [(w, d, adapters[d.adapter]) for w, d in found.deltas if d.adapter in adapters]
+    check_weights([weight for weight, *_ in terms if not weight.is_buffer], adapter)
     made, fits = combine(terms, method, rank, density, generator)
     for delta in made.values():
         delta.enabled = False
