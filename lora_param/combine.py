@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Need, check_weights, deltas_called, walk
-from .deltas import Delta, DenseDelta, LoRAParametrization
+from .deltas import Delta, DenseDelta, LoRAParametrization, StatisticsDelta
 from .deltas.numbers import real
 from .deltas.protocol import Shape, check_adapter, tensors_of
 from .errors import AdapterError, LoRAError
@@ -158,7 +158,7 @@ def _combined(
     made, error, view = first, 0.0, weight.view
     with torch.no_grad():
         if odd:
-            made = _copied(first, first.numbers)
+            made = StatisticsDelta(first.S)
         elif method == "sum" and all(isinstance(each, LoRAParametrization) for each, _ in terms):
             made, error = _product_sum(cast("Any", terms), view, rank)
         else:
@@ -192,8 +192,8 @@ def _product_sum(
 ) -> tuple[Delta, float]:
     first, limit = terms[0][0], min(view[-2:])
     if len(terms) == 1 and rank is None:  # keeps its factors' bits
-        alpha = first.alpha * terms[0][1]
-        return _copied(first, first.numbers | {"alpha": alpha, "dropout": 0.0}), 0.0
+        numbers = first.numbers | {"alpha": first.alpha * terms[0][1], "dropout": 0.0}
+        return first.restore({n: t.clone() for n, t in tensors_of(first).items()}, numbers), 0.0
     product = summed([(d.lora_A.double(), d.lora_B.double(), d.scale * s) for d, s in terms])
     if rank is not None or product.A.shape[-2] > limit:
         product = recompressed(product.A, product.B, limit if rank is None else rank)
@@ -205,10 +205,6 @@ def pair_of(product: Product, dtype: torch.dtype) -> Delta:
     A, B, rank = product.A.to(dtype), product.B.to(dtype), product.A.shape[-2]
     numbers = {"rank": rank, "alpha": float(rank), "scaling": "lora", "dropout": 0.0}
     return LoRAParametrization.restore({"lora_A": A, "lora_B": B}, numbers)
-
-
-def _copied(delta: Delta, numbers: Mapping[str, Any]) -> Delta:
-    return delta.restore({name: each.clone() for name, each in tensors_of(delta).items()}, numbers)
 
 
 def _dtype(terms: Terms) -> torch.dtype:
