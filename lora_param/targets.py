@@ -46,7 +46,8 @@ def resolve(
     if both and target is not None:
         listing = ", ".join(both)
         warnings.warn(f"target and train both name {listing}: trained whole", stacklevel=4)
-    return [each for own in chosen.values() for each in (_disjoint(own) if own[1:] else own)], whole
+    chosen = {name: _disjoint(own) if own[1:] else own for name, own in chosen.items()}
+    return [each for own in chosen.values() for each in own], whole
 
 
 def named(walk: Walk, option: str, target: Target, exclude: Target | None = None) -> list[Weight]:
