@@ -31,11 +31,11 @@ def resolve(
     train: Target | None = None,
     least: int = 2,
 ) -> tuple[list[Weight], list[Weight]]:
-    """List the weights of `target`, and those of `train`, both in model order without `exclude`'s.
+    """List the weights of `target` without those of `exclude`, and those of `train`, in model order.
 
     A glob of `target` that also covers biases and norms takes those of at least `least` dimensions,
-    and a selector with rows gives blocks. Beside `train` a target may be empty, which `exclude`
-    then is about; what both name is `train`'s.
+    and a selector with rows gives blocks. Beside `train` a target may be empty, and `exclude` is
+    left out of `train` then. What both name is `train`'s.
     """
     nothing = isinstance(target, (list, tuple)) and not target
     whole = [] if train is None else named(walk, "train", train, exclude if nothing else None)
