@@ -28,8 +28,6 @@ FIXED = {
 }
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
-OPTIMIZER = "build the optimizer after register_lora, of lora_parameters(model)"
-
 
 class Need(IntEnum):
     """What a verb needs of a model, and all that is in front of it."""
@@ -231,19 +229,6 @@ def warn_of_moving(weights: Sequence[Weight]) -> None:
         fix = "keep such layers in eval mode, or drop statistics=False"
         names = shortened([weight.name for weight in weights], 3, ", ")
         warnings.warn(f"{names}: {what}; {fix}", stacklevel=4)
-
-
-def warn_of_saved(walk: Walk, pairs: Sequence[tuple[Weight, Delta]]) -> None:
-    """Warn of an adapter that changes nothing, and of training of the base, which isn't saved."""
-    trained = [list(delta.parameters()) for _, delta in pairs if not delta.of_buffers]
-    if all(any(not each.any() for each in parameters) for parameters in trained):
-        reason = f"adapter {pairs[0][1].adapter!r} was never trained: its update is zero everywhere"
-        warnings.warn(f"{reason}; if it should have been, {OPTIMIZER}", stacklevel=3)
-    if loose := [weight.name for weight, tensor in walk.parameters if tensor.requires_grad]:
-        what = f"{shortened(loose, 3, ', ')} can be trained"
-        fix = "freeze them, train them by train=, or keep base_state_dict(model) too"
-        reason = "a file of adapters doesn't hold what trained the base"
-        warnings.warn(f"{reason}, and {what}; {fix}", stacklevel=3)
 
 
 def _names(weights: Sequence[Weight]) -> str:

@@ -12,11 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .checks import OPTIMIZER, deltas_called, walk
+from .checks import deltas_called, walk
 from .deltas.numbers import real
 from .errors import LoRAError
 from .targets import matches, number_for_each
 from .walk import Walk
+
+FIX = "build the optimizer after register_lora, of lora_parameters(model)"
 
 
 def lora_parameter_groups(
@@ -112,5 +114,5 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
         if adapters and held & frozen and not held & adapters:
             what = "this optimizer's step trained no adapter: it has parameters that are frozen"
             reason = f"{what} since register_lora, and no adapter's"
-            warnings.warn(f"{reason}; {OPTIMIZER}", stacklevel=3)
+            warnings.warn(f"{reason}; {FIX}", stacklevel=3)
     _strangers.add(optimizer)

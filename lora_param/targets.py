@@ -31,7 +31,7 @@ def resolve(
     train: Target | None = None,
     least: int = 2,
 ) -> tuple[list[Weight], list[Weight]]:
-    """List the weights of `target` without those of `exclude`, and those of `train`, in model order.
+    """List the weights of `target` without `exclude`'s, and those of `train`, in model order.
 
     A glob of `target` that also covers biases and norms takes those of at least `least` dimensions,
     and a selector with rows gives blocks. Beside `train` a target may be empty, and `exclude` is

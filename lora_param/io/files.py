@@ -1,7 +1,7 @@
 """Adapter files: save one adapter of a model, and load it into another."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +14,7 @@ from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter, tensors_of
 from ..errors import AdapterError, FileError, LoRAError, shortened
 from ..frozen import digest_of
+from ..optim import FIX
 from ..progress import progress
 from ..register import install
 from ..sharding import alike, mesh_of
@@ -88,7 +89,20 @@ def save_lora(
     with alike(mesh) as first:
         if first:
             write_adapter(format, Path(path), dict(pairs), weights, about, **options)
-    checks.warn_of_saved(found, pairs)
+    _warn_of_lost(found, pairs)
+
+
+def _warn_of_lost(walk: Walk, pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Warn of an adapter that changes nothing, and of training of the base, which isn't saved."""
+    trained = [list(delta.parameters()) for _, delta in pairs if not delta.of_buffers]
+    if all(any(not each.any() for each in parameters) for parameters in trained):
+        reason = f"adapter {pairs[0][1].adapter!r} was never trained: its update is zero everywhere"
+        warnings.warn(f"{reason}; if it should have been, {FIX}", stacklevel=3)
+    if loose := [weight.name for weight, tensor in walk.parameters if tensor.requires_grad]:
+        what = f"{shortened(loose, 3, ', ')} can be trained"
+        fix = "freeze them, train them by train=, or keep base_state_dict(model) too"
+        reason = "a file of adapters doesn't hold what trained the base"
+        warnings.warn(f"{reason}, and {what}; {fix}", stacklevel=3)
 
 
 def load_lora(
