@@ -78,7 +78,8 @@ def combine_lora(
         Each weight's rank and relative error, in model order.
 
     Raises:
-        AdapterError: There is no such adapter, the new name is taken, or a kind doesn't add.
+        AdapterError: No such adapter, a name that is taken, a kind that doesn't add, or statistics
+            that differ.
         LoRAError: An option is out of range.
 
     Example:
@@ -150,8 +151,9 @@ def _combined(
     generator: torch.Generator | None,
 ) -> tuple[Delta, Fit]:
     """Combine the deltas on one weight, at strength 1 each."""
-    first, odd = terms[0][0], [delta for delta, _ in terms if not delta.adds]
-    if odd and not (len(terms) == 1 and first.of_buffers):
+    first: Any = terms[0][0]
+    odd: list[Any] = [each for each, _ in terms if not each.adds]
+    if odd and not (odd[0].of_buffers and all(odd[0].S.equal(each.S) for each in odd)):
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
         raise AdapterError(f"{weight.name}: adapter {odd[0].adapter!r}: {reason}")
     made, error, view = first, 0.0, weight.view

@@ -56,29 +56,27 @@ def own_piece(tensor: Any) -> Tensor:
 
 
 def in_its_forward(module: nn.Module, value: Any) -> Tensor:
-    """Return a weight as a forward of transformers' takes it: without gradients, its own piece.
-
-    Anybody else who reads it gets the whole.
-    """
+    """Return a weight as a forward of transformers' takes it without gradients: its own piece."""
     maker = getattr(module.__dict__["forward"], "__module__", "")
-    reader = sys._getframe(3).f_code
-    if (
-        torch.is_grad_enabled()
-        or maker != "transformers.distributed.tensor_parallel"
-        or reader is not nn.Linear.forward.__code__
-        or not is_sharded(value)
-    ):
-        return cast("Tensor", value)
+    theirs = maker == "transformers.distributed.tensor_parallel" and not torch.is_grad_enabled()
+    if not (theirs and is_sharded(value) and sys._getframe(3).f_code is nn.Linear.forward.__code__):
+        return cast("Tensor", value)  # anybody else who reads it gets the whole
     # Outputs are summed over the ranks where a bias is whole on each.
     summed = value.ndim == 1 and all(each.is_replicate() for each in value.placements)
     return own_piece(value) / (value.device_mesh.size() if summed else 1)
 
 
-def spread(value: Tensor, like: Any) -> Tensor:
-    """Lay out a whole tensor, the first rank's, as another is; one laid out already stays so."""
+def spread(value: Any, like: Any, placements: Any = None) -> Tensor:
+    """Lay out a tensor, the first rank's if it is whole, as another is, or over its mesh."""
     if not is_sharded(like):
         return whole(value)
-    laid = value if is_sharded(value) else _distributed(value, like, like.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, placements or like.placements
+    if is_sharded(value):
+        laid = value.redistribute(mesh, placements)
+    else:
+        laid = distribute_tensor(value.detach().to(mesh.device_type), mesh, placements)
     return cast("Tensor", laid.to(like.device))
 
 
@@ -89,31 +87,27 @@ def lay_out(module: nn.Module, weight: Any, along: Callable[[str, int], int | No
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh = weight.device_mesh
     tables: Any = module._parameters, module._buffers
     for table in tables:
         for name, tensor in table.items():
-            placements: list[Any] = []
-            for placement in weight.placements:
-                dim = along(name, placement.dim) if placement.is_shard() else None
-                whole_there = dim is None or tensor.shape[dim] == 1
-                placements.append(Replicate() if whole_there else Shard(cast("int", dim)))
-            if is_sharded(laid := tensor.detach()):
-                laid = laid.redistribute(mesh, placements)
-            else:
-                laid = _distributed(laid, weight, placements)
-            own = isinstance(tensor, nn.Parameter)
+            dims = [along(name, p.dim) if p.is_shard() else None for p in weight.placements]
+            cut = [None if dim is None or tensor.shape[dim] == 1 else dim for dim in dims]
+            placements = [Replicate() if dim is None else Shard(dim) for dim in cut]
+            laid, own = (
+                spread(tensor.detach(), weight, placements),
+                isinstance(tensor, nn.Parameter),
+            )
             table[name] = nn.Parameter(laid, tensor.requires_grad) if own else laid
 
 
 def news(value: object, like: Any) -> Tensor | None:
     """Lay out what the first rank has to load into a sharded tensor; `None` if it has nothing."""
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Replicate
 
-    mesh = like.device_mesh
     fits = isinstance(value, Tensor) and value.shape == like.shape and not is_sharded(value)
-    said = torch.tensor(float(fits), device=mesh.device_type)
-    if not distribute_tensor(said, mesh, [Replicate()] * mesh.ndim).to_local():
+    if not own_piece(
+        spread(torch.tensor(float(fits)), like, [Replicate()] * like.device_mesh.ndim)
+    ):
         return None
     full: Any = value if fits else torch.empty(like.shape)
     return spread(full.to(like.dtype), like)
@@ -126,25 +120,17 @@ def mesh_of(tensors: Iterable[Any]) -> Any:
 
 @contextmanager
 def alike(mesh: Any) -> Iterator[bool]:
-    """Raise on every rank of a mesh what one raises in a block; say whether this is the first.
-
-    In the block no rank may wait for another.
-    """
+    """Raise on every rank of a mesh what one raises in a block; say whether this is the first."""
     fault = None
-    try:
+    try:  # in which no rank may wait for another
         yield mesh is None or not any(mesh.get_coordinate())
-    except LoRAError as error:
+    except Exception as error:  # of any, because the others would wait for the rank that has left
         fault = error
+        if not (mesh is None or isinstance(error, LoRAError)):
+            fault = LoRAError(repr(error)).with_traceback(error.__traceback__)
     for dim in range(0 if mesh is None else mesh.ndim):
-        faults: list[LoRAError | None] = [None] * mesh.size(dim)
+        faults: list[Exception | None] = [None] * mesh.size(dim)
         torch.distributed.all_gather_object(faults, fault, group=mesh.get_group(dim))
         fault = fault or next(filter(None, faults), None)
     if fault is not None:
         raise fault
-
-
-def _distributed(value: Tensor, like: Any, placements: Any) -> Any:
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = like.device_mesh
-    return distribute_tensor(value.detach().to(mesh.device_type), mesh, placements)

@@ -33,6 +33,7 @@ from lora_param import (
     save_lora,
     select_lora,
 )
+from lora_param.io import files
 from lora_param.sharding import whole
 
 from .cases import shake
@@ -246,6 +247,22 @@ def fails_to_load_together(path: Path) -> None:
 
 def test_what_one_rank_cannot_read_fails_on_all(ranks: Ranks, path: Path) -> None:
     ranks(fails_to_load_together, path)
+
+
+def fails_by_no_error_of_ours(path: Path) -> None:
+    model = sharded(adapted())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write_adapter", raises_memory_error)
+        with pytest.raises(LoRAError, match="MemoryError"):
+            save_lora(model, path)
+
+
+def raises_memory_error(*args: Any, **options: Any) -> None:
+    raise MemoryError
+
+
+def test_whatever_fails_on_the_first_rank_leaves_none_waiting(ranks: Ranks, path: Path) -> None:
+    ranks(fails_by_no_error_of_ours, path)
 
 
 # The structure
