@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checks import Need, check_weights, deltas_called, walk
 from .deltas import Delta, DenseDelta, LoRAParametrization
-from .deltas.numbers import SCALINGS, check_rank, real
+from .deltas.numbers import real
 from .deltas.protocol import Shape, check_adapter, tensors_of
 from .errors import AdapterError, LoRAError
 from .lowrank import (
@@ -97,9 +97,8 @@ def combine_lora(
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
     for name in adapters:
         deltas_called(found, name)
-    pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
-    check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
-    terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
+    terms = [(w, d, adapters[d.adapter]) for w, d in found.deltas if d.adapter in adapters]
+    check_weights([weight for weight, *_ in terms if not weight.is_buffer], adapter)
     made, fits = combine(terms, method, rank, density, generator)
     for delta in made.values():
         delta.enabled = False
@@ -258,19 +257,17 @@ def resized(weight: Weight, delta: Delta, rank: Rank) -> tuple[Delta, Fit]:
     if not isinstance(delta, LoRAParametrization):
         reason = f"a {delta.kind} delta is no sum, so that none of a lower rank is the nearest"
         raise AdapterError(f"{weight.name}: adapter {delta.adapter!r}: {reason}")
-    view, A, B = weight.view, delta.lora_A.detach(), delta.lora_B.detach()
+    A, B = delta.lora_A.detach(), delta.lora_B.detach()
     if isinstance(rank, int):
-        rank = min(rank, min(view[-2:]))
+        rank = min(rank, *weight.view[-2:])
     if isinstance(rank, int) and rank > A.shape[-2]:
         more = rank - A.shape[-2]
         fresh = A.new_empty(*A.shape[:-2], more, A.shape[-1]).uniform_(-1, 1) / A.shape[-1] ** 0.5
         product = Product(torch.cat([A, fresh], -2), nn.functional.pad(B, (0, more)))
     else:
         product = recompressed(A, B, rank)
-    found = check_rank(product.A.shape[-2], *view[-2:])
-    numbers = {"rank": found, "alpha": delta.scale * SCALINGS[delta.scaling](found)}
-    tensors = {"lora_A": product.A.to(A.dtype), "lora_B": product.B.to(A.dtype)}
-    return delta.made_of(tensors, delta.numbers | numbers), Fit(weight.name, found, product.error)
+    made = delta.with_factors(product.A.to(A.dtype), product.B.to(A.dtype))
+    return made, Fit(weight.name, made.rank, product.error)
 
 
 def _become(delta: Delta, new: Delta, undo: ExitStack) -> None:

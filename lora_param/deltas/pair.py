@@ -234,11 +234,11 @@ class Pair(Delta):
         """Return the same update, of another scaling if told, as two factors alone of all ranks."""
         if not self.anchored and scaling in (None, self.scaling):
             return self
-        A, B = self.lora_A, self.lora_B
-        return self._remade(A, B, B.shape[-1], scaling or self.scaling)
+        return self.with_factors(self.lora_A, self.lora_B, scaling)
 
-    def _remade(self: Self, A: Tensor, B: Tensor, rank: int, scaling: str) -> Self:
+    def with_factors(self: Self, A: Tensor, B: Tensor, scaling: str | None = None) -> Self:
         """Return the same with other factors, which have the same scale."""
+        rank, scaling = B.shape[-1], scaling or self.scaling
         numbers = {"rank": rank, "scaling": scaling, "alpha": self.scale * SCALINGS[scaling](rank)}
         others = {n: t for n, t in self._parameters.items() if n[:-2] not in ("lora", "shift")}
         tensors = cast("dict[str, Tensor]", {**others, "lora_A": A, "lora_B": B})
@@ -249,8 +249,7 @@ class Pair(Delta):
         tall = self.lora_B.shape[-2] > self.lora_A.shape[-1]
         product = (self.lora_B.double() @ self.lora_A.double()).to(self.lora_A.dtype)
         eye = torch.eye(rank).to(product).repeat(*product.shape[:-2], 1, 1)
-        A, B = (eye, product) if tall else (product, eye)
-        return self._remade(A, B, rank, self.scaling)
+        return self.with_factors(*((eye, product) if tall else (product, eye)))
 
     def block(self, start: int, stop: int) -> Delta:
         """Return the update of some of the weight's rows, of a stack that of some of its slices."""
