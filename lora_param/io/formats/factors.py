@@ -183,11 +183,7 @@ def joined(format: str, deltas: Mapping[Weight, Delta]) -> dict[Weight, Delta]:
         if joins and isinstance(delta, LoRAParametrization):
             blocks[weight := whole].append(delta)
         result[weight] = delta
-    pairs = {whole: _side_by_side(whole.shape or (), own) for whole, own in blocks.items()}
-    for whole, own in blocks.items():
-        if len({delta.dropout for delta in own}) > 1:
-            reason = f"its blocks differ in dropout, and are written with {pairs[whole].dropout:g}"
-            warnings.warn(f"{whole.name}: {reason}", stacklevel=5)
+    pairs = {whole: _side_by_side(whole, own) for whole, own in blocks.items()}
     if pairs:
         both = chain(*blocks.values()), pairs.values()
         listed = shortened([whole.name for whole in pairs])
@@ -201,17 +197,21 @@ def joined(format: str, deltas: Mapping[Weight, Delta]) -> dict[Weight, Delta]:
     return result | pairs
 
 
-def _side_by_side(shape: Shape, blocks: Sequence[LoRAParametrization]) -> Pair:
-    """Put blocks side by side: a factor has zeros where the others' rows are."""
+def _side_by_side(weight: Weight, blocks: Sequence[LoRAParametrization]) -> Pair:
+    """Put a weight's blocks side by side: a factor has zeros where the others' rows are."""
+    shape, dropouts = weight.shape or (), sorted({delta.dropout for delta in blocks})
+    if dropouts[1:]:
+        reason = f"its blocks differ in dropout, and are written with {dropouts[0]:g}"
+        warnings.warn(f"{weight.name}: {reason}", stacklevel=7)
     pairs = list[tuple[Tensor, Tensor, float]]()
     for delta in blocks:
-        A, B, rows = delta.lora_A.detach(), delta.lora_B.detach() * delta.scale, delta.rows
+        A, B, rows = delta.lora_A.detach(), delta.lora_B.detach(), delta.rows
         if rows and delta.dim in (0, max(len(shape) - 2, 0)):
             B = rows.spread(B, B.ndim - 2, shape[delta.dim])
         elif rows:
             A = rows.spread(A, A.ndim - 1, shape[delta.dim])
-        pairs.append((A, B, 1.0))
+        pairs.append((A, B, delta.scale))
     A, B, _ = summed(pairs)
-    pair = low_rank(A, B, A.shape[-2], dropout=min(delta.dropout for delta in blocks))
+    pair = low_rank(A, B, A.shape[-2], dropout=dropouts[0])
     pair.strength = blocks[0].strength
     return pair
