@@ -1,11 +1,8 @@
 """New adapters out of adapters: combinations of several, and one with another rank."""
 
-from __future__ import annotations
-
 import functools
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -30,9 +27,8 @@ from .lowrank import (
 )
 from .progress import progress
 from .register import install
-from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
-from .weight import Weight
+from .weight import Weight, overlapping
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -82,16 +78,15 @@ def combine_lora(
         Each weight's rank and relative error, in model order.
 
     Raises:
-        AdapterError: There is no such adapter, the new name is taken, or a kind doesn't add.
+        AdapterError: No such adapter, a name that is taken, a kind that doesn't add, or statistics
+            that differ.
         LoRAError: An option is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> for name in ("a", "b"):
-        ...     _ = register_lora(model, rank=2, adapter=name)
-        >>> combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
-        [Fit(weight='weight', rank=4, error=0.0)]
-        >>> select_lora(model, "ab")
+        >>> _ = register_lora(model, rank=1, adapter="b")
+        >>> combine_lora(model, {"default": 0.7, "b": -0.3}, adapter="both")
+        [Fit(weight='weight', rank=2, error=0.0)]
+        >>> select_lora(model, "both")
 
     Source:
         arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
@@ -100,14 +95,15 @@ def combine_lora(
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
-    strengths_of(found, adapters)  # raises for names that there aren't
+    for name in adapters:
+        deltas_called(found, name)
     pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
     check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
     terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
     made, fits = combine(terms, method, rank, density, generator)
     for delta in made.values():
-        delta.adapter, delta.enabled = adapter, False
-    install(found, list(made.items()), freeze=False)
+        delta.enabled = False
+    install(found, list(made.items()), adapter, freeze=False)
     return fits
 
 
@@ -119,10 +115,11 @@ def combine(
     generator: torch.Generator | None = None,
 ) -> tuple[dict[Weight, Delta], list[Fit]]:
     """Combine each weight's deltas, at these strengths, and say what the results miss."""
-    _check_options(method, rank, density)
+    _check_options(method, density)
+    rank = None if rank is None else check_rank_or_share(rank)
     own: defaultdict[Weight, list[tuple[Delta, float]]] = defaultdict(list)
     for weight, delta, strength in terms:
-        delta.check_strength(1 if delta.of_buffers else strength)
+        strength = delta.check_strength(1 if delta.of_buffers else strength)
         own[weight].append((delta, strength))
     for one, other in overlapping(own):
         fix = "combine adapters of the same blocks"
@@ -134,21 +131,10 @@ def combine(
     return made, fits
 
 
-def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
-    """Yield pairs of blocks of one tensor that have rows in common."""
-    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
-    for weight in weights:
-        blocks[weight.whole].append(weight)
-    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
-    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
-
-
-def _check_options(method: object, rank: Rank | None, density: float | None) -> None:
+def _check_options(method: object, density: float | None) -> None:
     """Raise for options of a combination that are out of range."""
     if method not in ("sum", "ties", "dare"):
         raise LoRAError(f'method must be "sum", "ties" or "dare", got {method!r}')
-    if rank is not None:
-        check_rank_or_share(rank)
     if method == "sum" and density is not None:
         raise LoRAError(f'density is for "ties" and "dare", got {density!r}; drop it')
     if method != "sum" and not 0 < real(density) <= 1:
@@ -165,8 +151,9 @@ def _combined(
     generator: torch.Generator | None,
 ) -> tuple[Delta, Fit]:
     """Combine the deltas on one weight, at strength 1 each."""
-    first, odd = terms[0][0], [delta for delta, _ in terms if not delta.adds]
-    if odd and not (len(terms) == 1 and first.of_buffers):
+    first: Any = terms[0][0]
+    odd: list[Any] = [each for each, _ in terms if not each.adds]
+    if odd and not (odd[0].of_buffers and all(odd[0].S.equal(each.S) for each in odd)):
         reason = f"a {odd[0].kind} delta is no sum, so that it can't be combined with others"
         raise AdapterError(f"{weight.name}: adapter {odd[0].adapter!r}: {reason}")
     made, error, view = first, 0.0, weight.view
@@ -251,13 +238,11 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> _ = register_lora(model, rank=2)
-        >>> resize_lora(model, 4)
-        [Fit(weight='weight', rank=4, error=0.0)]
+        >>> resize_lora(model, 2)
+        [Fit(weight='weight', rank=2, error=0.0)]
     """
     found = walk(model, "resize_lora", Need.CHANGE)
-    check_rank_or_share(rank)
+    rank = check_rank_or_share(rank)
     pairs = deltas_called(found, adapter)
     changed = [(delta, *resized(w, delta, rank)) for w, delta in pairs if "rank" in delta.numbers]
     if not changed:

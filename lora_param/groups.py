@@ -1,7 +1,5 @@
 """Weight space for a routed batch: a module runs once for each group of rows that are alike."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -189,7 +187,10 @@ def by_rows(base: Any, own: Callable[..., Any] | None = None) -> Callable[..., A
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         routing = routing_of(self) if Routing.used else None
         if routing is not None and routing.separates(self):
-            return routing.run(routing, self, args, kwargs)
+            run: Any = run_by_groups
+            if torch.compiler.is_compiling():
+                run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+            return run(routing, self, args, kwargs)
         return (own or base.forward)(self, *args, **kwargs)
 
     return forward

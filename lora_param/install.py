@@ -109,7 +109,7 @@ def _weight_property(name: str, layer: Layer) -> property:
             return weight_by_row(routing, self, name, originals_of(chain)[0])
         store, key, eager = {}, chain, not torch.compiler.is_compiling()
         if once and eager and self in reading.modules:
-            store = reading.values
+            store, key = reading.values, (chain, routing)
         elif parametrize._cache_enabled and not moving and routing is None:
             # Torch's own, in which anything may be done.
             state = (torch.is_grad_enabled(), Switched.switched)

@@ -1,14 +1,14 @@
 """The arithmetic of updates: sums of products, products of less rank, and what they miss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from numbers import Integral
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .deltas.numbers import real
 from .errors import LoRAError
 
 Rank: TypeAlias = int | float
@@ -26,12 +26,13 @@ class Product(NamedTuple):
     error: float = 0.0
 
 
-def check_rank_or_share(rank: object) -> None:
-    """Raise unless `rank` is a positive integer, or a share between 0 and 1."""
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
-    if not whole and not (isinstance(rank, float) and 0 < rank < 1):
+def check_rank_or_share(rank: Any) -> Rank:
+    """Return `rank` as a positive integer, or a share between 0 and 1, or raise."""
+    whole, value = isinstance(rank, Integral), real(rank)
+    if not (value >= 1 if whole else 0 < value < 1):
         rule = "a positive integer, or a share of the squared norm such as 0.95"
         raise LoRAError(f"rank must be {rule}, got {rank!r:.40}")
+    return int(rank) if whole else value
 
 
 def summed(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Product:
@@ -62,9 +63,9 @@ def factorised(matrix: Tensor, rank: Rank) -> Product:
         algorithms 4.4 and 5.1.
     """
     total, side = matrix.double().square().sum().item(), min(matrix.shape[-2:])
-    count = 2 * rank + 8 if isinstance(rank, int) else side // 32
+    count = rank + 8 if isinstance(rank, int) else side // 32
     while side >= LARGE and 4 * count <= side:
-        Q = range_of(matrix, count, 4, torch.Generator().manual_seed(0))
+        Q = _range_of(matrix, count)
         U, S, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
         held = S.double().square().sum().item()
         if isinstance(rank, int) or held >= rank * total:
@@ -74,12 +75,12 @@ def factorised(matrix: Tensor, rank: Rank) -> Product:
     return _truncated(U, S, Vh, 0.0, rank)
 
 
-def range_of(matrix: Tensor, count: int, rounds: int, generator: torch.Generator | None) -> Tensor:
+def _range_of(matrix: Tensor, count: int) -> Tensor:
     """Return an orthonormal basis of what a matrix's largest singular values reach."""
-    shape, device = (*matrix.shape[:-2], matrix.shape[-1], count), (generator or matrix).device
-    draws = torch.randn(shape, generator=generator, device=device, dtype=matrix.dtype)
+    shape, fixed = (*matrix.shape[:-2], matrix.shape[-1], count), torch.Generator().manual_seed(0)
+    draws = torch.randn(shape, generator=fixed, dtype=matrix.dtype)
     Q: Tensor = torch.linalg.qr(matrix @ draws.to(matrix.device))[0]
-    for _ in range(rounds):
+    for _ in range(4):
         Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q)[0])[0]
     return Q
 

@@ -1,7 +1,5 @@
 """Merging: fold adapters into the weights for good."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,12 +30,11 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
     Raises:
         AdapterError: There is no such adapter, or it is disabled on some weight.
         LoRAError: A merged weight would not be finite; another's parametrization in front of the
-            adapter can't take the sum as its value; or the model is wrapped or sharded.
+            adapter can't take the sum as its value; one adapter of a weight isn't merged in front
+            of another that is, and both don't add; or the model is wrapped or sharded.
         TargetError: A weight's Parameter has been tied to another module since.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> merge_lora(model)
         >>> type(model)
         <class 'torch.nn.modules.linear.Linear'>
@@ -76,8 +73,6 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
         LoRAError: The model is wrapped or sharded.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> with lora_merged(model):
         ...     type(model), model(torch.ones(1, 3)).shape
         (<class 'torch.nn.modules.linear.Linear'>, torch.Size([1, 2]))
@@ -143,11 +138,12 @@ def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Any, Tensor, Tens
     last = max(index for index, entry in enumerate(chain) if entry in merging)
     applied = [e for e in chain[: last + 1] if e in merging or not isinstance(e, Delta)]
     others = [entry for entry in applied if entry not in merging]
-    kept = {delta for delta in weight.deltas if delta not in merging}
-    if others and not kept.isdisjoint(chain[: chain.index(others[-1])]):
-        reason = f"{type(others[-1]).__name__} stands between the adapters"
-        fix = "so one can't be merged without the other; merge all"
-        raise LoRAError(f"{weight.name}: {reason}, {fix}")
+    kept: Any = [entry for entry in chain[:last] if entry not in applied]
+    for each in () if weight.is_buffer else kept:
+        if fixed := [e for e in applied if e in chain[chain.index(each) :] and _turns(each, e)]:
+            reason = f"{type(fixed[-1]).__name__} stands behind adapter {each.adapter!r}"
+            fix = "so one can't be merged without the other; merge all"
+            raise LoRAError(f"{weight.name}: {reason}, {fix}")
     with without_side_effects(chain):
         value = run_through(applied, originals)
         finite = value.is_meta or whole(value.isfinite().all())
@@ -157,10 +153,19 @@ def _merged(weight: Weight, merging: set[Delta]) -> list[tuple[Any, Tensor, Tens
             raise LoRAError(f"{weight.name}: {rule}; {cause}")
         new = _inverted(weight, others, value) if others else [value]
     if weight.is_buffer:  # of several copies the last is read: those in front of it become the same
-        originals += [each.value(value) for each in chain[:last] if each in kept]
+        originals += [each.value(value) for each in kept]
         new = [value.clone() for _ in originals]
     holder = chains_of(weight.module)[weight.tensor]
     return [(holder, original, each) for original, each in zip(originals, new, strict=True)]
+
+
+def _turns(front: Delta, later: Any) -> bool:
+    """Say whether a delta gives something else behind an entry than in front of it."""
+    if not isinstance(later, Delta):
+        return True
+    if not front.enabled or (front.adds and later.adds):
+        return False
+    return front.rows is None or later.rows is None or front.rows.overlaps(later.rows)
 
 
 def _inverted(weight: Weight, others: list[nn.Module], value: Tensor) -> list[Tensor]:

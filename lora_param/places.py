@@ -1,7 +1,5 @@
 """Where the rows of a routed batch are in a module's input: known beyond doubt, or refused."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

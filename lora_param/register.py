@@ -1,10 +1,9 @@
 """The verbs that adapt a model and give it back. Each does all of its work or none."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,16 +15,15 @@ from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
 from .deltas.inits import DRAWS, Init
 from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
-from .errors import LoRAError
+from .errors import LoRAError, in_our_words
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, thaw
+from .optim import watch
 from .quantised import dense, is_packed
-from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
+from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
 from .walk import Walk
-from .watch import watch
 from .weight import Weight
-from .words import in_our_words
 
 
 @in_our_words
@@ -120,29 +118,25 @@ def register_lora(
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
-    left_out = exclude if is_nothing(target) else None
-    whole = [] if train is None else resolve_whole(found, train, left_out)
-    weights = resolve(found, target, exclude, cls.least_dimensions, whole)
+    weights, whole = resolve(found, target, exclude, train, cls.least_dimensions)
     checks.check_weights([*weights, *whole], adapter)
     checks.check_trainable(found)
     if target is None:
         weights = checks.without_tied(found, weights)
     check_scaling(scaling)
-    if check_dropout(dropout):
-        checks.check_droppable(weights)
-    checks.check_space(space, dropout, cls, weights)
+    checks.check_space(weights, check_dropout(dropout), space, cls)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
     pairs: list[tuple[Weight, Delta]] = []
     for weight, own_rank, own_alpha in zip(weights, ranks, alphas, strict=True):
         own = given | {"rank": own_rank, "alpha": own_alpha}
         try:
-            delta = _fresh(weight, cls, own, lowered=type(rank) is int, adapter=adapter)
+            delta = _fresh(weight, cls, own, lowered=isinstance(rank, Integral))
         except LoRAError as error:
             raise LoRAError(f"{weight.name}: {error}; or exclude this weight") from None
         delta.__dict__["space"] = space
         pairs.append((weight, delta))
-    pairs += [(w, DenseDelta.make(w.like, (), adapter=adapter, dtype=dtype)) for w in whole]
+    pairs += [(w, DenseDelta.make(w.like, (), dtype=dtype)) for w in whole]
     if whole:
         order = {weight.name: place for place, weight in enumerate(found.weights)}
         pairs.sort(key=lambda pair: order[pair[0].whole.name])
@@ -150,24 +144,26 @@ def register_lora(
         checks.warn_of_thawed(found, {weight.whole.name for weight, _ in pairs})
         moving = checks.moving_without(found, adapter, statistics)
         if statistics:
-            pairs += [(w, StatisticsDelta(w.value, adapter=adapter)) for w in moving]
+            pairs += [(w, StatisticsDelta(w.value)) for w in moving]
         else:
             checks.warn_of_moving(moving)
-    return install(found, pairs, freeze)
+    return install(found, pairs, adapter, freeze)
 
 
-def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> list[str]:
+def install(
+    walk: Walk, pairs: Sequence[tuple[Weight, Delta]], adapter: str, freeze: bool
+) -> list[str]:
     """Attach deltas to weights that have passed the checks, all or none; name the parameters."""
     weights = [weight for weight, _ in pairs]
     names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
-    checks.check_copyable(pairs)
-    checks.check_dropping(pairs)
+    checks.check_pairs(pairs)
     with all_or_nothing() as undo:
         if freeze:
             freeze_base(walk, undo)
         hold_frozen(walk, [delta for _, delta in pairs])
         for weight, delta in pairs:
+            delta.__dict__["adapter"] = adapter
             weight.attach(delta, undo)
         if freeze:
             watch(walk)
@@ -187,9 +183,7 @@ def _kind(kind: str, given: Mapping[str, Any]) -> type[Delta]:
     return KINDS[kind]
 
 
-def _fresh(
-    weight: Weight, cls: type[Delta], given: Mapping[str, Any], lowered: bool, adapter: str
-) -> Delta:
+def _fresh(weight: Weight, cls: type[Delta], given: Mapping[str, Any], lowered: bool) -> Delta:
     """Make a fresh delta of a weight, with a rank that is `lowered` to what the weight can have."""
     own, view, beneath = {**given, "transposed": weight.layer.transposed}, weight.view, weight.like
     if cls.of_values or own["init"] not in [*DRAWS]:
@@ -199,7 +193,7 @@ def _fresh(
     if lowered and "rank" in own and (rank := own["rank"]) > (most := min(view[-2:])):
         scale = check_alpha(own["alpha"], rank) / SCALINGS[own["scaling"]](rank)
         own |= {"rank": most, "alpha": scale * SCALINGS[own["scaling"]](most)}
-    return cls.make(beneath, view, adapter=adapter, **own)
+    return cls.make(beneath, view, **own)
 
 
 def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
@@ -212,8 +206,6 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         LoRAError: The model is wrapped or sharded, or the call is made in `torch.inference_mode`.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> remove_lora(model)
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])

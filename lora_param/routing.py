@@ -40,9 +40,8 @@ class Routing:
     used: ClassVar[bool] = False
     """Whether there is any in some context: otherwise nobody looks for one."""
 
-    def __init__(self, weights: Tensor, columns: dict[Any, int], places: Places, run: Any) -> None:
+    def __init__(self, weights: Tensor, columns: dict[Any, int], places: Places) -> None:
         self.weights, self.columns, self.places = weights, columns, places
-        self.run = run  # runs a module by groups of rows, past any compiler
         self.rows, self.settings = len(weights), weights.tolist()
         found = [[(c, s) for c, s in enumerate(row) if s] for row in self.settings]
         self.mixed = any(own[1:] for own in found)
@@ -52,7 +51,7 @@ class Routing:
 
     def of(self, weights: Tensor) -> Routing:
         """Return the same for other strengths."""
-        return Routing(weights, self.columns, self.places, self.run)
+        return Routing(weights, self.columns, self.places)
 
     def switch(self, delta: nn.Module) -> Switch:
         """Return how a delta acts where all rows are alike, or raise if they aren't."""

@@ -44,14 +44,6 @@ class Rows:
         shown = getattr(said, "__qualname__", repr(said))
         return _checked(shown, _called(said, features), features)
 
-    @classmethod
-    def read(cls, text: str) -> Rows:
-        """Read what `str` gave, which there may be or not, or raise a `ValueError`."""
-        found = [re.fullmatch(r"(\d+):(\d+)(?::(\d+))?(?:\+(\d+))?", p) for p in text.split(",")]
-        if None in found:
-            raise ValueError(f"{text!r:.60} are no rows")
-        return cls(tuple(tuple(int(n or 1) for n in match.groups()) for match in found if match))  # type: ignore[misc]
-
     def __str__(self) -> str:
         """Return the text that `of` takes."""
         texts = [f"{a}:{b}" + f":{n}" * (n > 1) + f"+{w}" * (w > 1) for a, b, n, w in self.parts]

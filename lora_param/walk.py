@@ -1,7 +1,5 @@
 """The walk over a model: one finds all that a verb needs to know of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -93,6 +91,14 @@ class Walk:
                     weight = Weight(path, module, name)
                     pairs += [(replace(weight, rows=each.rows), each) for each in weight.deltas]
         return pairs
+
+    @cached_property
+    def adapters(self) -> dict[str, list[tuple[Weight, Delta]]]:
+        """The deltas of each adapter, by its name."""
+        own: dict[str, list[tuple[Weight, Delta]]] = {}
+        for weight, delta in self.deltas:
+            own.setdefault(delta.adapter, []).append((weight, delta))
+        return own
 
     @cached_property
     def tensors(self) -> list[tuple[Weight, Tensor]]:

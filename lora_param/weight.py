@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -109,8 +111,9 @@ class Weight:
     @property
     def value(self) -> Tensor:
         """What reading it gives, without a graph and without advancing anyone's state."""
-        if not (chain := self.chain):
-            return cast("Tensor", self.original)
+        return self._read(chain) if (chain := self.chain) else cast("Tensor", self.original)
+
+    def _read(self, chain: list[nn.Module]) -> Tensor:
         with without_side_effects(chain):
             value = run_through(chain, self.originals)
         return self._rows_of(value)
@@ -120,10 +123,10 @@ class Weight:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of its shape, dtype and device; free where deltas are alone."""
+        """What reading it gives without deltas, of their shape, dtype and device."""
         plain = self.tensor in self.module._parameters
-        alone = plain or all(isinstance(entry, Delta) for entry in self.chain)
-        tensor: Any = self.original if alone else self.value
+        others = [] if plain else [each for each in self.chain if not isinstance(each, Delta)]
+        tensor: Any = self._read(others) if others else self.original
         return tensor if tensor is None or tensor.is_floating_point() else logical(tensor)
 
     @property
@@ -265,6 +268,15 @@ def without_side_effects(chain: list[nn.Module]) -> Iterator[None]:
 
 merged_for_now: WeakSet[nn.Module] = WeakSet()
 """Modules whose chains `lora_merged` has put away."""
+
+
+def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
+    """Yield pairs of blocks of one tensor that have rows in common."""
+    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        blocks[weight.whole].append(weight)
+    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
+    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
 def join(*names: str) -> str:

@@ -155,7 +155,7 @@ def test_rows_that_may_mix_later_are_captured_as_if_they_did(capture: Callable[[
 def test_a_capture_does_not_ask_whether_an_attention_has_learnt(
     capture: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "KERNEL", 0)
+    monkeypatch.setattr(attention, "KERNEL", -1_000_000)
     monkeypatch.setattr(torch, "equal", lambda *args: 1 / 0)
     layer, x = SelfAttention(8, 2).eval(), torch.randn(5, 2, 8)
     register_lora(layer, rank=2)

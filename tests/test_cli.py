@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_param import base_state_dict, lora_parameters, register_lora, save_lora
+from lora_param.io import file_summary
 from lora_param.io.cli import COMMANDS, main
 
 from .cases import shake
@@ -38,7 +39,9 @@ def test_info_lists_weights_and_totals(
         "tokens.weight",
         "experts.up",
     ]
-    assert lines[4].split()[1:5] == ["lora", "6x2x3x3", "2", "3"]
+    [_, update, *_] = file_summary(files[0]).weights
+    norms = [f"{update.norm:.4g}", f"{update.effective_rank:.2f}"]
+    assert lines[4].split()[1:] == ["lora", "6x2x3x3", "2", "3", *norms]
     size = sum(factor.numel() for factor in lora_parameters(adapted()))
     assert lines[-1] == f"6 weights, {size} parameters"
 
@@ -170,6 +173,10 @@ FAILURES = [
     (["convert", "nowhere", "x", "--to", "native"], "nowhere: can't be read: No such file"),
     (["merge", "{adapter}", "--base", "{base}", "--out", "x.pt"], "a safetensors file is written, which .pt denies"),
     (["convert", "{adapter}", "x.bin", "--to", "native"], "a safetensors file is written, which .bin"),
+    (["combine", "{adapter}:1", "--out", "{adapter}"], "would be read and written; name another"),
+    (["resize", "{adapter}", "--rank", "1", "--out", "{adapter}"], "would be read and written"),
+    (["extract", "--base", "{base}", "--tuned", "{pickled}", "--rank", "1", "--out", "{base}"], "would be read and written"),
+    (["extract", "--base", "{pickled}", "--tuned", "{base}", "--rank", "1", "--out", "{base}"], "would be read and written"),
 ]  # fmt: skip
 
 

@@ -219,6 +219,19 @@ def test_a_tensor_that_is_there_by_two_names_is_not_changed_by_one(
     works(capsys, *merging(*files), "--any-base")
 
 
+def test_tensors_that_only_begin_alike_are_two(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(9, 9, bias=False)})
+    register_lora(model, rank=1)
+    save_lora(model, files[0], format="kohya")
+    tensors = base_state_dict(model)
+    other = tensors["a.weight"].clone()
+    other[-1, -1] += 1
+    save_file(tensors | {"b.weight": other}, files[1])
+    works(capsys, *merging(*files))
+
+
 def test_a_conversion_makes_no_second_name_the_models_own(
     files: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,3 +317,14 @@ def test_a_base_with_complex_numbers_is_merged(
     save_lora(model, files[0])
     save_file(base_state_dict(model), files[1])
     works(capsys, *merging(*files))
+
+
+def test_a_combination_is_of_the_base_that_all_its_files_name(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, (first, second, out) = adapted(), files
+    for other in ("lab/base", "lab/other"):
+        for path, model.name_or_path in ((first, "lab/base"), (second, other)):  # type: ignore[assignment]
+            save_lora(model, path)
+        works(capsys, "combine", f"{first}:1", f"{second}:1", "--out", out)
+        assert ("base lab/base\n" in works(capsys, "info", out)) == (other == "lab/base")

@@ -287,8 +287,21 @@ def test_a_share_of_statistics_is_refused_and_one_adapters_are_copied() -> None:
     combine_lora(model, {"a": 0.5}, adapter="half")
     select_lora(model, "half")
     assert norm.num_batches_tracked == 1
-    with pytest.raises(AdapterError, match="a statistics delta is no sum"):
+    with pytest.raises(AdapterError, match=r"1\.running_mean: .* a statistics delta is no sum"):
         combine_lora(model, {"a": 0.5, "b": 0.5}, adapter="ab")
+
+
+def test_statistics_that_are_the_same_in_all_are_the_combinations() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    model(torch.randn(8, 4))
+    for name in ("a", "b"):
+        register_lora(model, rank=2, adapter=name)
+    shake(model.eval())
+    combine_lora(model, {"a": 0.5, "b": -1}, adapter="ab")
+    select_lora(model, "ab")
+    norm: Any = model[1]
+    assert torch.equal(norm.running_mean, norm.parametrizations.running_mean.original)
+    assert len(norm.parametrizations.running_mean) == 3
 
 
 def test_blocks_are_combined_with_their_like_and_refused_with_others() -> None:

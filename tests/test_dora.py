@@ -176,12 +176,17 @@ def put_elsewhere_and_back(layer: nn.Linear) -> None:
     original_of(layer).data = new.copy_(torch.randn(8, 9))
 
 
-CHANGES: list[Callable[[Any], None]] = [
-    replaced, written, loaded, assigned, converted, put_elsewhere_and_back
-]  # fmt: skip
+def stepped(layer: nn.Linear) -> None:
+    original = original_of(layer).requires_grad_()
+    layer(torch.ones(1, 9)).sum().backward()
+    torch.optim.SGD([original], lr=1.0, fused=True).step()  # counts no version
+    original.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+CHANGES: list[Any] = [replaced, written, loaded, assigned, converted, put_elsewhere_and_back]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, stepped], ids=lambda change: change.__name__)
 def test_what_is_known_of_a_base_ends_with_it(
     change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,3 +57,10 @@ def test_one_that_drops_nothing_may_stand_on_one_that_drops() -> None:
     layer, x = adapted(nn.Linear(9, 8), adapter="a", dropout=0.5), torch.randn(5, 9)
     register_lora(layer, rank=2, kind="dora")
     assert not torch.equal(layer(x), layer(x))  # and nothing warns of a dropout that is left out
+
+
+def test_a_copy_that_was_made_for_inference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kind, "SMALL", 0)
+    layer, x = dora(nn.Linear(9, 8)), torch.randn(5, 9)
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))

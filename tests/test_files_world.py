@@ -199,7 +199,7 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> nn.Sequential:
     monkeypatch.setitem(KINDS, "shift", Shift)
     model = plain()
     pair = Weight("0", model[0], "weight"), Shift(torch.randn(5, 6), 2.0)
-    install(walk(model, "a test"), [pair], True)
+    install(walk(model, "a test"), [pair], "default", True)
     return model
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lora_param import LoRAParametrization, merge_lora, register_lora, remove_lora
+from lora_param import (
+    FileError,
+    LoRAParametrization,
+    load_lora,
+    merge_lora,
+    register_lora,
+    remove_lora,
+    save_lora,
+)
 
 from .cases import describe, shake
 
@@ -87,3 +96,24 @@ def test_merging_goes_through_a_foreign_parametrization(foreign) -> None:
     merge_lora(layer)
     assert list(layer.parametrizations.weight) == entries
     torch.testing.assert_close(layer(x), before)
+
+
+def with_a_head(normed: bool) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    if normed:
+        parametrizations.spectral_norm(model[1].eval())
+    register_lora(model, rank=2, target="0", train="1")
+    shake(model)
+    return model
+
+
+def test_new_values_behind_anothers_parametrization_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"1\.weight: PEFT keeps its new values, which another"):
+        save_lora(with_a_head(normed=True), tmp_path, format="peft")
+
+
+def test_new_values_take_the_place_of_a_change_behind_anothers(tmp_path: Path) -> None:
+    source, model = with_a_head(normed=False), with_a_head(normed=True)
+    save_lora(source, tmp_path, format="peft")
+    load_lora(model, tmp_path)
+    torch.testing.assert_close(model[1].weight, source[1].weight)

@@ -142,11 +142,53 @@ def test_one_of_two_adapters_around_a_parametrization_is_refused() -> None:
     parametrize.register_parametrization(layer, "weight", Halved())
     register_lora(layer, rank=2, adapter="b")
     shake(layer)
-    with pytest.raises(LoRAError, match="Halved stands between the adapters"):
+    with pytest.raises(LoRAError, match="Halved stands behind adapter 'a', so one"):
         merge_lora(layer, "b")
     weight = layer.weight.detach().clone()
     merge_lora(layer)
     torch.testing.assert_close(layer.weight, weight)
+
+
+def pair_of(a: str, b: str, rows: bool = False) -> nn.Linear:
+    layer = nn.Linear(6, 4).double()
+    for kind, name, block in ((a, "a", "[0:2]"), (b, "b", "[2:4]")):
+        register_lora(layer, rank=2, kind=kind, adapter=name, target=f"weight{block * rows}")
+    shake(layer)
+    return layer
+
+
+@pytest.mark.parametrize("kinds", [("dora", "lora"), ("lora", "dora"), ("dora", "dora")])
+def test_an_adapter_is_not_merged_past_one_that_it_does_not_add_to(kinds: tuple[str, str]) -> None:
+    layer = pair_of(*kinds)
+    with pytest.raises(LoRAError, match=r"weight: .* stands behind adapter 'a', so one can't be"):
+        merge_lora(layer, "b")
+    assert [each.adapter for each in layer.parametrizations.weight] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rows", "merged"),
+    [
+        (("dora", "lora"), False, "a"),
+        (("lora", "dora"), False, "a"),
+        (("dora", "lora"), True, "b"),
+        (("lora", "lora"), False, "b"),
+    ],
+)
+def test_one_of_two_is_merged_where_that_keeps_what_is_read(
+    kinds: tuple[str, str], rows: bool, merged: str
+) -> None:
+    layer = pair_of(*kinds, rows=rows)
+    weight = layer.weight.detach().clone()
+    merge_lora(layer, merged)
+    torch.testing.assert_close(layer.weight, weight)
+
+
+def test_an_adapter_that_is_off_is_in_nobodys_way() -> None:
+    layer = pair_of("dora", "lora")
+    disable_lora(layer, "a")
+    weight = layer.weight.detach().clone()
+    merge_lora(layer, "b")
+    assert torch.equal(layer.weight, weight)
 
 
 class Halved(nn.Module):

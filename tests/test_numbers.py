@@ -6,8 +6,10 @@ import copy
 import io
 import json
 import pickle
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,9 +21,12 @@ from lora_param import (
     LoRAError,
     LoRAParametrization,
     StateDictError,
+    combine_lora,
     load_lora_state_dict,
+    lora_routed,
     lora_state_dict,
     register_lora,
+    resize_lora,
     select_lora,
 )
 
@@ -168,6 +173,59 @@ def test_any_numbers_come_back_to_the_bit(
     model.load_state_dict(source.state_dict(), strict=True)
     assert numbers(model) == numbers(source)
     assert numbers(model) == {"rank": rank, "alpha": alpha, "scaling": "lora", "dropout": dropout}
+
+
+def two_adapters() -> nn.Linear:
+    module = layer()
+    register_lora(module, rank=2, adapter="b")
+    shake(module)
+    return module
+
+
+def routed(model: nn.Linear, strength: Any) -> Tensor:
+    with lora_routed(model, [{"default": strength}, None]):
+        return model(torch.ones(2, 6))[0]
+
+
+ASKED = {
+    "alpha": lambda model, n: register_lora(model, rank=2, alpha=n, adapter="c"),
+    "select": lambda model, n: select_lora(model, {"default": n}),
+    "route": routed,
+    "combine": lambda model, n: combine_lora(model, {"default": n}, adapter="c"),
+    "strength": lambda model, n: setattr(model.parametrizations.weight[0], "strength", n),
+}
+
+
+@pytest.mark.parametrize("call", ASKED)
+def test_any_real_number_is_taken_where_one_is_asked_for_and_kept_as_a_float(call: str) -> None:
+    results = []
+    for number in (0.5, np.float32(0.5), Fraction(1, 2)):
+        torch.manual_seed(0)
+        model = two_adapters()
+        said = ASKED[call](model, number)
+        results.append([said, *model.state_dict().values()])
+    for other in results[1:]:
+        assert str(other) == str(results[0])
+
+
+@pytest.mark.parametrize("call", ASKED)
+@pytest.mark.parametrize(
+    "number",
+    [True, "0.5", 1j, torch.tensor(0.5, requires_grad=True), 10**400],
+    ids=["a bool", "a text", "complex", "a tensor", "too large"],
+)
+def test_what_is_no_number_is_refused_where_one_is_asked_for(call: str, number: Any) -> None:
+    with pytest.raises(LoRAError, match=r"(?s)must be a finite number.*; give a number"):
+        ASKED[call](two_adapters(), number)
+
+
+def test_a_whole_number_of_another_type_is_a_rank() -> None:
+    model = layer()
+    register_lora(model, rank=np.int64(100), adapter="lowered")
+    assert model.parametrizations.weight[1].numbers["rank"] == 5
+    assert [fit.rank for fit in resize_lora(model, np.int64(3), "default")] == [3]
+    [fit] = combine_lora(model, {"default": 1, "lowered": 1}, adapter="c", rank=np.int32(1))
+    assert fit.rank == 1
 
 
 IDIOMS = {

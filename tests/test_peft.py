@@ -24,7 +24,7 @@ from lora_param import (
     remove_lora,
     save_lora,
 )
-from lora_param.io.formats.peft_config import rank_and_alpha
+from lora_param.io.formats.peft_config import numbers_of
 
 from .cases import shake
 from .peft_cases import (
@@ -258,12 +258,14 @@ def test_an_out_proj_that_peft_left_at_zero_is_read(tmp_path: Path) -> None:
 def test_a_pattern_decides_where_peft_says(pattern: str, key: str) -> None:
     config = {"rank_pattern": {pattern: 3}, "alpha_pattern": {pattern: 5}}
     matched = get_pattern_key([pattern, ".*"], key) == pattern
-    assert rank_and_alpha(config, key) == ((3, 5.0) if matched else (8, 8.0))
+    said = numbers_of(config, key)
+    assert (said["rank"], said["alpha"]) == ((3, 5.0) if matched else (8, 8.0))
 
 
 def test_what_a_config_leaves_out_is_pefts_default() -> None:
     theirs = LoraConfig()
-    assert rank_and_alpha({}, "0") == (theirs.r, float(theirs.lora_alpha))
+    said = numbers_of({})
+    assert (said["rank"], said["alpha"]) == (theirs.r, float(theirs.lora_alpha))
 
 
 @pytest.mark.parametrize("layer", [Conv1D(5, 6), nn.Linear(6, 5)])

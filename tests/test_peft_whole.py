@@ -57,6 +57,7 @@ WHOLE = [
     Case("both biases of a layer", bert, tokens(2, 5), QUERY, options={"lora_bias": True, "bias": "all"}),
     Case("rows of tokens", bert, tokens(2, 5), QUERY, options={"trainable_token_indices": {"word_embeddings": [6, 3, 5, 4, 8]}}),
     Case("rows of tokens, of the only embedding", bert, tokens(2, 5), QUERY, options={"trainable_token_indices": [3, 5]}),
+    Case("a head of several layers beside all biases", bert, tokens(2, 5), QUERY, options={"modules_to_save": ["pooler"], "bias": "all"}),
     Case("no low rank", bert, tokens(2, 5), "dummy-target-modules", options={"modules_to_save": ["pooler", "LayerNorm"]}),
     Case("an attention beside a head", Attention, floats(5, 2, 8), ["attention"], options={"modules_to_save": ["fc2"]}),
 ]  # fmt: skip

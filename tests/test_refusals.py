@@ -106,6 +106,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "quantised": (lambda: Holder(nn.Parameter(torch.ones(4, 3).as_subclass(Packed))), "table", "a Packed can't be added to a plain tensor; dequantize it"),
     "name taken": (Taken, None, 'something else called "parametrizations"'),
     "made for inference": (built_in_inference_mode, None, r"it was made in torch.inference_mode"),
+    "empty": (lambda: Holder(nn.Parameter(torch.ones(0, 4, 3))), "table", r"0\.table: it has no elements, or exclude"),
     "traced graph": (traced, "table", "a traced graph can't be parametrized"),
     "no weight": (lambda: nn.ReLU(), None, "target=None finds no linear, convolution"),
 }  # fmt: skip

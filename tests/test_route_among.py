@@ -78,6 +78,20 @@ def test_a_trained_bias_is_each_rows_own(make: Any, shape: tuple[int, ...]) -> N
         close(layer(x), torch.cat(want))
 
 
+def test_a_projection_out_has_each_rows_bias_where_what_is_in_front_acts_on_no_row() -> None:
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), torch.randn(3, 2, 4)
+    register_lora(attention, rank=1, target="in_proj_weight", adapter="a")
+    register_lora(attention, target=(), train="out_proj.bias", adapter="b")
+    shake(attention)
+    compute = lambda x: attention(x, x, x)[0]  # noqa: E731
+    with lora_selected(attention, "b"):
+        alone = compute(x.double())
+    with lora_routed(attention, ["b", None, "b"]):
+        together = compute(x.double())
+    close(together[[0, 2]], alone[[0, 2]])
+    assert not torch.allclose(together[1], alone[1])
+
+
 def test_a_block_is_of_one_task() -> None:
     layer, x = linear(), torch.randn(2, 6).double()
     plain = layer(x)

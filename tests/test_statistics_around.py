@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_param import (
@@ -304,3 +306,39 @@ def test_statistics_of_another_shape_are_refused(tmp_path: Path) -> None:
         save_lora(source, tmp_path / "adapter.safetensors")
     with pytest.raises(LoRAError, match=r"2.running_mean: its S is \(4,\), should be \(2,\)"):
         load_lora(other, tmp_path / "adapter.safetensors")
+
+
+class CudnnCalls(TorchDispatchMode):
+    """The running mean and variance that each call of cuDNN's batch norm gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.cudnn_batch_norm.default:
+            self.statistics.append(args[3:5])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    not torch.backends.cudnn.is_available() or torch.__version__ < (2, 14),
+    reason="needs cuDNN's operators for tensors of a GPU that isn't there, which end torch 2.6",
+)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_cudnn_gets_the_copies_to_move_and_never_the_bases(dims: int) -> None:
+    with FakeTensorMode():  # which calls what a GPU would be asked to do
+        kind = getattr(nn, f"BatchNorm{dims}d")
+        model = nn.Sequential(nn.Identity(), kind(3, device="cuda"))
+        register_lora(model, target=(), train="1")
+        x, norm = torch.randn(2, 3, *[4] * dims, device="cuda"), model[1]
+        own = [norm.parametrizations[name][0].S for name in ("running_mean", "running_var")]
+        bases = [norm.parametrizations[name].original for name in ("running_mean", "running_var")]
+        with CudnnCalls() as calls:
+            model(x)
+            disable_lora(model)
+            model(x)
+    (mean, variance), spared = calls.statistics
+    assert mean is own[0]
+    assert variance is own[1]
+    assert not {*map(id, spared)} & {*map(id, (*own, *bases))}

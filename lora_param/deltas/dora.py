@@ -38,8 +38,6 @@ class DoRA(Pair):
         y + h (y - b) + (1 + h) scale (x A^T) B^T
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> layer = torch.nn.Linear(20, 10)
         >>> register_lora(layer, rank=2, kind="dora")
         ['weight']
@@ -171,19 +169,22 @@ class DoRA(Pair):
         if autocasts(weight):
             with torch.autocast(weight.device.type, enabled=False):
                 return self._length_of(weight, run, alone)
+        base, shape = weight, self.magnitude.shape
         if self.rows is not None:
             weight = self.rows.take(weight, self.dim)
-        shape = self.magnitude.shape
         # What is known of a weight is no trace's; on an accelerator, to look at a sum stops it.
         if not (alone and run.in_place and weight.is_cpu) or weight.numel() <= SMALL:
             return _length(self._direction(weight), shape).flatten()
         A, B, W = self.lora_A, self.lora_B, weight.flatten(1)
         A, B, W = (B.t(), A.t(), W.t()) if run.transposed else (A, B, W)
-        own = self._length_of_base(weight).flatten()
+        own = self._length_of_base(weight, base).flatten()
         return length_of_sum(W, own, A.to(own.dtype), B.to(own.dtype), self.scale)
 
-    def _length_of_base(self, weight: Tensor) -> Tensor:
-        """Return `|W|`, computed once for as long as the weight is the same."""
+    def _length_of_base(self, weight: Tensor, base: Tensor) -> Tensor:
+        """Return `|W|`, computed once for as long as the base, of which it is rows, is the same."""
+        if base.requires_grad or base.is_inference():  # fused optimizers' steps aren't counted
+            _lengths.pop(self, None)
+            return _length(weight, self.magnitude.shape)
         # By a reference to the memory, because its address could be another's by now.
         memory = StorageWeakRef(weight.untyped_storage()), weight.data_ptr()  # type: ignore[no-untyped-call]
         state = *memory, weight._version, weight.shape, weight.stride(), weight.dtype

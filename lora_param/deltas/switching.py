@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..chains import originals_of, run_through
 from ..errors import LoRAError
 from ..routing import Routing, Switch, routing_of
+from .numbers import check_alpha
 
 
 class _Place:
@@ -128,17 +128,14 @@ class Switched(nn.Module):
 
     @strength.setter
     def strength(self, strength: float) -> None:
-        self.check_strength(strength)
-        self.switch = self.switch._replace(strength=strength)
+        self.switch = self.switch._replace(strength=self.check_strength(strength))
 
-    def check_strength(self, strength: object) -> None:
-        """Raise unless it can act with a strength."""
-        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-        if not number or not math.isfinite(cast(float, strength)):
-            raise LoRAError(f"a strength must be a finite number, got {strength!r:.40}")
-        if strength != 1 and not self.adds:
+    def check_strength(self, strength: object) -> float:
+        """Return a strength that it can act with as a float, or raise."""
+        if (value := check_alpha(strength, 1, "a strength")) != 1 and not self.adds:
             reason = f"a {self.kind} delta adds nothing that could be multiplied"
             raise LoRAError(f"a strength must be 1, because {reason}, got {strength!r}")
+        return value
 
 
 def _noting(name: str) -> Any:

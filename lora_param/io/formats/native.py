@@ -1,7 +1,5 @@
 """Our own file: safetensors whose metadata say what each delta is, and of which base."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -17,7 +15,7 @@ from ...deltas.protocol import tensors_of
 from ...errors import FileError
 from ...frozen import digest_of
 from ...progress import progress
-from ...rows import Rows
+from ...rows import split_rows
 from ...weight import Weight
 from ..outline import Outline, facts_of
 from ..tensors import LONGEST_NAME, About, Config, Content, OpenFile, check_strings, strict_json
@@ -27,7 +25,6 @@ KEY, VERSION = "lora_param", 1
 STRING_FIELDS = ("library", "adapter", "model", "class", "sha256")
 STRINGS = "metadata"
 """Under what a record that was read has the strings of whoever saved it."""
-
 
 SPEC = {"kind": str, "numbers": dict, "rows": str}
 
@@ -69,11 +66,9 @@ def describe(file: OpenFile) -> tuple[Config, About]:
         )
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
-    shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    adapter, model, cls, base = (record[name] for name in ("adapter", "model", "class", "base"))
-    return record | {STRINGS: strings}, About(
-        adapter, model, cls, base, shapes, record["layers"], strings
-    )
+    names = ("adapter", "model", "class", "base", "shapes", "layers")
+    said: Any = [*map(record.get, names), strings]
+    return record | {STRINGS: strings}, About(*said)
 
 
 def _faults(record: Mapping[str, Any]) -> Iterator[str]:
@@ -103,9 +98,7 @@ def parse(tensors: Mapping[str, Tensor], config: Config, weights: Outline) -> li
     deltas = []
     for name, spec in {} if faults else specs.items():
         try:
-            delta = _restored(own[name], spec)
-            numbered = re.fullmatch(r"(.*)\[\d+\]", name, re.DOTALL) if delta.rows else None
-            deltas.append((f"{numbered[1]}[{delta.rows}]" if numbered else name, delta))
+            deltas.append((_name(name, spec.get("rows")), _restored(own[name], spec)))
         except KeyError as error:
             faults.append(f"missing: {name}.{error.args[0]}")
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
@@ -115,13 +108,21 @@ def parse(tensors: Mapping[str, Tensor], config: Config, weights: Outline) -> li
     return deltas
 
 
+def _name(key: str, rows: str | None) -> str:
+    """Return a weight's name, in whose key a number can stand for long rows."""
+    numbered = re.fullmatch(r"(.*)\[\d+\]", key, re.DOTALL) if rows else None
+    name = f"{numbered[1]}[{rows}]" if numbered else key
+    if rows and (own := split_rows(name)[1]) != rows:
+        raise ValueError(f"its rows are [{rows:.80}], by its name [{own or ':'}]")
+    return name
+
+
 def _restored(tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Delta:
     """Build one weight's delta; what its kind doesn't know must not go unheard."""
     delta = KINDS[spec["kind"]].restore(tensors, spec["numbers"])
     unknown = tensors.keys() - tensors_of(delta).keys()
     if unknown := unknown | spec["numbers"].keys() - delta.numbers.keys():
         raise FileError(f"unexpected: {min(unknown):.80}")
-    delta.rows = Rows.read(spec["rows"]) if "rows" in spec else None
     delta.strength = spec.get("strength", 1.0)
     return delta
 

@@ -1,13 +1,11 @@
 """PEFT's `adapter_config.json`: which fields decide the numbers, and which can't be honoured."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
-from ...deltas.numbers import Scaling
 from ...errors import FileError
 from ..tensors import Config, read_json
 
@@ -94,24 +92,17 @@ def costly_patterns(config: Config, names: Collection[str]) -> Iterator[str]:
             yield f"the pattern {pattern!r:.60} has too many repetitions for names so many and long"
 
 
-def rank_and_alpha(config: Config, key: str) -> tuple[int, float]:
-    """Return the rank and the alpha of a path or parameter."""
+def numbers_of(config: Config, key: str = "") -> dict[str, Any]:
+    """Return a pair's numbers, by our names, of a path or parameter."""
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     # As in PEFT, the first pattern that matches the key, or its end after a dot, decides.
     ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
-    rank = next((ranks[each] for each in ranks if _ending(each).match(key)), rank)
-    alpha = next((alphas[each] for each in alphas if _ending(each).match(key)), alpha)
-    return rank, float(alpha)
-
-
-def dropout(config: Config) -> float:
-    """Return the share of each layer's input that is dropped."""
-    return float(config.get("lora_dropout") or 0)
-
-
-def scaling(config: Config) -> Scaling:
-    """Return what alpha is divided by, in our word for it."""
-    return "rslora" if config.get("use_rslora") else "lora"
+    return {
+        "rank": next((ranks[each] for each in ranks if _ending(each).match(key)), rank),
+        "alpha": float(next((alphas[p] for p in alphas if _ending(p).match(key)), alpha)),
+        "scaling": "rslora" if config.get("use_rslora") else "lora",
+        "dropout": float(config.get("lora_dropout") or 0),
+    }
 
 
 @functools.lru_cache(maxsize=4096)  # re itself keeps 512

@@ -1,7 +1,5 @@
 """Where PEFT keeps an update: the names of its wrappers, and what it can't wrap."""
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
@@ -41,22 +39,18 @@ def places_of_names(
     names: Iterable[str], weights: Outline, config: Config
 ) -> dict[str, Place | None]:
     """Resolve the names in a file, forward from the model's own weights."""
-    found: dict[str, Place] = {}
     ends = tuple(f".{target}" for target in config.get("target_parameters") or ())
     parameters = {name for name in weights.weights if f".{name}".endswith(ends)}
-    for weight in weights.weights.values():
-        place = place_of_weight(weight, weights, parameters)
-        path = weight.path
-        if place.kind == "parameter":
-            found[place.name] = place
-        elif place.kind != "layer" or weight.tensor == "weight":
-            found.setdefault(place.name, place)
-        if place.kind == "out_proj":
-            found.setdefault(path, place._replace(name=path, key=path, kind="alone"))
+    places = [place_of_weight(each, weights, parameters) for each in weights.weights.values()]
+    outer = {each.weight.path: each for each in places if each.kind == "out_proj"}
+    found = {path: Place(path, path, each.weight, "alone") for path, each in outer.items()}
+    adapted = [each for each in places if each.kind != "layer" or each.weight.tensor == "weight"]
+    found |= {each.name: each for each in adapted}
+    found |= {each.name: each for each in adapted if each.kind == "parameter"}
     for name in names if weights.unknown else ():
         attention = name.removesuffix(OUT_PROJ)  # nothing else has such a name
-        if attention != name and (outer := weights.weight(f"{attention}.out_proj.weight")):
-            found[name] = Place(name, attention, outer, "out_proj")
+        if attention != name and (own := weights.weight(f"{attention}.out_proj.weight")):
+            found[name] = Place(name, attention, own, "out_proj")
         elif own := weights.weight(f"{name}.weight"):
             found[name] = Place(name, name, own)
     return {name: found.get(name) for name in names}
