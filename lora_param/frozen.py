@@ -54,26 +54,23 @@ def hold_frozen(walk: Walk, deltas: Iterable[Delta]) -> None:
             hold.add(delta)
 
 
-def let_go(delta: Delta, undo: ExitStack) -> None:
-    """Let a delta keep nothing frozen any more."""
-    for hold in delta._holds:
-        undo.callback(hold.add, delta)
-        hold.discard(delta)
-
-
 def is_over(walk: Walk) -> bool:
     """Say whether `thaw` would give anything back."""
     return not all(h for each in walk.owners for h in each.__dict__.get(FROZEN, {}).values())
 
 
-def thaw(walk: Walk, undo: ExitStack) -> None:
-    """Give every parameter that nothing holds frozen any more its flag back."""
+def thaw(walk: Walk, gone: Iterable[Delta], undo: ExitStack) -> None:
+    """Give every parameter that nothing holds frozen without some deltas its flag back."""
+    for delta in gone:
+        for hold in delta._holds:
+            undo.callback(hold.add, delta)
+            hold.discard(delta)
     for module, path in walk.owners.items():
         holds: dict[str, Hold] = module.__dict__.get(FROZEN, {})
         if free := [name for name, hold in holds.items() if not hold]:
             keep_entries(undo, (module.__dict__, [FROZEN]))
             del module.__dict__[FROZEN]
-            if held := {name: holds[name] for name in holds if name not in free}:
+            if held := {name: hold for name, hold in holds.items() if hold}:
                 module.__dict__[FROZEN] = held
             originals = [Weight(path, module, name).original for name in free]
             set_flags(undo, [tensor for tensor in originals if tensor is not None], True)
@@ -116,12 +113,10 @@ def assert_frozen(model: nn.Module, fingerprint: Mapping[str, str]) -> None:
         lora_param.errors.FrozenError: 1 of 2 originals changed: bias
     """
     if not isinstance(fingerprint, Mapping) or not fingerprint:
-        rule = "assert_frozen takes what fingerprint(model) returned"
-        raise LoRAError(f"{rule}, got nothing to compare")
+        raise LoRAError("assert_frozen takes what fingerprint(model) returned, got nothing of that")
     now = {weight.name: each for weight, each in walk(model, "assert_frozen").tensors}
     gone = [name for name in fingerprint if name not in now]
-    there = [name for name in fingerprint if name in now]
-    changed = [name for name in there if digest_of(name, now[name]) != fingerprint[name]]
+    changed = [n for n, own in fingerprint.items() if n in now and digest_of(n, now[n]) != own]
     complaints = [
         f"{len(names)} of {len(fingerprint)} originals {what}: {', '.join(names)}"
         for what, names in (("changed", changed), ("are gone", gone))

@@ -11,7 +11,7 @@ import copyreg
 import functools
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -234,7 +234,7 @@ def _loading(base: Any) -> Method:
         # Where a checkpoint is older than a buffer, a batch norm puts in what it reads itself.
         moving = [name for name in layer_of(base).moving if name in chains_of(self)]
         absent = [name for name in moving if f"{prefix}{name}" not in state_dict]
-        accept = functools.partial(_accept_base_keys, absent)
+        accept = functools.partial(_accept, absent)
         # As the last of the hooks, because others may give keys their names.
         handle = self.register_load_state_dict_pre_hook(accept)
         try:
@@ -246,21 +246,11 @@ def _loading(base: Any) -> Method:
     return _load_from_state_dict
 
 
-def _accept_base_keys(
-    absent: list[str],
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: Any,
-    *_: object,
-) -> None:
-    """Translate a base's keys to the adapted model's; its deltas then keep their state.
-
-    What was `absent` has been put in since, of the adapted module, and isn't the base's. A delta on
-    the meta device has no state to keep: it is drawn where the base leaves that, or is missing.
-    """
+def _accept(absent: Any, module: Any, state_dict: Any, prefix: str, metadata: Any, *_: Any) -> None:
+    """Translate a base's keys to the adapted model's; its deltas then keep their state."""
     for name, chain in chains_of(module).items():
         stem = f"{prefix}parametrizations.{name}."
+        # What was absent has been put in since, of the adapted module, and isn't the base's.
         if name in absent and f"{prefix}{name}" in state_dict:
             state_dict[f"{prefix}{name}"] = chain.original
             if f"{stem}original" in state_dict:
@@ -291,17 +281,13 @@ def _accept_base_keys(
                 inside = key.removeprefix(f"{stem}{plain}.")
                 state_dict[f"{stem}{index}.{inside}"] = state_dict.pop(key)
         for key, value in states.items():
-            if not value.is_meta:
+            if not value.is_meta:  # else it has no state to keep, and is drawn, or is missing
                 state_dict.setdefault(key, value)
 
 
-def _take_in(
-    state_dict: dict[str, Any], plain: str, key: str, chain: Any, states: Mapping[str, Any]
-) -> None:
-    """Lay out a sharded weight's base, which the first rank alone may have, under its plain key.
-
-    torch.distributed.checkpoint fills in what is there already, and marks for extra states.
-    """
+def _take_in(state_dict: Any, plain: str, key: str, chain: Any, states: dict[str, Any]) -> None:
+    """Lay out a sharded weight's base, which the first rank alone may have, under its plain key."""
+    # torch.distributed.checkpoint fills in what is there already, and marks for extra states.
     for each in states.keys() & state_dict:
         if type(state_dict[each]).__name__ == "_EXTRA_STATE":
             del state_dict[each]
@@ -319,9 +305,7 @@ def _reduction(base: Any) -> Method:
         with torch.no_grad():
             reduced = base.__reduce_ex__(self, max(protocol, 2))
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            reason = (
-                "pickles itself in a way of its own, which can't be followed while it is adapted"
-            )
+            reason = "pickles itself in a way of its own, which can't be followed while adapted"
             fix = "save its state dict, or call remove_lora first"
             raise pickle.PicklingError(f"{base.__name__} {reason}; {fix}")
         return _rebuild, (base, tuple(chains_of(self)), reduced[1][1:]), *reduced[2:]

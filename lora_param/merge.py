@@ -1,6 +1,6 @@
 """Merging: fold adapters into the weights for good."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -48,9 +48,8 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
         if not delta.enabled:
             reason = f"adapter {delta.adapter!r} is disabled, so merging would change the output"
             raise AdapterError(f"{weight.name}: {reason}; enable it, or remove it")
-    weights = {weight.whole.name: weight.whole for weight, _ in pairs}.values()
-    check_unshared(found, list(weights), "merging would change it there too")
-    _check_dense(weights, dequantize)
+    weights = _whole_and_dense(pairs, dequantize)
+    check_unshared(found, weights, "merging would change it there too")
     merging = {delta for _, delta in pairs}
     merged = [values for weight in weights for values in _merged(weight, merging)]
     with all_or_nothing() as undo:
@@ -79,8 +78,7 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
         (<class 'torch.nn.modules.linear.Linear'>, torch.Size([1, 2]))
     """
     found = walk(model, "lora_merged", Need.STRUCTURE)
-    weights = {weight.whole.name: weight.whole for weight, _ in deltas_called(found, None)}.values()
-    _check_dense(weights, dequantize)
+    weights = _whole_and_dense(deltas_called(found, None), dequantize)
     values = [_as_others(weight.value, weight.originals[0], found) for weight in weights]
     with ExitStack() as undo:
         for weight, value in zip(weights, values, strict=True):
@@ -89,23 +87,22 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
             undo.callback(merged_for_now.discard, module)
             merged_for_now.add(module)
             chain = chains_of(module)[weight.tensor]
-            held = {_memory_of(each) for each in (*chain.parameters(), *chain.buffers())}
-            own = value.clone() if _memory_of(value) in held else value
+            tensors = [own_piece(each) for each in (value, *chain.parameters(), *chain.buffers())]
+            memory, *held = [parts_of(each)[0].untyped_storage().data_ptr() for each in tensors]
+            own = value.clone() if memory in held else value
             plain = own if weight.is_buffer else nn.Parameter(own, requires_grad=False)
             weight.make_plain(plain, undo)
         yield
 
 
-def _memory_of(tensor: Tensor) -> int:
-    return parts_of(own_piece(tensor))[0].untyped_storage().data_ptr()
-
-
-def _check_dense(weights: Iterable[Weight], dequantize: bool) -> None:
-    for weight in weights:
-        if not dequantize and any(is_quantised(each) for each in weight.originals):
+def _whole_and_dense(pairs: Sequence[tuple[Weight, Delta]], dequantize: bool) -> list[Weight]:
+    weights = {weight.whole.name: weight.whole for weight, _ in pairs}
+    for weight in () if dequantize else weights.values():
+        if any(is_quantised(each) for each in weight.originals):
             reason = "it is quantised, and quantising the merged weight anew would change it"
             fix = "pass dequantize=True for a dense one, or keep the adapter"
             raise LoRAError(f"{weight.name}: {reason}; {fix}")
+    return [*weights.values()]
 
 
 def _as_others(value: Tensor, original: Tensor, walk: Walk) -> Tensor:
@@ -173,11 +170,9 @@ def _turns(front: Delta, later: Any) -> bool:
 
 def _inverted(weight: Weight, others: list[nn.Module], value: Tensor) -> list[Tensor]:
     """Find the originals that others' parametrizations turn into `value`."""
-    refusal = (
-        f"{weight.name}: {', '.join(type(entry).__name__ for entry in others)}, in front of the "
-        "adapter, can't take the merged weight as its value; remove that parametrization first, or "
-        "keep the adapter"
-    )
+    names = ", ".join(type(entry).__name__ for entry in others)
+    reason = f"{names}, in front of the adapter, can't take the merged weight as its value"
+    refusal = f"{weight.name}: {reason}; remove that parametrization first, or keep the adapter"
     try:
         new: Any = value
         for entry in reversed(others):

@@ -92,9 +92,7 @@ def is_traced() -> bool:
 
 def is_captured(tensor: Tensor) -> bool:
     """Say whether a CUDA graph is being captured, which nothing may ask for values."""
-    if not tensor.is_cuda or torch.compiler.is_compiling():
-        return False
-    return torch.cuda.is_current_stream_capturing()
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_mapped(x: Tensor) -> bool:

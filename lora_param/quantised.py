@@ -26,22 +26,17 @@ def is_quantised(tensor: Tensor) -> bool:
 
 
 def is_packed(tensor: object) -> bool:
-    """Say whether a tensor is bitsandbytes', quantised or going to be.
-
-    By what it carries, because a pickled one comes back without its class.
-    """
+    """Say whether a tensor is bitsandbytes', quantised or to be, also a pickled one."""
     return hasattr(tensor, "quant_state") or hasattr(tensor, "SCB")
 
 
 def is_unfit(tensor: Any) -> bool:
-    """Say whether a tensor's layer hasn't quantised it yet, or computes nothing to train through.
-
-    On some CPUs `Linear4bit` packs anew at inference, by a kernel that has no gradient.
-    """
+    """Say whether a tensor's layer hasn't quantised it, or computes nothing to train through."""
     if type(tensor) is nn.Parameter and tensor.is_floating_point():
         return False
     state = getattr(tensor, "quant_state", None)
     ready = state is not None or tensor.dtype is torch.int8
+    # On some CPUs `Linear4bit` packs anew at inference, by a kernel that has no gradient.
     return is_packed(tensor) and (not ready or getattr(state, "packing_format_for_cpu", False))
 
 
@@ -66,15 +61,12 @@ def dense(tensor: Any) -> Tensor:
     """Return what a tensor stands for."""
     if not is_quantised(tensor):
         return cast("Tensor", tensor)
-    dequantize: Callable[..., Tensor]
-    if not is_packed(tensor):
-        dequantize = getattr(tensor, "get_original_weight", tensor.dequantize)  # an NF4 tensor's
-        return dequantize()
+    if not is_packed(tensor):  # an NF4 tensor has a way of its own
+        return cast("Tensor", getattr(tensor, "get_original_weight", tensor.dequantize)())
     data = tensor.detach().as_subclass(Tensor)
-    if state := getattr(tensor, "quant_state", None):
-        dequantize = sys.modules["bitsandbytes"].functional.dequantize_4bit
-        return dequantize(data, state)
-    return cast("Tensor", data * (tensor.SCB[:, None] * (1 / 127)))
+    if (state := getattr(tensor, "quant_state", None)) is None:
+        return cast("Tensor", data * (tensor.SCB[:, None] * (1 / 127)))
+    return cast("Tensor", sys.modules["bitsandbytes"].functional.dequantize_4bit(data, state))
 
 
 def parts_of(tensor: Any) -> list[Tensor]:
@@ -100,15 +92,12 @@ def keeps_gradients(tensor: Tensor) -> bool:
 
 @contextmanager
 def as_beneath(module: Any, x: Tensor | None = None) -> Iterator[None]:
-    """Let a layer's methods read its packed weight, beneath any delta, in a block.
-
-    Its forward, called on `x`, would make the bias of a dtype that suits, and so lose its graph.
-    """
+    """Let a layer's methods read its packed weight, beneath any delta, in a block."""
     packed, given = {}, {}
     for name, chain in chains_of(module).items():
         if is_packed(original := chain._parameters.get("original")):
             packed[chain] = original
-        elif x is not None:
+        elif x is not None:  # its forward would make the bias of this dtype, and lose its graph
             given[chain] = getattr(module, name).to(getattr(module, "compute_dtype", 0) or x.dtype)
     outer, reading.beneath = reading.beneath, packed | given
     try:

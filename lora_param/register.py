@@ -17,7 +17,7 @@ from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check
 from .deltas.protocol import check_adapter
 from .errors import LoRAError, in_our_words
 from .frozen import freeze as freeze_base
-from .frozen import hold_frozen, is_over, let_go, thaw
+from .frozen import hold_frozen, is_over, thaw
 from .optim import watch
 from .quantised import dense, is_packed
 from .targets import Target, number_for_each, resolve
@@ -222,6 +222,4 @@ def take_off(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], undo: ExitStack)
     deltas = dict.fromkeys(delta for _, delta in pairs)
     for weight in dict.fromkeys(weight.whole for weight, _ in pairs):
         weight.detach(deltas, undo)
-    for delta in deltas:
-        let_go(delta, undo)
-    thaw(walk, undo)
+    thaw(walk, deltas, undo)

@@ -74,7 +74,7 @@ class Routing:
 
     def check_fixed(self) -> None:
         """Raise where a CUDA graph would not see what is written into its tensor of strengths."""
-        if is_captured(self.weights):
+        if self.is_input and not is_traced():
             reason = "a CUDA graph sees new strengths of what adds alone, in activation space alone"
             raise LoRAError(f"{reason}; name each row's adapters instead of giving a tensor")
 

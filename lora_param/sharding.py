@@ -1,7 +1,6 @@
 """Tensors that several processes hold in pieces: torch's `DTensor`, which stands for the whole.
 
-What is computed with these means the same as on one process. Here is what crosses over between
-them and plain tensors. All ranks of a mesh have to call it, or some would wait for the others.
+Here is what crosses over between these and plain tensors, for which all ranks of a mesh call it.
 """
 
 from __future__ import annotations
@@ -81,10 +80,7 @@ def spread(value: Any, like: Any, placements: Any = None) -> Tensor:
 
 
 def lay_out(module: nn.Module, weight: Any, along: Callable[[str, int], int | None]) -> None:
-    """Shard a module's tensors as a weight is, each rank with the first one's values.
-
-    `along(name, dim)` is which dimension of a tensor lies along one of the weight's.
-    """
+    """Shard a module's tensors as a weight is; `along` says which dimension is along one of it."""
     from torch.distributed.tensor import Replicate, Shard
 
     tables: Any = module._parameters, module._buffers
