@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unfl
 
 from .chains import chains_of, type_before
 from .layers import MASKS, layer_of
+from .ops import PLAIN
 from .places import Places
 from .routing import Routing, routed_here, routing_of
 
@@ -175,7 +176,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def weight_by_row(routing: Routing, module: nn.Module, name: str, like: Tensor) -> Tensor:
     """Return what reading a weight gives while rows differ."""
     routing.places.check_not_inside(module, chains_of(module)[name])
-    weight = like.detach().as_subclass(ByRow)
+    values = like.detach()
+    if type(like) in PLAIN:  # scripted code asks no class, and computes with these
+        values = like.new_full((), torch.nan).expand(like.shape)
+    weight = values.as_subclass(ByRow)
     weight.reader = routing, module, name
     return weight
 

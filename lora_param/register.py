@@ -115,6 +115,8 @@ def register_lora(
     found = walk(model, "register_lora", Need.CHANGE)
     checks.check_ready(found)
     check_adapter(adapter)
+    if type(freeze) is not bool or type(statistics) is not bool:
+        raise LoRAError(f"freeze and statistics must be bools, got {freeze!r} and {statistics!r}")
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)

@@ -301,6 +301,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"adapter": ""}, "name must be a non-empty string without dots, got ''"),
     ({"adapter": "a.b"}, "got 'a.b'"),
     ({"adapter": None}, "got None"),
+    ({"freeze": "no"}, "freeze and statistics must be bools, got 'no' and True"),
+    ({"statistics": None}, "freeze and statistics must be bools, got True and None"),
     ({"dtype": torch.int8}, "adapter's dtype must be one of .* got torch.int8"),
     ({"init": "ones"}, r"init must be one of \['kaiming', 'gaussian', 'orthogonal'\]"),
     ({"adapter": "taken"}, '0.weight: there is an adapter "taken" on this weight already'),

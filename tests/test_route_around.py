@@ -35,6 +35,10 @@ newer = pytest.mark.skipif(
 )
 
 
+def projected(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight.t()
+
+
 def test_blocks_nest_and_models_are_routed_apart() -> None:
     first, second, x = linear(), linear(), torch.randn(2, 6).double()
     plain = first(x)
@@ -200,6 +204,16 @@ def test_a_block_can_be_traced() -> None:
     with lora_routed(layer, ["a", "b"]):
         traced = torch.jit.trace(layer, x)
         close(traced(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates scripting
+def test_scripted_code_gets_no_weight_that_no_row_has() -> None:
+    product = torch.jit.script(projected)
+    layer, x = linear(), torch.randn(2, 6).double()
+    with lora_routed(layer, ["a", "b"]):
+        assert product(x, layer.weight).isnan().all()
+    with lora_routed(layer, ["a", "a"]), pytest.raises(LoRAError, match="outside of its layer"):
+        x @ layer.weight.t()
 
 
 def test_merging_in_a_block_is_refused() -> None:

@@ -146,15 +146,26 @@ def test_flags_come_back_as_they_were() -> None:
         assert [p.requires_grad for p in lora_parameters(each)] == before
 
 
-def test_an_adapter_loaded_to_be_frozen_stays_so(path: Path) -> None:
-    model = net(names=("a",))
-    save_lora(model, path)
-    load_lora(model, path, "b", trainable=False)
+@pytest.mark.parametrize("there", [(), ("b",)])
+def test_an_adapter_loaded_to_be_frozen_stays_so(there: tuple[str, ...], path: Path) -> None:
+    model = net(names=("a", *there))
+    save_lora(model, path, "a")
     select_lora(model, "a")
+    load_lora(model, path, "b", trainable=False)
     select_lora(model, ["a", "b"])
     assert trained(model) == {"a"}
     with pytest.raises(AdapterError, match="'b' can't be trained: all of it was frozen"):
         select_lora(model, "b", trainable="b")
+
+
+def test_loading_trains_nothing_that_a_selection_lets_rest(path: Path) -> None:
+    model = net(names=("a", "b"))
+    save_lora(model, path, "b")
+    select_lora(model, ["a", "b"], trainable="a")
+    load_lora(model, path, "b")
+    assert trained(model) == {"a"}
+    select_lora(model, "b")
+    assert trained(model) == {"b"}
 
 
 def test_what_is_not_selected_stays_to_the_bit_also_under_momentum_and_decay() -> None:

@@ -19,7 +19,7 @@ from ..progress import progress
 from ..register import install
 from ..sharding import alike, mesh_of
 from ..state import load_deltas
-from ..undo import all_or_nothing, set_flags
+from ..undo import all_or_nothing, keep_entries, set_flags
 from ..walk import Walk
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
@@ -131,7 +131,7 @@ def load_lora(
             doesn't look, which saves reading every parameter.
         freeze: Freeze the base when the adapter is registered, as `register_lora` does, and give
             the adapter copies of the statistics that its format has no place for.
-        trainable: Whether the factors require gradients.
+        trainable: Whether the factors require gradients, at once or when a selection trains them.
         **options: What the format takes besides: `alpha` and `enable_lora` for loralib,
             `mha_out_proj` for PEFT, `prefix` for Kohya and diffusers; see `lora_param.io.formats`.
 
@@ -211,8 +211,11 @@ def _load(file: AdapterFile, own: Deltas, deltas: Deltas, trainable: bool) -> No
     try:
         with all_or_nothing() as undo:
             load_deltas({f"{w.name}.{adapter}.": each for w, each in own.items()}, state, undo)
-            parameters = [each for delta in own.values() for each in delta.parameters()]
-            set_flags(undo, parameters, trainable)
+            for delta in own.values():  # one that a selection doesn't train waits for another
+                keep_entries(undo, (delta.__dict__, ["_resting"]))
+                rests, parameters = not delta.switch.trained, dict(delta.named_parameters())
+                delta.__dict__["_resting"] = tuple(parameters) if rests and trainable else ()
+                set_flags(undo, [*parameters.values()], trainable and not rests)
     except LoRAError as error:
         raise FileError(f'{file.path}: can\'t go into the adapter "{adapter}": {error}') from None
 
