@@ -83,10 +83,12 @@ def combine_lora(
         LoRAError: An option is out of range.
 
     Example:
-        >>> _ = register_lora(model, rank=1, adapter="b")
-        >>> combine_lora(model, {"default": 0.7, "b": -0.3}, adapter="both")
-        [Fit(weight='weight', rank=2, error=0.0)]
-        >>> select_lora(model, "both")
+        >>> model = torch.nn.Linear(8, 8)
+        >>> for name in ("a", "b"):
+        ...     _ = register_lora(model, rank=2, adapter=name)
+        >>> combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
+        [Fit(weight='weight', rank=4, error=0.0)]
+        >>> select_lora(model, "ab")
 
     Source:
         arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
@@ -233,8 +235,10 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> resize_lora(model, 2)
-        [Fit(weight='weight', rank=2, error=0.0)]
+        >>> model = torch.nn.Linear(8, 8)
+        >>> _ = register_lora(model, rank=2)
+        >>> resize_lora(model, 4)
+        [Fit(weight='weight', rank=4, error=0.0)]
     """
     found = walk(model, "resize_lora", Need.CHANGE)
     rank = check_rank_or_share(rank)

@@ -143,6 +143,8 @@ def base_frozen(
         FrozenError: Names every original that changed.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
         >>> with base_frozen(model):
         ...     model(torch.ones(1, 3)).sum().backward()

@@ -208,6 +208,8 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         LoRAError: The model is wrapped or sharded, or the call is made in `torch.inference_mode`.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> remove_lora(model)
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])

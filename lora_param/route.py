@@ -58,10 +58,12 @@ def lora_routed(
             layer's input has the rows would be a guess.
 
     Example:
-        >>> _ = register_lora(model, rank=1, adapter="b")
-        >>> with lora_routed(model, ["default", "b", None, {"default": 0.7, "b": 0.3}]):
-        ...     model(torch.ones(4, 3)).shape
-        torch.Size([4, 2])
+        >>> model = torch.nn.Linear(3, 2)
+        >>> for name in ("a", "b"):
+        ...     _ = register_lora(model, rank=1, adapter=name)
+        >>> with lora_routed(model, ["a", None, {"a": 0.7, "b": 0.3}]):
+        ...     model(torch.ones(3, 3)).shape
+        torch.Size([3, 2])
     """
     found = walk(model, "lora_routed", Need.STRUCTURE)
     weights, chosen = _weights(adapters, names)

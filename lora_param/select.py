@@ -42,9 +42,11 @@ def select_lora(
         LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
 
     Example:
-        >>> _ = register_lora(model, rank=1, adapter="task")
-        >>> select_lora(model, {"default": 0.7, "task": -0.3})
-        >>> select_lora(model, ["default", "task"], trainable="task")
+        >>> model = torch.nn.Linear(3, 2)
+        >>> for name in ("language", "task"):
+        ...     _ = register_lora(model, rank=1, adapter=name)
+        >>> select_lora(model, {"language": 0.7, "task": -0.3})
+        >>> select_lora(model, ["language", "task"], trainable="task")
         >>> [name for name, factor in model.named_parameters() if factor.requires_grad]
         ['parametrizations.weight.1.lora_A', 'parametrizations.weight.1.lora_B']
     """
@@ -61,6 +63,8 @@ def lora_selected(
     Flags come back with the block's end, and gradients of what wasn't trained in it.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> with lora_selected(model, {"default": 0.5}):
         ...     output = model(torch.ones(1, 3))
     """
@@ -75,6 +79,8 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> enable_lora(model)
     """
     _switch(_turned(model, "enable_lora", adapter, on=True))
@@ -87,6 +93,8 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> disable_lora(model, "default")
     """
     _switch(_turned(model, "disable_lora", adapter, on=False))
@@ -102,6 +110,8 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         AdapterError: There is no such adapter.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> with lora_disabled(model):
         ...     model.weight is model.parametrizations.weight.original
         True

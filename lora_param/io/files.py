@@ -62,6 +62,8 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> _ = register_lora(model, rank=1)
         >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})
         >>> load_lora(torch.nn.Linear(3, 2), "adapter.safetensors", base="ignore")
         ['weight']
