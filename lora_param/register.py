@@ -116,7 +116,8 @@ def register_lora(
     checks.check_ready(found)
     check_adapter(adapter)
     if type(freeze) is not bool or type(statistics) is not bool:
-        raise LoRAError(f"freeze and statistics must be bools, got {freeze!r} and {statistics!r}")
+        got = f"{freeze!r:.40} and {statistics!r:.40}"
+        raise LoRAError(f"freeze and statistics must be bools, got {got}")
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checks import deltas_called, walk
 from .deltas import Delta
@@ -122,10 +122,8 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
 
 def strengths_of(adapters: Selection) -> dict[str, float]:
     """Return what a selection says, by adapter; what it names has to be there."""
-    if isinstance(adapters, str):
-        adapters = [adapters]
-    known = isinstance(adapters, (Iterable, type(None)))
-    names: list[Any] = [*(adapters or ())] if known else [adapters]
+    several = isinstance(adapters, Iterable) and not isinstance(adapters, (str, Tensor))
+    names: Any = [] if adapters is None else [*adapters] if several else [adapters]
     if not all(isinstance(name, str) for name in names):
         rule = "adapters must be a name, names, a mapping from name to strength, or None"
         raise AdapterError(f"{rule}, got {adapters!r:.60}")
@@ -141,7 +139,9 @@ def check_together(walk: Walk, strengths: Mapping[str, float]) -> None:
     for weight, delta in (pair for name in strengths for pair in walk.adapters[name]):
         name = delta.adapter
         if delta.of_buffers and (other := movers.setdefault(weight.name, name)) != name:
-            reason = "have statistics of their own here, of which one's alone can be moved"
+            reason = (
+                "have statistics of their own here, of which one's alone can be moved; take one"
+            )
             raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
         try:
             delta.check_strength(1 if delta.of_buffers else strengths[name])

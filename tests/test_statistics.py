@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from lora_param import (
+    AdapterError,
     FrozenError,
     LoRAError,
     TargetError,
@@ -27,6 +29,8 @@ from lora_param import (
     lora_disabled,
     lora_merged,
     lora_parameters,
+    lora_routed,
+    lora_selected,
     lora_state_dict,
     lora_summary,
     merge_lora,
@@ -270,6 +274,16 @@ def test_what_they_cannot_be_made_of_is_refused(options: dict[str, str], message
     model = nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(4, 2))
     with pytest.raises(LoRAError, match=message):
         register_lora(model, rank=1, target="1", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("act", [lora_selected, lambda m, names: lora_routed(m, [names, None])])
+def test_of_two_adapters_statistics_one_can_be_moved(act: Any) -> None:
+    model = net().eval()
+    for name in "ab":
+        register_lora(model, rank=1, adapter=name)
+    rule = r"^0\.\w+: adapters 'a' and 'b' have statistics of their own here, .*; take one"
+    with pytest.raises(AdapterError, match=rule), act(model, ["a", "b"]):
+        pass
 
 
 @pytest.mark.usefixtures("process_group")
