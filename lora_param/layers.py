@@ -82,6 +82,16 @@ def _without(base: Any) -> property:
     return property(lambda self: False)
 
 
+class _OwnWeights:
+    """A recurrent layer's list of its weights: what this thread reads, and no other has written."""
+
+    def __get__(self, module: Any, owner: object) -> list[Any]:
+        return [getattr(module, name, None) for name in module._flat_weights_names]
+
+    def __set__(self, module: nn.Module, weights: list[Any]) -> None:
+        module.__dict__["_flat_weights"] = weights  # for when the layer is adapted no more
+
+
 @dataclass(frozen=True)
 class Layer:
     """One row of the table."""
@@ -121,6 +131,7 @@ TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTransp
 QKV = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 ATTENTION = ("in_proj_weight", *QKV, "out_proj.weight")
 MASKS = {"key_padding_mask": -2, "attn_mask": -3, 1: 0}
+HIDDEN, LISTED = {"hx": -2, 1: -2}, {"_flat_weights": lambda base: _OwnWeights()}
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 KEPT = {"support_avx512bf16_for_cpu": _without}  # by which a forward would round its weight anew
 LOOKUP = Layer(nn.EmbeddingBag, transposed=True, default=False, refusal=_embedding_rule)
@@ -133,7 +144,7 @@ TABLE: tuple[Layer, ...] = (
     *(Layer(kind, features=1) for kind in TRANSPOSED_CONVOLUTIONS),
     Layer(nn.Bilinear),
     Layer(nn.MultiheadAttention, ATTENTION, run=LinearRun, rereads=True, rows_of=MASKS),
-    Layer(nn.RNNBase, ("weight_*",), rereads=True, rows_of={"hx": -2, 1: -2}),
+    Layer(nn.RNNBase, ("weight_*",), rereads=True, rows_of=HIDDEN, overrides=LISTED),
     Layer(nn.RNNCellBase, ("weight_ih", "weight_hh")),
     Layer(CONV1D, transposed=True, features=1, run=LinearRun),
     *(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -128,6 +129,28 @@ def test_a_block_is_of_one_task() -> None:
         return output
 
     assert torch.equal(asyncio.run(both()), plain)
+
+
+def test_a_recurrent_layer_computes_with_its_own_threads_weights() -> None:
+    layer, x = nn.GRU(4, 3), torch.randn(2, 5, 4)
+    for name in "ab":
+        register_lora(layer, rank=1, adapter=name)
+    shake(layer)
+
+    def compute(name: str) -> torch.Tensor:
+        with torch.no_grad(), lora_routed(layer, [name] * 5):
+            output: torch.Tensor = layer(x)[0]
+        return output
+
+    def meanwhile(*args: Any) -> None:
+        del layer.check_forward_args
+        other = threading.Thread(target=compute, args="b")
+        other.start()
+        other.join()
+
+    want = compute("a")
+    layer.check_forward_args = meanwhile  # type: ignore[method-assign]
+    assert torch.equal(compute("a"), want)
 
 
 def test_gathered_factors_keep_the_digits_of_a_strength() -> None:
