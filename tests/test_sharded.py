@@ -25,6 +25,7 @@ from lora_param import (
     lora_disabled,
     lora_merged,
     lora_parameters,
+    lora_routed,
     lora_state_dict,
     lora_summary,
     merge_lora,
@@ -255,6 +256,7 @@ def changes_no_structure() -> None:
     model = sharded(adapted())
     verbs: list[Any] = [merge_lora, remove_lora, lambda m: register_lora(m, adapter="b")]
     verbs += [lambda m: lora_merged(m).__enter__()]
+    verbs += [lambda m: lora_routed(m, ["default", None]).__enter__()]
     for verb in verbs:
         with pytest.raises(LoRAError, match=r"shards: .*; call this before sharding, or on an uns"):
             verb(model)
