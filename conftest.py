@@ -16,12 +16,14 @@ def folder_of_example(
 ) -> None:
     """Run a docstring's example where `adapter.safetensors` was trained on `base.pt`.
 
-    It knows `torch` and all of `lora_param` and `lora_param.io`.
+    It knows `torch`, all of `lora_param` and `lora_param.io`, and an adapted `model`.
     """
     if isinstance(request.node, pytest.DoctestItem):
         for package in (lora_param, lora_param.io):
             doctest_namespace |= {name: getattr(package, name) for name in package.__all__}
-        doctest_namespace["torch"] = torch
+        layer = torch.nn.Linear(3, 2)
+        register_lora(layer, rank=1)
+        doctest_namespace |= {"torch": torch, "model": layer}
         monkeypatch.chdir(tmp_path_factory.mktemp("example"))
         model = torch.nn.Sequential(torch.nn.Linear(3, 2))
         register_lora(model, rank=1)

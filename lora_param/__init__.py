@@ -8,7 +8,8 @@
 >>> optimizer = torch.optim.AdamW(lora_parameters(model))
 >>> remove_lora(model)
 
-Other docstrings' examples take `import torch` and `from lora_param import *` for granted.
+Other docstrings' examples take for granted `import torch`, `from lora_param import *`, and that
+`model` is `torch.nn.Linear(3, 2)` after `register_lora(model, rank=1)`.
 """
 
 from .combine import Fit, combine_lora, resize_lora

@@ -90,15 +90,20 @@ def computed(run: Any, weight: Tensor, plan: Plan) -> Any:
     """Return the output of a layer at work with its deltas; `None` for one in weight space."""
     run.weight, run.acting = weight, plan.acting
     if run.in_place and plan.rank and run.routing is None and _is_summed(plan, weight, run):
-        for delta in itertools.chain(*plan.acting):
-            weight = delta.sum(weight)
-        return run.result(run.base(weight))
+        return run.result(run.base(summed(weight, plan)))
     if plan.space == "weight":
         return None
     y = run.base(weight)
     for first, *others in plan.acting:
         y = first.act(y, run.x, run, others)
     return run.result(y)
+
+
+def summed(weight: Tensor, plan: Plan) -> Tensor:
+    """Return a weight with its deltas, within rounding, where their rank is all that it costs."""
+    for delta in itertools.chain(*plan.acting):
+        weight = delta.sum(weight)
+    return weight
 
 
 def acts(module: nn.Module, name: str) -> bool:
@@ -175,7 +180,7 @@ def acting(
     # A trace depends on nothing that was found out before it, and leaves nothing behind.
     plan: Plan | None = None if traced or not record else record.plans.get(name)
     if routing is not None:
-        plan = None if traced else routing.plans.get(chain)
+        plan = None if routing.is_input else routing.plans.get(chain)
     entries = chain.__dict__.get("acting") if routing is None else None
     entries = tuple(chain._modules.values()) if entries is None else entries
     if not plan or plan.switched is not Switched.switched or plan.entries != entries:

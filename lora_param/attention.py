@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.utils._pytree import tree_map_only
 
-from .activation import Plan, acting, computed
+from .activation import Plan, acting, computed, summed
 from .chains import chains_of, type_before
 from .deltas.protocol import Delta
 from .groups import SHAPE
 from .layers import Layer, computes_as_its_row
 from .ops import LinearRun, is_exact, is_unseen
+from .places import is_captured
 from .routing import Routing
 
 READERS = {"torch.nn.modules.activation": "query", "torch.nn.modules.transformer": "src"}
 """The modules of torch's attention and encoder layer, and what these call their input."""
 
-KERNEL = 7_000_000
-"""Up to how many multiplications for a sum torch's kernels of several layers pay in inference."""
+KERNEL = 64
+"""How much wider than twice its tokens an input is for which torch's kernels pay in inference."""
 
 _learnt: WeakSet[Delta] = WeakSet()
 _formed: WeakKeyDictionary[nn.Module, ref[Tensor]] = WeakKeyDictionary()  # by chain
@@ -121,34 +122,42 @@ def attended(
     for each in seen.get("tensor_args", ()):  # of what it asks, before a kernel gets it
         if chain in _formed and each is _formed[chain]():
             return each
-    dense = isinstance(x, Tensor) and not x.is_nested
-    value = _read(module, name, layer, routing) if dense else None
-    if value is None:
-        _formed[chain] = ref(value := form(module, chain))
+    plain = isinstance(x, Tensor) and not x.is_nested
+    value = _read(module, name, layer, routing, x) if plain else None  # type: ignore[arg-type]
+    if type(value) is not Projection:
+        _formed[chain] = ref(value := form(module, chain) if value is None else value)
     return value
 
 
-def _read(module: nn.Module, name: str, layer: Layer, routing: Routing | None) -> Any:
+def _read(module: nn.Module, name: str, layer: Layer, routing: Routing | None, x: Tensor) -> Any:
     found = acting(module, name, layer, False, routing)
     if found is None or not (is_unseen(found[0]) and computes_as_its_row(type_before(module))):
         return None
     weight, plan = found
     if plan.in_front or not plan.acting or plan.space == "weight":
         return None
-    if not (torch.is_grad_enabled() or _leaves_kernels(plan, weight)):
-        return None
+    if not torch.is_grad_enabled():
+        if plan.rank and _pays_kernels(plan, weight, x):
+            return summed(weight, plan)
+        if not _has_learnt(plan, weight):
+            return None
     read = weight.detach().as_subclass(Projection)
     read.of = chains_of(module)[name], weight, plan, routing
     return read
 
 
-def _leaves_kernels(plan: Plan, weight: Tensor) -> bool:
-    """Say whether inference pays without torch's kernels, and the base's bits aren't expected."""
-    drops = any(delta.training for delta in plan.dropping)
-    few = plan.rank and (plan.rank + LinearRun.forming) * weight.numel() <= KERNEL
-    if weight.is_meta or (few and not drops and is_exact(weight, weight)):
+def _pays_kernels(plan: Plan, weight: Tensor, x: Tensor) -> bool:
+    """Say whether a sum pays in inference, which torch's kernels of several layers can take."""
+    if any(delta.training for delta in plan.dropping):
         return False
+    width = x.shape[-1]
+    return width <= KERNEL + 2 * (x.numel() // width) and is_exact(weight, weight)
+
+
+def _has_learnt(plan: Plan, weight: Tensor) -> bool:
+    """Say whether any delta has changed a weight, whose own bits are expected where none has."""
     deltas = [delta for run in plan.acting for delta in run]
-    fresh = [delta for delta in deltas if delta not in _learnt]
+    unasked = weight.is_meta or is_captured(weight)  # torch's kernels are right for any values
+    fresh = [delta for delta in deltas if not unasked and delta not in _learnt]
     _learnt.update(delta for delta in fresh if not torch.equal(delta(weight), weight))
     return any(delta in _learnt for delta in deltas)

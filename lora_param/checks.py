@@ -1,7 +1,5 @@
 """What can't be done, and why: each rule is a row."""
 
-from __future__ import annotations
-
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from .activation import acts
 from .chains import chains_of, type_before
 from .deltas.protocol import FLOATS, SPACES, Delta, show_dtypes
-from .errors import AdapterError, LoRAError, TargetError
+from .errors import AdapterError, LoRAError, TargetError, shortened
 from .quantised import is_packed, is_quantised, is_unfit, keeps_gradients, logical
 from .sharding import is_sharded
 from .walk import Walk
@@ -30,12 +28,14 @@ FIXED = {
 }
 """Torch's classes around or on a model after which no parameter can be added or taken away."""
 
+OPTIMIZER = "build the optimizer after register_lora, of lora_parameters(model)"
+
 
 class Need(IntEnum):
     """What a verb needs of a model, and all that is in front of it."""
 
     ANYTHING = 0
-    TENSORS = 1  # in the model, or never made
+    TENSORS = 1  # of its adapters, in the model or never made
     ADAPTERS = 2  # that can be seen as they are
     STRUCTURE = 3  # that can change: nobody keeps a list of its parameters
     CHANGE = 4  # for good, with gradients
@@ -60,9 +60,16 @@ def check_model(walk: Walk, call: str, need: Need) -> None:
 
 def _unmet(walk: Walk, need: Need) -> Iterator[tuple[str, str]]:
     merged = {*merged_for_now}
-    for module, path in walk.owners.items() if need else ():
+    deltas = {delta: w.name for w, delta in walk.deltas} if need == Need.TENSORS else {}
+    for module, path in (walk.owners | deltas).items() if need else ():
         where, marks = path or "model", module.__dict__
-        if "_hf_hook" in marks and any(each.is_meta for each in module.parameters(False)):
+        below = getattr(marks.get("_hf_hook"), "place_submodules", False)
+        needed = need > Need.TENSORS or below or module in deltas
+        if (
+            needed
+            and "_hf_hook" in marks
+            and any(each.is_meta for each in module.parameters(below))
+        ):
             fix = "first call accelerate.hooks.remove_hook_from_submodules(model), and dispatch it"
             yield where, f": its weights are away, where accelerate has put them; {fix} again after"
         if need >= Need.ADAPTERS and module in merged:
@@ -72,8 +79,9 @@ def _unmet(walk: Walk, need: Need) -> Iterator[tuple[str, str]]:
             if base.__name__ in FIXED and base.__module__.startswith("torch."):
                 yield where, f" on a {base.__name__}: {FIXED[base.__name__]}"
         if need >= Need.STRUCTURE and "_is_fsdp_managed_module" in marks:
-            reason = "it knows those parameters alone that it was given; call this before sharding"
-            yield where, f" on what FSDP shards: {reason}"
+            reason = "it knows those parameters alone that it was given"
+            fix = "call this before sharding, or on an unsharded model, by save_lora and load_lora"
+            yield where, f" on what FSDP shards: {reason}; {fix}"
     # Marks are there too while the parameters are whole for a moment.
     for weight, tensor in walk.parameters if need >= Need.STRUCTURE else ():
         if hasattr(tensor, "ds_id"):
@@ -130,39 +138,41 @@ def check_trainable(walk: Walk) -> None:
         raise LoRAError(f"{weight.name}: {reason}quantised as they come; {fix}")
 
 
-def check_droppable(weights: Sequence[Weight]) -> None:
-    """Raise for the first weight whose input a delta doesn't meet."""
-    for weight in weights:
-        if not (acts(weight.module, weight.tensor) and weight.layer.drops):
-            rule = "dropout needs a layer that computes in activation space, and an input to drop"
-            finding = f"from, which a {type_before(weight.module).__name__} has not; use dropout=0"
-            raise TargetError(f"{weight.name}: {rule} {finding}, or exclude this weight")
-
-
-def check_space(space: str, dropout: float, kind: type[Delta], weights: Sequence[Weight]) -> None:
-    """Raise unless all of these weights can be computed in a space."""
+def check_space(
+    weights: Sequence[Weight], dropout: float, space: str = "auto", kind: type[Delta] = Delta
+) -> None:
+    """Raise unless all of these weights can be computed in a space, and with a dropout."""
     if space not in SPACES:
         raise LoRAError(f"space must be one of {[*SPACES]}, got {space!r:.60}")
     if space == "weight" and dropout:
         raise LoRAError(f"dropout={dropout} needs activation space; drop space or the dropout")
-    for weight in weights if space == "activation" else ():
-        if not (kind.act and acts(weight.module, weight.tensor)):
-            place = f"{type_before(weight.module).__name__}'s {weight.tensor}"
-            rule = f"a {kind.kind} delta on a {place} here is computed in weight space"
+    for weight in weights if dropout or space == "activation" else ():
+        able, layer = acts(weight.module, weight.tensor), type_before(weight.module).__name__
+        if dropout and not (able and weight.layer.drops):
+            rule = "dropout needs a layer that computes in activation space, and an input to drop"
+            fix = f"from, which a {layer} has not; use dropout=0, or exclude this weight"
+            raise TargetError(f"{weight.name}: {rule} {fix}")
+        if space == "activation" and not (able and kind.act):
+            where = f"a {layer}'s {weight.tensor} here is computed in weight space"
             fix = 'drop space="activation", or exclude this weight'
-            raise TargetError(f"{weight.name}: {rule}; {fix}")
+            raise TargetError(f"{weight.name}: a {kind.kind} delta on {where}; {fix}")
 
 
-def check_dropping(pairs: Sequence[tuple[Weight, Delta]]) -> None:
-    """Raise for the first delta that would take another's dropout away, having no `act`."""
+def check_pairs(pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Raise for the first delta that would not be read, or would end another's dropout."""
     for weight, delta in pairs:
+        if delta.of_buffers and not weight.chain:
+            rule = _taken(weight, "_buffers")
+            if getattr(weight.module, weight.tensor) is not weight.original:
+                rule = "reading it gives something else than the buffer itself"
+            if rule:
+                raise TargetError(f"{weight.name}: {rule}, or register with statistics=False")
         for other in weight.whole.deltas if weight.chain and not delta.has_own("act") else ():
             if other.numbers.get("dropout"):
-                reason = (
-                    f"drops entries of the input, which a {delta.kind} delta beside it would end"
-                )
+                what = f"adapter {other.adapter!r} drops entries of the input"
+                reason = f"which a {delta.kind} delta beside it would end"
                 fix = "set its dropout to 0, or exclude this weight"
-                raise TargetError(f"{weight.name}: adapter {other.adapter!r} {reason}; {fix}")
+                raise TargetError(f"{weight.name}: {what}, {reason}; {fix}")
 
 
 def check_unshared(walk: Walk, weights: Sequence[Weight], consequence: str) -> None:
@@ -198,10 +208,10 @@ def warn_of_thawed(walk: Walk, trained: Collection[str]) -> None:
     able = [t for _, t in walk.parameters if type(t) is nn.Parameter or not is_quantised(t)]
     few = len(thawed) < len(able) / 2  # else they are as most models come
     if left := [weight.name for weight in thawed if weight.name not in trained] if few else []:
-        what = f"{', '.join(left[:5])}{' and others' if left[5:] else ''}"
         fix = "name them with train= to train them whole, or pass freeze=False"
         reason = "could be trained in a model that was frozen else, and no adapter trains them"
-        warnings.warn(f"freeze=True freezes {what}, which {reason}; {fix}", stacklevel=4)
+        what = f"freeze=True freezes {shortened(left, 5, ', ')}"
+        warnings.warn(f"{what}, which {reason}; {fix}", stacklevel=4)
 
 
 def moving_without(walk: Walk, adapter: str, copied: bool = True) -> list[Weight]:
@@ -214,24 +224,26 @@ def moving_without(walk: Walk, adapter: str, copied: bool = True) -> list[Weight
     return moving
 
 
-def check_copyable(pairs: Sequence[tuple[Weight, Delta]]) -> None:
-    """Raise for the first buffer in whose place a copy would not be read."""
-    for weight, delta in pairs:
-        if not delta.of_buffers or weight.chain:
-            continue
-        rule = _taken(weight, "_buffers")
-        if getattr(weight.module, weight.tensor) is not weight.original:
-            rule = "reading it gives something else than the buffer itself"
-        if rule:
-            raise TargetError(f"{weight.name}: {rule}, or register with statistics=False")
-
-
 def warn_of_moving(weights: Sequence[Weight]) -> None:
     """Warn of the base's buffers that training is going to move."""
     if weights:
-        what = f"{weights[0].name} and {len(weights) - 1} others: training moves these buffers"
+        what = "training moves these buffers of the base, which no adapter holds"
         fix = "keep such layers in eval mode, or drop statistics=False"
-        warnings.warn(f"{what} of the base, which no adapter holds; {fix}", stacklevel=4)
+        names = shortened([weight.name for weight in weights], 3, ", ")
+        warnings.warn(f"{names}: {what}; {fix}", stacklevel=4)
+
+
+def warn_of_saved(walk: Walk, pairs: Sequence[tuple[Weight, Delta]]) -> None:
+    """Warn of an adapter that changes nothing, and of training of the base, which isn't saved."""
+    trained = [list(delta.parameters()) for _, delta in pairs if not delta.of_buffers]
+    if all(any(not each.any() for each in parameters) for parameters in trained):
+        reason = f"adapter {pairs[0][1].adapter!r} was never trained: its update is zero everywhere"
+        warnings.warn(f"{reason}; if it should have been, {OPTIMIZER}", stacklevel=3)
+    if loose := [weight.name for weight, tensor in walk.parameters if tensor.requires_grad]:
+        what = f"{shortened(loose, 3, ', ')} can be trained"
+        fix = "freeze them, train them by train=, or keep base_state_dict(model) too"
+        reason = "a file of adapters doesn't hold what trained the base"
+        warnings.warn(f"{reason}, and {what}; {fix}", stacklevel=3)
 
 
 def _names(weights: Sequence[Weight]) -> str:

@@ -1,11 +1,8 @@
 """New adapters out of adapters: combinations of several, and one with another rank."""
 
-from __future__ import annotations
-
 import functools
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -30,9 +27,8 @@ from .lowrank import (
 )
 from .progress import progress
 from .register import install
-from .select import strengths_of
 from .undo import all_or_nothing, keep_entries
-from .weight import Weight
+from .weight import Weight, overlapping
 
 Method = Literal["sum", "ties", "dare"]
 Terms = Sequence[tuple[Delta, float]]
@@ -87,12 +83,10 @@ def combine_lora(
         LoRAError: An option is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> for name in ("a", "b"):
-        ...     _ = register_lora(model, rank=2, adapter=name)
-        >>> combine_lora(model, {"a": 0.7, "b": -0.3}, adapter="ab")
-        [Fit(weight='weight', rank=4, error=0.0)]
-        >>> select_lora(model, "ab")
+        >>> _ = register_lora(model, rank=1, adapter="b")
+        >>> combine_lora(model, {"default": 0.7, "b": -0.3}, adapter="both")
+        [Fit(weight='weight', rank=2, error=0.0)]
+        >>> select_lora(model, "both")
 
     Source:
         arXiv:2306.01708 for TIES, arXiv:2311.03099 for DARE.
@@ -101,7 +95,8 @@ def combine_lora(
     check_adapter(adapter)
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoRAError(f"adapters must be strengths by name, got {adapters!r:.60}")
-    strengths_of(found, adapters)  # raises for names that there aren't
+    for name in adapters:
+        deltas_called(found, name)
     pairs = [(weight, delta) for weight, delta in found.deltas if delta.adapter in adapters]
     check_weights([weight for weight, _ in pairs if not weight.is_buffer], adapter)
     terms = [(weight, delta, adapters[delta.adapter]) for weight, delta in pairs]
@@ -134,15 +129,6 @@ def combine(
         made[weight], fit = _combined(weight, deltas, method, rank, density or 1, generator)
         fits += [] if weight.is_buffer else [fit]
     return made, fits
-
-
-def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
-    """Yield pairs of blocks of one tensor that have rows in common."""
-    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
-    for weight in weights:
-        blocks[weight.whole].append(weight)
-    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
-    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
 def _check_options(method: object, density: float | None) -> None:
@@ -252,10 +238,8 @@ def resize_lora(model: nn.Module, rank: Rank, adapter: str | None = None) -> lis
         LoRAError: The rank is out of range.
 
     Example:
-        >>> model = torch.nn.Linear(8, 8)
-        >>> _ = register_lora(model, rank=2)
-        >>> resize_lora(model, 4)
-        [Fit(weight='weight', rank=4, error=0.0)]
+        >>> resize_lora(model, 2)
+        [Fit(weight='weight', rank=2, error=0.0)]
     """
     found = walk(model, "resize_lora", Need.CHANGE)
     rank = check_rank_or_share(rank)

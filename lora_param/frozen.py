@@ -16,7 +16,7 @@ from .checks import walk
 from .deltas.protocol import Delta
 from .errors import FrozenError, LoRAError, TargetError
 from .quantised import parts_of
-from .sharding import whole
+from .sharding import pieces_of
 from .targets import matches
 from .undo import keep_entries, set_flags
 from .walk import Walk
@@ -148,8 +148,6 @@ def base_frozen(
         FrozenError: Names every original that changed.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
         >>> with base_frozen(model):
         ...     model(torch.ones(1, 3)).sum().backward()
@@ -188,16 +186,16 @@ def bytes_of(name: str, tensor: Tensor) -> Any:
 
 def digest_of(name: str, tensor: Tensor) -> str:
     """Return the SHA-256 digest of a tensor, over its bytes, dtype and shape."""
-    tensor = whole(tensor)
     found = digest(tensor.dtype, tensor.shape)
-    if tensor.layout is torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]
-    elif tensor.layout is torch.sparse_csr:
-        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    else:
-        parts = parts_of(tensor)
-    for part in parts:
-        found.update(bytes_of(name, part))
+    for piece in pieces_of(tensor):
+        if piece.layout is torch.sparse_coo:
+            parts = [piece._indices(), piece._values()]
+        elif piece.layout is torch.sparse_csr:
+            parts = [piece.crow_indices(), piece.col_indices(), piece.values()]
+        else:
+            parts = parts_of(piece)
+        for part in parts:
+            found.update(bytes_of(name, part))
     return found.hexdigest()
 
 

@@ -1,7 +1,5 @@
 """Weight space for a routed batch: a module runs once for each group of rows that are alike."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +30,7 @@ SHAPE |= {"element_size", "get_device", "is_contiguous", "ndimension", "__len__"
 
 def run_by_groups(routing: Routing, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Call a module's forward once for each group of rows, and put their results in order."""
+    routing.check_fixed()
     places, layer, call = routing.places, layer_of(type_before(module)), type(module).forward
     if layer.moving and module.training:
         reason = f"a {type_before(module).__name__} in training mixes the rows of a batch"
@@ -75,7 +74,7 @@ def _in_groups(routing: Routing, module: nn.Module, call: Any, named: Any, dims:
             value: Tensor = getattr(*leaf.reader[1:])  # of the rows that are routed alike here
             return value
         if leaf is first or _has_rows(routing.places, module, name, leaf, dims, first):
-            return _picked(leaf, dims[name], rows, routing.rows)
+            return _picked(leaf, dims[name], rows, routing)
         return leaf
 
     results = []
@@ -117,11 +116,11 @@ def _has_rows(places: Places, module: Any, name: str, leaf: Any, dims: Dims, fir
     raise places.error(module, f"{name} is {shape}, {doubt}; {fix}")
 
 
-def _picked(whole: Tensor, dim: int, rows: Sequence[int], of: int) -> Tensor:
+def _picked(whole: Tensor, dim: int, rows: Sequence[int], routing: Routing) -> Tensor:
     """Return what some of the rows have of a tensor, each with all its neighbours."""
-    copies = torch.arange(whole.shape[dim] // of)
-    index = (torch.tensor(rows)[:, None] * len(copies) + copies).flatten()
-    return whole.index_select(dim, index.to(whole.device))
+    copies = torch.arange(whole.shape[dim] // routing.rows, device=whole.device)
+    index = routing.on(whole.device, rows)[:, None] * len(copies) + copies
+    return whole.index_select(dim, index.flatten())
 
 
 def _joined(routing: Routing, module: nn.Module, parts: Sequence[Any], dim: int) -> Any:
@@ -136,7 +135,7 @@ def _joined(routing: Routing, module: nn.Module, parts: Sequence[Any], dim: int)
         reason = f"gives {shapes[:3]} for {[len(rows) for rows in groups][:3]} rows, which can't be"
         raise routing.places.error(module, f"it {reason} told apart; take the adapters off it")
     order = torch.tensor([row for rows in groups for row in rows]).argsort().tolist()
-    return _picked(torch.cat(list(parts), dim), dim, order, routing.rows)
+    return _picked(torch.cat(list(parts), dim), dim, order, routing)
 
 
 class ByRow(Tensor):
@@ -192,7 +191,10 @@ def by_rows(base: Any, own: Callable[..., Any] | None = None) -> Callable[..., A
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         routing = routing_of(self) if Routing.used else None
         if routing is not None and routing.separates(self):
-            return routing.run(routing, self, args, kwargs)
+            run: Any = run_by_groups
+            if torch.compiler.is_compiling():
+                run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+            return run(routing, self, args, kwargs)
         return (own or base.forward)(self, *args, **kwargs)
 
     return forward

@@ -1,7 +1,5 @@
 """The arithmetic of updates: sums of products, products of less rank, and what they miss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from numbers import Integral
@@ -65,9 +63,9 @@ def factorised(matrix: Tensor, rank: Rank) -> Product:
         algorithms 4.4 and 5.1.
     """
     total, side = matrix.double().square().sum().item(), min(matrix.shape[-2:])
-    count = 2 * rank + 8 if isinstance(rank, int) else side // 32
+    count = rank + 8 if isinstance(rank, int) else side // 32
     while side >= LARGE and 4 * count <= side:
-        Q = range_of(matrix, count, 4, torch.Generator().manual_seed(0))
+        Q = _range_of(matrix, count)
         U, S, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
         held = S.double().square().sum().item()
         if isinstance(rank, int) or held >= rank * total:
@@ -77,12 +75,12 @@ def factorised(matrix: Tensor, rank: Rank) -> Product:
     return _truncated(U, S, Vh, 0.0, rank)
 
 
-def range_of(matrix: Tensor, count: int, rounds: int, generator: torch.Generator | None) -> Tensor:
+def _range_of(matrix: Tensor, count: int) -> Tensor:
     """Return an orthonormal basis of what a matrix's largest singular values reach."""
-    shape, device = (*matrix.shape[:-2], matrix.shape[-1], count), (generator or matrix).device
-    draws = torch.randn(shape, generator=generator, device=device, dtype=matrix.dtype)
+    shape, fixed = (*matrix.shape[:-2], matrix.shape[-1], count), torch.Generator().manual_seed(0)
+    draws = torch.randn(shape, generator=fixed, dtype=matrix.dtype)
     Q: Tensor = torch.linalg.qr(matrix @ draws.to(matrix.device))[0]
-    for _ in range(rounds):
+    for _ in range(4):
         Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q)[0])[0]
     return Q
 

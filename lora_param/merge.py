@@ -1,7 +1,5 @@
 """Merging: fold adapters into the weights for good."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,8 +35,6 @@ def merge_lora(model: nn.Module, adapter: str | None = None, *, dequantize: bool
         TargetError: A weight's Parameter has been tied to another module since.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> merge_lora(model)
         >>> type(model)
         <class 'torch.nn.modules.linear.Linear'>
@@ -78,8 +74,6 @@ def lora_merged(model: nn.Module, *, dequantize: bool = False) -> Iterator[None]
         LoRAError: The model is wrapped or sharded.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> with lora_merged(model):
         ...     type(model), model(torch.ones(1, 3)).shape
         (<class 'torch.nn.modules.linear.Linear'>, torch.Size([1, 2]))

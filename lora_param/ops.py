@@ -136,10 +136,10 @@ class LinearRun(_Run):
         place = {self.routing.columns[pair]: index for index, pair in enumerate(pairs)}
         if choices is None or len(place) < len(pairs):
             return None
-        own = torch.tensor([place.get(c, 0) for c, _ in choices], device=x.device)
+        own = self.routing.on(x.device, [place.get(c, 0) for c, _ in choices])
         numbers = [strength * (c in place) for c, strength in choices]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        strengths = torch.tensor(numbers, device=x.device, dtype=dtype)
+        strengths = self.routing.on(x.device, numbers, dtype)
         factors = zip(*map(self.factors, As, Bs), strict=True)
         inner, outer = (torch.stack(each).index_select(0, own).to(x.dtype) for each in factors)
         low = torch.bmm(x.view(len(own), -1, x.shape[1]), inner.mT)  # [rows, tokens, rank]

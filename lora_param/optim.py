@@ -1,17 +1,22 @@
-"""Groups of the adapters' parameters, for any of torch's optimizers."""
+"""What an optimizer is given, in groups, and a warning of one that was given no adapter."""
 
-from __future__ import annotations
-
+import functools
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .checks import deltas_called, walk
+from .checks import OPTIMIZER, deltas_called, walk
 from .deltas.numbers import real
 from .errors import LoRAError
 from .targets import matches, number_for_each
+from .walk import Walk
 
 
 def lora_parameter_groups(
@@ -80,3 +85,32 @@ def lora_parameter_groups(
             decays = parameter.ndim > 1 and name != "magnitude"
             groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
     return [{"params": each, "lr": r, "weight_decay": d} for (r, d), each in groups.items()]
+
+
+_watched: WeakSet[nn.Module] = WeakSet()  # frozen, and no optimizer of theirs has made a step since
+_strangers: WeakSet[Optimizer] = WeakSet()  # that have made one, on none of these models
+_hook_in = functools.cache(register_optimizer_step_post_hook)  # once; it stays
+
+
+def watch(walk: Walk) -> None:
+    """Warn if the first optimizer to make a step on a frozen model has none of its adapters."""
+    _watched.add(walk.places[0][1])
+    _strangers.clear()
+    _hook_in(_after_step)
+
+
+def _after_step(optimizer: Optimizer, *_: object) -> None:
+    if torch.compiler.is_compiling() or not _watched or optimizer in _strangers:
+        return
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for found in map(Walk, list(_watched)):
+        factors = [each for _, delta in found.deltas for each in delta.parameters()]
+        adapters = {id(each) for each in factors if each.requires_grad}
+        frozen = {id(tensor) for _, tensor in found.parameters if not tensor.requires_grad}
+        if held & (adapters | frozen) or not adapters:
+            _watched.discard(found.places[0][1])
+        if adapters and held & frozen and not held & adapters:
+            what = "this optimizer's step trained no adapter: it has parameters that are frozen"
+            reason = f"{what} since register_lora, and no adapter's"
+            warnings.warn(f"{reason}; {OPTIMIZER}", stacklevel=3)
+    _strangers.add(optimizer)

@@ -1,7 +1,5 @@
 """Where the rows of a routed batch are in a module's input: known beyond doubt, or refused."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +88,13 @@ class Places:
 def is_traced() -> bool:
     """Say whether what runs is being compiled or traced, which nothing must leave a mark in."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Say whether a CUDA graph is being captured, which nothing may ask for values."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _is_mapped(x: Tensor) -> bool:

@@ -1,7 +1,5 @@
 """Progress on long work, where tqdm is installed and someone is looking."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import TypeVar
 

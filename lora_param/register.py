@@ -1,7 +1,5 @@
 """The verbs that adapt a model and give it back. Each does all of its work or none."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,16 +15,15 @@ from .deltas import KINDS, Delta, DenseDelta, StatisticsDelta
 from .deltas.inits import DRAWS, Init
 from .deltas.numbers import SCALINGS, Scaling, check_alpha, check_dropout, check_scaling
 from .deltas.protocol import check_adapter
-from .errors import LoRAError
+from .errors import LoRAError, in_our_words
 from .frozen import freeze as freeze_base
 from .frozen import hold_frozen, is_over, let_go, thaw
+from .optim import watch
 from .quantised import dense, is_packed
-from .targets import Target, is_nothing, number_for_each, resolve, resolve_whole
+from .targets import Target, number_for_each, resolve
 from .undo import all_or_nothing
 from .walk import Walk
-from .watch import watch
 from .weight import Weight
-from .words import in_our_words
 
 
 @in_our_words
@@ -123,17 +120,13 @@ def register_lora(
     given: dict[str, Any] = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout}
     given |= {"init": init, "generator": generator, "dtype": dtype}
     cls = _kind(kind, given)
-    left_out = exclude if is_nothing(target) else None
-    whole = [] if train is None else resolve_whole(found, train, left_out)
-    weights = resolve(found, target, exclude, cls.least_dimensions, whole)
+    weights, whole = resolve(found, target, exclude, train, cls.least_dimensions)
     checks.check_weights([*weights, *whole], adapter)
     checks.check_trainable(found)
     if target is None:
         weights = checks.without_tied(found, weights)
     check_scaling(scaling)
-    if check_dropout(dropout):
-        checks.check_droppable(weights)
-    checks.check_space(space, dropout, cls, weights)
+    checks.check_space(weights, check_dropout(dropout), space, cls)
     ranks = number_for_each("rank", rank, weights)
     alphas = number_for_each("alpha", alpha, weights)
     pairs: list[tuple[Weight, Delta]] = []
@@ -164,8 +157,7 @@ def install(walk: Walk, pairs: Sequence[tuple[Weight, Delta]], freeze: bool) -> 
     weights = [weight for weight, _ in pairs]
     names = [weight.name for weight, delta in pairs if not delta.of_buffers]
     checks.check_unshared(walk, weights, "an adapter here would not act there")
-    checks.check_copyable(pairs)
-    checks.check_dropping(pairs)
+    checks.check_pairs(pairs)
     with all_or_nothing() as undo:
         if freeze:
             freeze_base(walk, undo)
@@ -215,8 +207,6 @@ def remove_lora(model: nn.Module, adapter: str | None = None) -> None:
         LoRAError: The model is wrapped or sharded, or the call is made in `torch.inference_mode`.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> remove_lora(model)
         >>> type(model), [name for name, _ in model.named_parameters()]
         (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])

@@ -1,11 +1,7 @@
 """A batch whose rows have adapters of their own."""
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +9,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .chains import chains_of
 from .checks import Need, deltas_called, walk
-from .deltas.numbers import check_alpha
 from .errors import AdapterError, LoRAError, TargetError
-from .groups import run_by_groups
 from .places import Place, Places
 from .routing import Routing, routed_here
+from .select import Selection, check_together, strengths_of
 from .targets import matches
 from .walk import Walk
 from .weight import Weight
-
-Setting = str | Mapping[str, float] | None
-"""What acts on a row: an adapter by name, adapters with strengths, or `None` for the base."""
 
 
 @contextmanager
 def lora_routed(
     model: nn.Module,
-    adapters: Sequence[Setting] | Tensor,
+    adapters: Sequence[Selection] | Tensor,
     *,
     names: Sequence[str] | None = None,
     dim: int | None = None,
@@ -43,18 +35,15 @@ def lora_routed(
     `lora_disabled` too: the innermost one that knows a layer decides. Call `backward` in the block
     where activations are checkpointed.
 
-    In activation space the factors of the adapters that occur are one product, weighed by row, or
-    are gathered row by row where that is quicker. Elsewhere, in attention, recurrent layers,
-    grouped convolutions and for dense deltas, the module runs once for each group of rows alike.
-
     A layer has the rows where its input has exactly as many. Multiples (windows, frames, tokens
     laid out) are neighbours of one row each in a layer behind one with the rows. What else there
     may be is refused until `dims` says it: beams, positions, learned queries, dispatched tokens.
 
     Args:
         model: An adapted model.
-        adapters: For each row of the batch a name, a mapping from name to strength or `None` for
-            the base; or a tensor of strengths `[rows, len(names)]`, which may require gradients.
+        adapters: For each row of the batch what `select_lora` takes: a name, several, a mapping
+            from name to strength, or `None` for the base; or a tensor of strengths
+            `[rows, len(names)]`, which may require gradients.
         names: The adapters of a tensor's columns. With settings: adapters that take part whether
             they occur or not, so that compiled code stays the same when the rows change.
         dim: The dimension of all inputs that has the rows, or neighbours of one row each. By
@@ -69,14 +58,10 @@ def lora_routed(
             layer's input has the rows would be a guess.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
-        >>> model = torch.nn.Linear(3, 2)
-        >>> for name in ("a", "b"):
-        ...     _ = register_lora(model, rank=1, adapter=name)
-        >>> with lora_routed(model, ["a", None, {"a": 0.7, "b": 0.3}]):
-        ...     model(torch.ones(3, 3)).shape
-        torch.Size([3, 2])
+        >>> _ = register_lora(model, rank=1, adapter="b")
+        >>> with lora_routed(model, ["default", "b", None, {"default": 0.7, "b": 0.3}]):
+        ...     model(torch.ones(4, 3)).shape
+        torch.Size([4, 2])
     """
     found = walk(model, "lora_routed", Need.STRUCTURE)
     weights, chosen = _weights(adapters, names)
@@ -89,16 +74,13 @@ def lora_routed(
         for module in (delta, chains_of(weight.module)[weight.tensor], weight.module):
             columns[module] = max(columns.get(module, -1), column)
     own = {t for _, m in found.modules for t in (*m._parameters.values(), *m._buffers.values())}
-    run: Any = run_by_groups
-    if "torch._dynamo" in sys.modules:
-        run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
     places = Places(len(weights), _places(found, dim, dims), own)
-    with routed_here(Routing(weights, columns, places, run)):
+    with routed_here(Routing(weights, columns, places)):
         yield
 
 
 def _weights(
-    adapters: Sequence[Setting] | Tensor, names: Sequence[str] | None
+    adapters: Sequence[Selection] | Tensor, names: Sequence[str] | None
 ) -> tuple[Tensor, list[str]]:
     """Return strengths, `[rows, adapters]`, and the adapters' names."""
     if isinstance(names, str) or (names is not None and len({*names}) < len(names)):
@@ -113,38 +95,24 @@ def _weights(
     if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
         rule = "adapters must have an entry for each row of the batch"
         raise LoRAError(f"{rule}, got {adapters!r:.60}; for all alike, use lora_selected")
-    settings = []
-    for entry in adapters:
-        own = {entry: 1.0} if isinstance(entry, str) else entry or {}
-        if not isinstance(own, Mapping):
-            rule = "a row's entry must be a name, a mapping from name to strength, or None"
-            raise LoRAError(f"{rule}, got {entry!r:.60}")
-        settings.append({name: strength for name, strength in own.items() if strength != 0})
-    chosen = list(dict.fromkeys([*(names or ()), *(name for own in settings for name in own)]))
+    settings = [strengths_of(entry) for entry in adapters]
+    occurring = [name for own in settings for name in own if own[name] != 0]
+    chosen = list(dict.fromkeys([*(names or ()), *occurring]))
     if names is not None and (new := chosen[len(names) :]):
         raise AdapterError(f"names has not {new[0]!r}, which is on a row; add it, or drop names")
-    rows = [[check_alpha(own.get(n, 0.0), 1, "a strength") for n in chosen] for own in settings]
+    rows = [[own.get(name, 0.0) for name in chosen] for own in settings]
     return torch.tensor(rows, dtype=torch.float64).view(len(rows), -1), chosen
 
 
 def _check_rows(walk: Walk, weights: Tensor, chosen: Sequence[str]) -> None:
-    """Raise for strengths or statistics that a row can't have, and for what would mix rows."""
-    columns = dict(zip(chosen, weights.detach().t().tolist(), strict=True))
-    movers = dict[tuple[str, int], str]()
-    for weight, delta in walk.deltas:
-        name, own = delta.adapter, columns.get(delta.adapter, ())
-        for strength in () if delta.of_buffers else {*own} - {0.0}:
-            try:
-                delta.check_strength(strength)
-            except LoRAError as error:
-                raise LoRAError(f"{weight.name}: {error}") from None
-        if weights.requires_grad and own and not (delta.adds or delta.of_buffers):
-            reason = f"strengths of a {delta.kind} delta, of adapter {name!r}, can't be learned"
-            raise LoRAError(f"{weight.name}: {reason}; detach the tensor, or leave it out")
-        for row, strength in enumerate(own if delta.of_buffers else ()):
-            if strength and (other := movers.setdefault((weight.name, row), name)) != name:
-                reason = "have statistics of their own here, of which a row can have one's"
-                raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
+    """Raise for what can't act together on a row, or be learned, and for what would mix rows."""
+    for own in dict.fromkeys(map(tuple, weights.tolist())):
+        check_together(walk, {name: s for name, s in zip(chosen, own, strict=True) if s})
+    for weight, delta in walk.deltas if weights.requires_grad else ():
+        if delta.adapter in chosen and not (delta.adds or delta.of_buffers):
+            what = f"strengths of a {delta.kind} delta, of adapter {delta.adapter!r},"
+            fix = "detach the tensor, or leave it out"
+            raise LoRAError(f"{weight.name}: {what} can't be learned; {fix}")
     for path, module in walk.modules:
         if isinstance(module, _BatchNorm) and module.training:
             reason = "a batch norm in training mixes the rows of a batch"

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LoRAError
-from .places import Places, is_traced
+from .places import Places, is_captured, is_traced
 
 
 class Switch(NamedTuple):
@@ -40,19 +40,18 @@ class Routing:
     used: ClassVar[bool] = False
     """Whether there is any in some context: otherwise nobody looks for one."""
 
-    def __init__(self, weights: Tensor, columns: dict[Any, int], places: Places, run: Any) -> None:
+    def __init__(self, weights: Tensor, columns: dict[Any, int], places: Places) -> None:
         self.weights, self.columns, self.places = weights, columns, places
-        self.run = run  # runs a module by groups of rows, past any compiler
         self.rows, self.settings = len(weights), weights.tolist()
         found = [[(c, s) for c, s in enumerate(row) if s] for row in self.settings]
         self.mixed = any(own[1:] for own in found)
         self._choices = [(*own, (0, 0.0))[0] for own in found]
         self.plans: dict[Any, Any] = {}
-        self._tables: dict[Any, Tensor] = {}
+        self._tensors: dict[Any, Tensor] = {}
 
     def of(self, weights: Tensor) -> Routing:
         """Return the same for other strengths."""
-        return Routing(weights, self.columns, self.places, self.run)
+        return Routing(weights, self.columns, self.places)
 
     def switch(self, delta: nn.Module) -> Switch:
         """Return how a delta acts where all rows are alike, or raise if they aren't."""
@@ -63,9 +62,21 @@ class Routing:
                 "a weight is read while each row of the batch has adapters of its own "
                 "(lora_routed); call its module on the batch, or do this outside of the block"
             )
-        learned, number = self.weights.requires_grad, self.settings[0][column]
-        on = number != 0 or (learned and delta.adds)
-        return Switch(bool(on), self.weights[0, column] if learned else number)
+        if delta.adds and (self.weights.requires_grad or self.is_input):
+            return Switch(True, self.weights[0, column])
+        self.check_fixed()
+        return Switch(self.settings[0][column] != 0, self.settings[0][column])
+
+    @property
+    def is_input(self) -> bool:
+        """Whether what runs is recorded, to run again on what its tensor of strengths has then."""
+        return is_traced() or is_captured(self.weights)
+
+    def check_fixed(self) -> None:
+        """Raise where a CUDA graph would not see what is written into its tensor of strengths."""
+        if is_captured(self.weights):
+            reason = "a CUDA graph sees new strengths of what adds alone, in activation space alone"
+            raise LoRAError(f"{reason}; name each row's adapters instead of giving a tensor")
 
     def separates(self, module: nn.Module) -> bool:
         """Say whether rows differ in what acts on them in a module, or a chain."""
@@ -73,13 +84,14 @@ class Routing:
 
     def mixes(self, delta: nn.Module, others: Sequence[nn.Module]) -> bool:
         """Say whether a row has a delta and another adapter's of these, or that isn't known."""
-        if not self.mixed or is_traced():
-            return self.mixed and bool(others)
+        if self.is_input:  # where a row may mix them later
+            return bool(others) and (self.mixed or not is_traced())
         own = self.columns[delta]
         rest = {self.columns[each] for each in others} - {own}
-        return any(row[own] and any(row[c] for c in rest) for row in self.settings)
+        meets = (row[own] and any(row[c] for c in rest) for row in self.settings)
+        return self.mixed and any(meets)
 
-    @cached_property
+    @functools.cached_property
     def groups(self) -> list[tuple[list[int], Routing]]:
         """Rows of one setting, and a routing of one row for them; of a learned mixture each."""
         rows: dict[Any, list[int]] = {}
@@ -91,7 +103,7 @@ class Routing:
     @property
     def choices(self) -> list[tuple[int, float]] | None:
         """Each row's only column and its strength; `None` if a row mixes, or that isn't known."""
-        unknown = is_traced() or torch._C._are_functorch_transforms_active()
+        unknown = self.is_input or torch._C._are_functorch_transforms_active()
         return None if unknown or self.weights.requires_grad or self.mixed else self._choices
 
     def table(self, deltas: Sequence[Any], widths: Sequence[int], like: Tensor) -> Tensor:
@@ -101,15 +113,25 @@ class Routing:
         """
         spans = tuple((self.columns[d], n) for d, n in zip(deltas, widths, strict=True))
         dtype = torch.promote_types(like.dtype, torch.float32)
-        kept = not (self.weights.requires_grad or is_traced())
-        key = (spans, dtype, like.device)
-        if kept and key in self._tables:
-            return self._tables[key]
-        weights = self.weights.to(like.device, dtype)
-        table = torch.cat([weights[:, c : c + 1].expand(-1, n) for c, n in spans], 1)
-        if kept:
-            self._tables[key] = table
-        return table
+
+        def table() -> Tensor:
+            weights = self.weights.to(like.device, dtype)
+            return torch.cat([weights[:, c : c + 1].expand(-1, n) for c, n in spans], 1)
+
+        if self.weights.requires_grad or self.is_input:
+            return table()
+        return self._kept((spans, dtype, like.device), table)
+
+    def on(self, device: torch.device, numbers: Sequence[float], dtype: Any = None) -> Tensor:
+        """Return numbers as a tensor on a device, which gets them once for all layers."""
+        make = functools.partial(torch.tensor, numbers, device=device, dtype=dtype)
+        return self._kept((*numbers, dtype, device), make)
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        key = (*key, torch.is_inference_mode_enabled())  # what that makes, no graph can save
+        if key not in self._tensors:
+            self._tensors[key] = make()
+        return self._tensors[key]
 
 
 _open: list[Routing] = []  # in any context

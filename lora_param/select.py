@@ -1,14 +1,14 @@
 """Which adapters act, how strongly, and which are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 
 from .checks import deltas_called, walk
 from .deltas import Delta
+from .deltas.numbers import check_alpha
 from .errors import AdapterError, LoRAError
 from .routing import Switch, unrouted
 from .undo import all_or_nothing
@@ -42,11 +42,9 @@ def select_lora(
         LoRAError: A strength is no finite number, or a kind of delta knows none but 1.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> for name in ("language", "task"):
-        ...     _ = register_lora(model, rank=1, adapter=name)
-        >>> select_lora(model, {"language": 0.7, "task": -0.3})
-        >>> select_lora(model, ["language", "task"], trainable="task")
+        >>> _ = register_lora(model, rank=1, adapter="task")
+        >>> select_lora(model, {"default": 0.7, "task": -0.3})
+        >>> select_lora(model, ["default", "task"], trainable="task")
         >>> [name for name, factor in model.named_parameters() if factor.requires_grad]
         ['parametrizations.weight.1.lora_A', 'parametrizations.weight.1.lora_B']
     """
@@ -63,8 +61,6 @@ def lora_selected(
     Flags come back with the block's end, and gradients of what wasn't trained in it.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> with lora_selected(model, {"default": 0.5}):
         ...     output = model(torch.ones(1, 3))
     """
@@ -79,8 +75,6 @@ def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> enable_lora(model)
     """
     _switch(_turned(model, "enable_lora", adapter, on=True))
@@ -93,8 +87,6 @@ def disable_lora(model: nn.Module, adapter: str | None = None) -> None:
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> disable_lora(model, "default")
     """
     _switch(_turned(model, "disable_lora", adapter, on=False))
@@ -110,8 +102,6 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> with lora_disabled(model):
         ...     model.weight is model.parametrizations.weight.original
         True
@@ -120,45 +110,53 @@ def lora_disabled(model: nn.Module, adapter: str | None = None) -> Iterator[None
         yield
 
 
-def strengths_of(walk: Walk, adapters: Selection) -> dict[str, float]:
-    """Return what a selection says, by adapter, or raise if it names none of the model's."""
+def strengths_of(adapters: Selection) -> dict[str, float]:
+    """Return what a selection says, by adapter; what it names has to be there."""
     if isinstance(adapters, str):
         adapters = [adapters]
-    if not isinstance(adapters, (Iterable, type(None))):
+    known = isinstance(adapters, (Iterable, type(None)))
+    names: list[Any] = [*(adapters or ())] if known else [adapters]
+    if not all(isinstance(name, str) for name in names):
         rule = "adapters must be a name, names, a mapping from name to strength, or None"
         raise AdapterError(f"{rule}, got {adapters!r:.60}")
-    listed = list(adapters or ())
-    for name in (None, *listed):
-        deltas_called(walk, name)
-    if len({*listed}) < len(listed):
-        raise AdapterError(f"each adapter can be named once, got {listed}")
-    strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(listed, 1.0)
-    return {name: strength for name, strength in strengths.items() if strength != 0}
+    if len({*names}) < len(names):
+        raise AdapterError(f"each adapter can be named once, got {names}")
+    strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
+    return {n: check_alpha(s, 1, f"adapter {n!r}: a strength") for n, s in strengths.items()}
+
+
+def check_together(walk: Walk, strengths: Mapping[str, float]) -> None:
+    """Raise unless adapters can act together, at these strengths."""
+    movers = dict[str, str]()
+    for weight, delta in walk.deltas:
+        if (name := delta.adapter) not in strengths:
+            continue
+        if delta.of_buffers and (other := movers.setdefault(weight.name, name)) != name:
+            reason = "have statistics of their own here, of which one's alone can be moved"
+            raise AdapterError(f"{weight.name}: adapters {other!r} and {name!r} {reason}")
+        try:
+            delta.check_strength(1 if delta.of_buffers else strengths[name])
+        except LoRAError as error:
+            raise LoRAError(f"{weight.name}: adapter {name!r}: {error}") from None
 
 
 def _switches(walk: Walk, adapters: Selection, trainable: str | Iterable[str] | None) -> Switches:
     """Pair every delta of a model with what a selection makes of it, or raise."""
-    strengths = strengths_of(walk, adapters)
-    trained = strengths if trainable is None else strengths_of(walk, trainable)
-    for name in trained if trainable is not None else ():
-        if not any(delta.trains for _, delta in deltas_called(walk, name)):
+    strengths = strengths_of(adapters)
+    acting = {name: strength for name, strength in strengths.items() if strength != 0}
+    trained = acting if trainable is None else strengths_of(trainable)
+    for name in (None, *strengths, *trained):
+        found = deltas_called(walk, name)
+        asked = trainable is not None and name in trained
+        if asked and not any(delta.trains for _, delta in found):
             fix = "set requires_grad on lora_parameters(model, it) first"
             raise AdapterError(f"adapter {name!r} can't be trained: all of it was frozen; {fix}")
-    switches, movers = Switches(), dict[str, str]()
-    for weight, delta in walk.deltas:
-        name, on = delta.adapter, delta.adapter in strengths
-        strength = strengths.get(name, delta.strength)
-        if on and delta.of_buffers:
-            if movers.setdefault(weight.name, name) != name:
-                pair = f"adapters {movers[weight.name]!r} and {name!r}"
-                reason = "have statistics of their own here, and only one's can be moved"
-                raise AdapterError(f"{weight.name}: {pair} {reason}; select one of them")
-            strength = 1.0
-        try:
-            strength = delta.check_strength(strength)
-        except LoRAError as error:
-            raise LoRAError(f"{weight.name}: adapter {name!r}: {error}") from None
-        switches.append((delta, Switch(on, strength, name in trained)))
+    check_together(walk, acting)
+    switches = Switches()
+    for _, delta in walk.deltas:
+        name = delta.adapter
+        strength = delta.strength if delta.of_buffers else acting.get(name, delta.strength)
+        switches.append((delta, Switch(name in acting, strength, name in trained)))
     return switches
 
 

@@ -26,8 +26,28 @@ def is_sharded(tensor: object) -> bool:
 def whole(tensor: Any) -> Tensor:
     """Return a tensor with all its entries, gathered from every rank."""
     if is_sharded(tensor):  # offloaded pieces first go where their mesh can send them
-        tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+        device = tensor.device if tensor.is_meta else tensor.device_mesh.device_type
+        tensor = tensor.detach().to(device).full_tensor()
     return cast("Tensor", tensor)
+
+
+def pieces_of(tensor: Any) -> Iterator[Tensor]:
+    """Yield what has a tensor's bytes in their order: of one cut by rows each rank's, in turn."""
+    own, placements = own_piece(tensor.detach()), getattr(tensor, "placements", ())
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    plain = type(own) is Tensor and not own.is_meta
+    if len(cut) != 1 or not (placements[cut[0]].is_shard(0) and plain):
+        yield whole(tensor)
+        return
+    mesh = tensor.device_mesh
+    own = own.to(mesh.device_type).contiguous().unsqueeze(-1).view(torch.uint8)
+    group, distributed = mesh.get_group(cut[0]), torch.distributed
+    counts = map(len, torch.empty(len(tensor), device="meta").chunk(mesh.size(cut[0])))
+    for rank, count in enumerate(counts):  # the last ranks may have none
+        mine = rank == mesh.get_local_rank(cut[0])
+        piece = own if mine else own.new_empty(count, *own.shape[1:])
+        distributed.broadcast(piece, distributed.get_global_rank(group, rank), group)
+        yield piece
 
 
 def own_piece(tensor: Any) -> Tensor:

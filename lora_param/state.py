@@ -1,7 +1,5 @@
 """The adapters' own tensors and numbers: for an optimizer, and as a strict state dict."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -32,8 +30,6 @@ def named_lora_parameters(
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> [(name, tuple(p.shape)) for name, p in named_lora_parameters(model)]
         [('weight.default.lora_A', (1, 3)), ('weight.default.lora_B', (2, 1))]
     """
@@ -49,8 +45,6 @@ def lora_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-3)
     """
     yield from (parameter for _, parameter in named_lora_parameters(model, adapter))
@@ -71,8 +65,6 @@ def lora_state_dict(
         AdapterError: There is no such adapter.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> list(lora_state_dict(model))
         ['weight.default.lora_A', 'weight.default.lora_B', 'weight.default._extra_state']
     """
@@ -97,8 +89,6 @@ def load_lora_state_dict(
             floating-point tensor, and numbers of another kind or rank.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> saved = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
         >>> load_lora_state_dict(model, saved)
     """
@@ -172,8 +162,6 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         LoRAError: The model is wrapped or sharded; of a `DistributedDataParallel`, pass `.module`.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> list(model.state_dict())[:2], list(base_state_dict(model))
         (['bias', 'parametrizations.weight.original'], ['weight', 'bias'])
     """

@@ -1,7 +1,5 @@
 """A table of what is adapted, for a terminal and for numbers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,13 +1,11 @@
 """Which weights: patterns, types and predicates, resolved to a list before anything is changed."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, combinations
+from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ from .errors import TargetError
 from .layers import UNLISTED, layer_of, listed_tensors
 from .rows import Said, split_rows
 from .walk import Walk
-from .weight import Weight, join, tensor_names
+from .weight import Weight, join, overlapping, tensor_names
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
@@ -30,32 +28,30 @@ def resolve(
     walk: Walk,
     target: Target | None,
     exclude: Target | None = None,
+    train: Target | None = None,
     least: int = 2,
-    whole: Sequence[Weight] = (),
-) -> list[Weight]:
-    """List the weights that `target` names and `exclude` doesn't, in model order.
+) -> tuple[list[Weight], list[Weight]]:
+    """List the weights of `target`, and those of `train`, both in model order without `exclude`'s.
 
-    A glob that also covers biases and norms takes those of at least `least` dimensions. Those of
-    `whole` are left out; beside them there may be no target. A selector with rows gives blocks.
+    A glob of `target` that also covers biases and norms takes those of at least `least` dimensions,
+    and a selector with rows gives blocks. Beside `train` a target may be empty, which `exclude`
+    then is about; what both name is `train`'s.
     """
-    if whole and is_nothing(target):
-        return []
+    nothing = isinstance(target, (list, tuple)) and not target
+    whole = [] if train is None else named(walk, "train", train, exclude if nothing else None)
+    if whole and nothing:
+        return [], whole
     chosen = _chosen(_Names(walk, least), "target", target, exclude)
     both = [weight.name for weight in whole if chosen.pop(weight.name, None)]
     if both and target is not None:
         listing = ", ".join(both)
         warnings.warn(f"target and train both name {listing}: trained whole", stacklevel=4)
-    return [each for own in chosen.values() for each in (_disjoint(own) if own[1:] else own)]
+    return [each for own in chosen.values() for each in (_disjoint(own) if own[1:] else own)], whole
 
 
-def is_nothing(target: Target | None) -> bool:
-    """Say whether a target is empty, `()` or `[]`, for training by `train` alone."""
-    return isinstance(target, (list, tuple)) and not target
-
-
-def resolve_whole(walk: Walk, train: Target, exclude: Target | None = None) -> list[Weight]:
-    """List the parameters that `train` names, of a module all, and `exclude` doesn't, in order."""
-    return [own[0] for own in _chosen(_Names(walk, 0), "train", train, exclude).values()]
+def named(walk: Walk, option: str, target: Target, exclude: Target | None = None) -> list[Weight]:
+    """List the parameters that an option names, of a module all, in model order."""
+    return [own[0] for own in _chosen(_Names(walk, 0), option, target, exclude).values()]
 
 
 def number_for_each(
@@ -157,10 +153,9 @@ def _by_default(path: str, module: nn.Module) -> bool:
 def _disjoint(blocks: Sequence[Weight]) -> list[Weight]:
     """List one adapter's blocks of a tensor in order, or raise if two have a row in common."""
     blocks = list(dict.fromkeys(blocks))
-    for one, other in combinations(blocks, 2):
-        if one.overlaps(other.rows):
-            reason = f"{other.name} overlaps it, and an adapter changes a row once"
-            raise TargetError(f"{one.name}: {reason}; give blocks that don't, or another adapter")
+    for one, other in overlapping(blocks):
+        reason = f"{other.name} overlaps it, and an adapter changes a row once"
+        raise TargetError(f"{one.name}: {reason}; give blocks that don't, or another adapter")
     return sorted(blocks, key=lambda block: block.rows.parts if block.rows else ())
 
 

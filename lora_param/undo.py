@@ -3,8 +3,6 @@
 An undo is a `contextlib.ExitStack`: what raises runs it backwards, what succeeds drops it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any

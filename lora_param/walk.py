@@ -1,7 +1,5 @@
 """The walk over a model: one finds all that a verb needs to know of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cached_property
 from typing import Any

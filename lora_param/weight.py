@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -266,6 +268,15 @@ def without_side_effects(chain: list[nn.Module]) -> Iterator[None]:
 
 merged_for_now: WeakSet[nn.Module] = WeakSet()
 """Modules whose chains `lora_merged` has put away."""
+
+
+def overlapping(weights: Iterable[Weight]) -> Iterator[tuple[Weight, Weight]]:
+    """Yield pairs of blocks of one tensor that have rows in common."""
+    blocks: defaultdict[Weight, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        blocks[weight.whole].append(weight)
+    pairs = (pair for own in blocks.values() for pair in itertools.combinations(own, 2))
+    return ((one, other) for one, other in pairs if one.overlaps(other.rows))
 
 
 def join(*names: str) -> str:

@@ -34,7 +34,7 @@ BY_COST = "activation or weight, by cost"
 WIDTH = 32
 
 
-@pytest.fixture(params=[0, attention.KERNEL], ids=["calls", "kernel"])
+@pytest.fixture(params=[-1_000_000, attention.KERNEL], ids=["calls", "kernel"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave torch's kernels of several layers for the smallest layer, and stay in them."""
     monkeypatch.setattr(attention, "KERNEL", request.param)
@@ -152,6 +152,21 @@ def test_a_kernel_of_several_layers_gets_sums_that_are_formed_once(
     with torch.no_grad():
         layer.self_attn(x, x, x) if attention_alone else layer(x)
     assert len(sums) == (2 if attention_alone else 4)
+
+
+@pytest.mark.parametrize(("tokens", "formed"), [(2, 0), (96, 4)])
+def test_inference_forms_sums_for_a_kernel_where_tokens_are_many(
+    tokens: int, formed: int, sums: list[Tensor]
+) -> None:
+    layer = adapted(nn.TransformerEncoderLayer(256, 2, 256, batch_first=True).eval())
+    x = torch.randn(1, tokens, 256)
+    with torch.no_grad():
+        layer(x)
+        del sums[:]
+        got = layer(x)
+        assert len(sums) == formed
+        with lora_merged(layer):
+            torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

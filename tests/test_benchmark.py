@@ -27,7 +27,7 @@ from experiments.benchmark.ways import KINDS, OTHERS, WAYS, prepared
 CPU, SHORT = torch.device("cpu"), Effort(turn=0.0, budget=0.0, least=2)
 TINY = Cell("tiny", lambda: linears(8), (4, 8), 2, ("0", "2", "4", "6"))
 ENVIRONMENT = {"device_name": "", "device": "cpu", "threads": 1, "torch": "x", "clock": "wall"}
-SAME = ("lora_param", "parametrize", "peft", "loralib")
+SAME = ("lora_param", "bare", "parametrize", "peft", "loralib")
 peers = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("peft", "loralib")),
     reason="needs peft and loralib",
@@ -64,7 +64,7 @@ def test_every_way_starts_from_the_floors_output_and_trains(cell: Cell) -> None:
             model = WAYS[way](copy.deepcopy(plain), cell)
             torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
         except NotImplementedError:
-            assert way in OTHERS
+            assert way in ("bare", *OTHERS)
             assert "Linear" not in cell.name.split(":")[0]  # plain linear layers, everybody has
             continue
         trained = [each for each in model.parameters() if each.requires_grad]
@@ -89,6 +89,17 @@ def test_all_ways_compute_the_same_function_of_their_factors(way: str) -> None:
             weight += b.normal_() @ a.normal_()
     x = torch.randn(4, 8)
     torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_all_ways_have_the_base_in_the_same_memory(kind: str) -> None:
+    plain = linears(8)
+    memory = {each.data_ptr() for each in plain.parameters()}
+    models = prepared(plain, replace(TINY, kind=kind))
+    assert len(models) > 2
+    for model in models.values():
+        assert memory <= {each.data_ptr() for each in model.parameters()}
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's own
@@ -274,7 +285,7 @@ def test_the_command_writes_what_it_can_show_and_compare(tmp_path, monkeypatch, 
 
 def test_peers_are_compared_where_they_are_installed() -> None:
     installed = {name for name in ("peft", "loralib") if importlib.util.find_spec(name)}
-    assert WAYS.keys() - {"floor", "lora_param", "parametrize", "full"} == installed
+    assert WAYS.keys() - {"floor", "lora_param", "bare", "parametrize", "full"} == installed
 
 
 def test_the_largest_layers_are_named_by_what_the_picture_looks_for() -> None:

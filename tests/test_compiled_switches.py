@@ -250,14 +250,15 @@ def test_a_refused_change_of_a_chain_leaves_what_acts(model: nn.Module) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="no compiled code reads a context variable")
-def test_ten_adapters_routed_by_their_names_share_one_graph() -> None:
-    model, x = adapted(MODELS["activation space"]()), torch.randn(3, 6)
+@pytest.mark.parametrize(("space", "rows"), [*((s, 1) for s in MODELS), ("activation space", 3)])
+def test_ten_adapters_routed_by_their_names_share_one_graph(space: str, rows: int) -> None:
+    model, x = adapted(MODELS[space]()), torch.randn(rows, 2, 6)
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for name in NAMES:
         select_lora(model, name)
         expected = model(x)
-        with lora_routed(model, [name] * 3, names=NAMES):
+        with lora_routed(model, [name] * rows, names=NAMES):
             torch.testing.assert_close(compiled(x), expected)
     assert counter.frame_count == 1

@@ -28,8 +28,9 @@ from lora_param import (
     register_lora,
     save_lora,
 )
-from lora_param.deltas.inits import EXACT, STARTS, olora, pissa
+from lora_param.deltas.inits import STARTS, olora, pissa
 from lora_param.io import file_summary
+from lora_param.lowrank import LARGE
 
 from .activation_cases import each_case
 from .cases import CASES, DTYPES, Case, outputs, shake
@@ -138,7 +139,7 @@ def test_weight_decay_pulls_towards_the_base() -> None:
 
 def test_a_large_matrix_is_decomposed_nearly_as_well_by_draws() -> None:
     torch.manual_seed(0)
-    side = EXACT + 8
+    side = LARGE + 8
     U, V = (torch.linalg.qr(torch.randn(side, side))[0] for _ in range(2))
     S = torch.arange(1, side + 1) ** -0.7
     W = U * S @ V.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, remove_hook_from_submodules
+from accelerate.hooks import (
+    AlignDevicesHook,
+    remove_hook_from_module,
+    remove_hook_from_submodules,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +24,7 @@ from lora_param import (
     base_state_dict,
     fingerprint,
     load_lora_state_dict,
+    lora_parameters,
     lora_state_dict,
     lora_summary,
     merge_lora,
@@ -27,6 +33,7 @@ from lora_param import (
     save_lora,
     select_lora,
 )
+from lora_param.deltas import Delta
 
 from .cases import shake
 
@@ -154,6 +161,76 @@ def test_a_fault_in_bringing_in_leaves_the_hooks(offload: Any, monkeypatch: Any)
             model(x)
     torch.testing.assert_close(model(x), expected)
     assert all(each.is_meta for each in model[2].parameters())
+
+
+class Recurrent(nn.Module):
+    """Computes in weight space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)[0]
+        return y
+
+
+@pytest.mark.parametrize("make", [net, Recurrent])
+def test_an_offloaded_adapter_is_not_trained_in_silence(
+    offload: Any, make: Callable[[], nn.Module]
+) -> None:
+    model = make()
+    for adapter in ("a", "frozen"):
+        register_lora(model, rank=2, adapter=adapter)
+    for factor in lora_parameters(model, "frozen"):
+        factor.requires_grad_(False)
+    if isinstance(model, Recurrent):
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        offload(model)
+    loss = model(torch.randn(3, 6)).square().sum()
+    with pytest.raises(LoRAError, match="gradients would be lost with the copies that it brings"):
+        loss.backward()
+    select_lora(model, "frozen")
+    model(torch.randn(3, 6).requires_grad_()).square().sum().backward()
+
+
+def test_what_is_hooked_and_stays_at_home_is_trained() -> None:
+    model, x = adapted(), torch.randn(3, 6)
+    expected = torch.autograd.grad(model(x).sum(), list(lora_parameters(model)))
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    got = torch.autograd.grad(model(x).sum(), list(lora_parameters(model)))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_adapter_that_stays_at_home_is_trained_on_an_offloaded_base(offload: Any) -> None:
+    model, data = adapted(), torch.randn(3, 6)
+    plain = copy.deepcopy(model)
+    offload(model)
+    for module in model.modules():
+        if isinstance(module, Delta):
+            remove_hook_from_module(module)
+    for each in (model, plain):
+        optimizer = torch.optim.AdamW(lora_parameters(each), lr=0.1)
+        for _ in range(3):
+            each(data).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert any(each.is_meta for each in model.parameters())
+    expected = lora_state_dict(plain)
+    for name, tensor in lora_state_dict(model).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_a_model_whose_blocks_are_brought_in_whole_is_away_too() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8))
+    register_lora(model, rank=2)
+    device, blocks = torch.device("cpu"), ["TransformerEncoderLayer"]
+    cpu_offload(model, execution_device=device, preload_module_classes=blocks)
+    for verb in (merge_lora, lora_state_dict):
+        with pytest.raises(LoRAError, match=r"^0: .* are away, where accelerate has put them"):
+            verb(model)
 
 
 @pytest.mark.parametrize(

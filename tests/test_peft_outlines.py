@@ -13,7 +13,7 @@ from lora_param import FileError, load_lora
 from lora_param.checks import walk
 from lora_param.deltas import LoRAParametrization
 from lora_param.io.formats import open_adapter, write_adapter
-from lora_param.io.outline import UNKNOWN, Outline, facts_of, outline_of_model, outline_of_tensors
+from lora_param.io.outline import UNKNOWN, Outline, facts_of, outline_of_tensors
 from lora_param.io.tensors import About
 
 from .peft_cases import (
@@ -28,7 +28,7 @@ def parsed(
     folder: Path, weights: Outline | nn.Module, **options: Any
 ) -> dict[str, LoRAParametrization]:
     if isinstance(weights, nn.Module):
-        weights = outline_of_model(walk(weights, "a test"))
+        weights = Outline(walk(weights, "a test"), live=True)
     with open_adapter(folder) as file:
         return file.parse(weights, **options)
 
@@ -44,7 +44,7 @@ OUTLINED = [
 @pytest.mark.parametrize("case", OUTLINED, ids=lambda case: case.id)
 def test_an_outline_gets_the_same_pairs_as_the_model(case: Case, tmp_path: Path) -> None:
     base, _ = trained_in_peft(case, tmp_path)
-    modules = outline_of_model(walk(base, "a test")).modules
+    modules = Outline(walk(base, "a test"), live=True).modules
     facts = {path: facts_of(module) for path, module in modules.items()}
     ours = parsed(
         tmp_path, outline_of_tensors(dict(base.named_parameters()), facts), mha_out_proj="once"

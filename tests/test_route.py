@@ -87,14 +87,14 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10 * max(1.0, want.abs().max().item()))
 
 
-SETTINGS: list[Any] = [None, "a", "b", {"a": 0.5, "b": -1.5}]
+SETTINGS: list[Any] = [None, "a", "b", {"a": 0.5, "b": -1.5}, ["a", "b"]]
 
 
 def check_against_one_by_one(
     layer: nn.Module, case: Case, inputs: tuple[Tensor, ...], entries: list[Any], training: bool
 ) -> None:
     """Compare a routed batch's outputs and gradients with those of its rows, run alone."""
-    rows = [{} if e is None else {e: 1.0} if isinstance(e, str) else dict(e) for e in entries]
+    rows = [dict(e) if isinstance(e, dict) else dict.fromkeys(e or (), 1.0) for e in entries]
     for module in layer.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.training = training

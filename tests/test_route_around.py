@@ -91,6 +91,17 @@ def test_checkpointing_recomputes_the_routed_rows(reentrant: bool) -> None:
         assert gradient is None or torch.equal(gradient, found[1][name])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tokens", [1, 200], ids=["weighed", "gathered"])
+def test_a_block_is_trained_in_after_inference(tokens: int) -> None:
+    layer, x = linear(), torch.randn(2, tokens, 6).double()
+    with lora_routed(layer, ["a", "b"]):
+        with torch.inference_mode():
+            expected = layer(x)
+        y = layer(x)
+        y.sum().backward()
+    close(y, expected.clone())
+
+
 @newer
 def test_compiled_code_stays_the_same_when_the_rows_change() -> None:
     layer, x = linear(), torch.randn(3, 6).double()

@@ -11,11 +11,11 @@ from torch.nn import functional as F  # noqa: N812 as everybody calls it
 
 from lora_param import (
     LoRAError,
+    groups,
     lora_parameters,
     lora_routed,
     lora_selected,
     register_lora,
-    route,
 )
 from lora_param.deltas import dora as kind
 
@@ -36,7 +36,7 @@ def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("runs by groups")
 
-    monkeypatch.setattr(route, "run_by_groups", fail)
+    monkeypatch.setattr(groups, "run_by_groups", fail)
 
 
 @pytest.fixture(params=["formed", "not formed"])
@@ -198,7 +198,7 @@ def test_no_strength_but_one_and_none_can_be_had(learned: bool) -> None:
         got = layer(x)
     with lora_routed(layer, ["a", "b", None]):
         assert torch.equal(got, layer(x))
-    with pytest.raises(LoRAError, match=r"weight: a strength must be 1, .* got 0\.5"):
+    with pytest.raises(LoRAError, match=r"weight: adapter 'a': a strength must be 1, .* got 0\.5"):
         lora_routed(layer, [{"a": 0.5}, None]).__enter__()
 
 

@@ -204,7 +204,7 @@ def test_what_is_selected_and_what_is_off_makes_no_difference() -> None:
         ((2, 6), ["a", "d"], {}, "an adapter 'd'; the model has 'a', 'b', 'c'"),
         ((2, 6), "ab", {}, "must have an entry for each row of the batch, got 'ab'"),
         ((2, 6), [], {}, "must have an entry for each row"),
-        ((2, 6), ["a", 3], {}, "a row's entry must be a name"),
+        ((2, 6), ["a", 3], {}, "adapters must be a name, names, a mapping"),
         ((2, 6), ["a", {"b": float("nan")}], {}, "a strength must be a finite number"),
         ((2, 6), ["a", "b"], {"names": ["a"]}, "names has not 'b'"),
         ((2, 6), ["a", "b"], {"names": ["a", "a", "b"]}, "names must be different"),

@@ -243,7 +243,7 @@ def test_blocks_in_threads_leave_everything_as_it_was() -> None:
         (lambda m: select_lora(m, ["a", "d"]), AdapterError, "an adapter 'd'"),
         (lambda m: select_lora(m, ["a", "a"]), AdapterError, "named once"),
         (lambda m: select_lora(m, 3), AdapterError, "adapters must be a name, names, a mapping"),
-        (lambda m: select_lora(m, [3]), AdapterError, "adapter must be one name"),
+        (lambda m: select_lora(m, [3]), AdapterError, r"adapters must be .* got \[3\]"),
         (lambda m: select_lora(m, {"a": float("nan")}), LoRAError, "a': a strength must be a fin"),
         (lambda m: select_lora(m, {"a": "1"}), LoRAError, "must be a finite number, got '1'"),
         (lambda m: select_lora(m, "a", trainable="d"), AdapterError, "an adapter 'd'"),

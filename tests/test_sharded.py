@@ -256,7 +256,7 @@ def changes_no_structure() -> None:
     verbs: list[Any] = [merge_lora, remove_lora, lambda m: register_lora(m, adapter="b")]
     verbs += [lambda m: lora_merged(m).__enter__()]
     for verb in verbs:
-        with pytest.raises(LoRAError, match="can't be called on what FSDP shards: it knows"):
+        with pytest.raises(LoRAError, match=r"shards: .*; call this before sharding, or on an uns"):
             verb(model)
     model.unshard()
     with pytest.raises(LoRAError, match="register_lora can't be called on what FSDP shards"):
@@ -265,6 +265,22 @@ def changes_no_structure() -> None:
 
 def test_what_fsdp_shards_keeps_its_parameters(ranks: Ranks) -> None:
     ranks(changes_no_structure)
+
+
+def is_merged_elsewhere(path: Path) -> None:
+    model = sharded(adapted())
+    trained(model, halved=True, steps=2)
+    save_lora(model, path)
+    plain, base = net(), base_state_dict(model)
+    plain.load_state_dict({name: whole(each) for name, each in base.items()})
+    load_lora(plain, path, base="require")
+    merge_lora(plain)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_what_fsdp_has_trained_is_merged_on_an_unsharded_model(ranks: Ranks, path: Path) -> None:
+    ranks(is_merged_elsewhere, path)
 
 
 def is_taken_apart(verb: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from lora_param import lora_parameters, register_lora, remove_lora, save_lora, watch
+from lora_param import lora_parameters, optim, register_lora, remove_lora, save_lora
 
 from .cases import shake
 from .file_cases import net, plain
@@ -106,20 +106,20 @@ def test_watching_keeps_no_model_and_ends_with_the_first_right_step() -> None:
     model = plain()
     register_lora(model, rank=2)
     step(sgd(lora_parameters(model)), model)
-    assert model not in watch._watched
+    assert model not in optim._watched
     gone = plain()
     register_lora(gone, rank=2)
     gone = weakref.ref(gone)
     gc.collect()
     assert gone() is None
-    assert [*_global_optimizer_post_hooks.values()].count(watch._after_step) == 1
+    assert [*_global_optimizer_post_hooks.values()].count(optim._after_step) == 1
 
 
 SAVED: dict[str, tuple[Callable[[nn.Sequential], Any], str | None]] = {
     "trained": (lambda model: None, None),
     "trained at one weight": (lambda model: zero(model[0]), None),
     "never trained": (lambda model: zero(model), NEVER_TRAINED),
-    "base thawed": (lambda model: model.requires_grad_(True), BASE + "0.weight, 0.bias, 2.weight and 1 more can be"),
+    "base thawed": (lambda model: model.requires_grad_(True), BASE + "0.weight, 0.bias, 2.weight, and 1 more can be"),
     "one bias thawed": (lambda model: model[0].bias.requires_grad_(True), BASE + "0.bias can be"),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ Report = dict[str, Any]
 
 MEASURES = ("training", "inference")
 LABELS = {"peft": "PEFT", "parametrize": "plain parametrize", "full": "full fine-tuning"}
+LABELS |= {"bare": "bare products"}
 ABOVE, AIM = 1.02, 0.85
 """The aims: against the best other way in each cell, against PEFT in the geometric mean."""
 

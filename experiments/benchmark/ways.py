@@ -7,7 +7,9 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.nn.utils.parametrize import register_parametrization
 
 import lora_param as lp
@@ -83,6 +85,33 @@ def parametrize(model: nn.Module, cell: Cell) -> nn.Module:
     return model
 
 
+class BareLinear(nn.Module):
+    """The three products of an adapted linear layer, and nothing else: no checks, no switches."""
+
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.A = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features)
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute `[tokens, out]` from `[tokens, in]`."""
+        y = F.linear(x, self.weight, self.bias)
+        return y.addmm_(F.linear(x, self.A), self.B.t())
+
+
+def bare(model: nn.Module, cell: Cell) -> nn.Module:
+    """Replace linear layers by the products alone: the least that eager torch could take."""
+    _only_lora(cell, "the bare layer")
+    model.requires_grad_(False)
+    for name in cell.adapted(model):
+        layer: Any = model.get_submodule(name)
+        if len(cell.shape) != 2 or not isinstance(layer, nn.Linear):
+            raise NotImplementedError("the bare layer is linear, of tokens")
+        _put(model, name, BareLinear(layer, cell.rank).to(layer.weight))
+    return model
+
+
 def full(model: nn.Module, cell: Cell) -> nn.Module:
     """Train everything."""
     return model
@@ -123,11 +152,15 @@ def loralib(model: nn.Module, cell: Cell) -> nn.Module:
         else:
             raise NotImplementedError(f"loralib has no {type(layer).__name__}")
         own = new.conv if isinstance(layer, nn.Conv2d) else new
-        own.load_state_dict(layer.state_dict(), strict=False)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new.to(layer.weight))
+        own.load_state_dict(layer.state_dict(), strict=False, assign=True)
+        _put(model, name, new.to(layer.weight))
     loralib.mark_only_lora_as_trainable(model)
     return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 def _is_attention(model: nn.Module, name: str) -> bool:
@@ -142,13 +175,15 @@ def _only_lora(cell: Cell, way: str) -> None:
 def prepared(plain: nn.Module, cell: Cell) -> dict[str, nn.Module]:
     """Prepare a copy of a model in each way that has layers for it.
 
-    What starts at zero is drawn at random, as it would be after some training: an adapter acts, and
-    no product is with zeros.
+    All copies have the base's weights in the same memory, because how fast a few tokens meet a
+    matrix depends on where it lies. What starts at zero is drawn at random, as it would be after
+    some training: an adapter acts, and no product is with zeros.
     """
     models = {}
     for way, prepare in WAYS.items():
+        own: dict[int, Any] = {id(each): nn.Parameter(each.detach()) for each in plain.parameters()}
         try:
-            model = prepare(copy.deepcopy(plain), cell)
+            model = prepare(copy.deepcopy(plain, own), cell)
         except NotImplementedError:
             continue
         for each in model.parameters():
@@ -159,7 +194,7 @@ def prepared(plain: nn.Module, cell: Cell) -> dict[str, nn.Module]:
 
 
 WAYS: dict[str, Callable[[nn.Module, Cell], nn.Module]] = {
-    each.__name__: each for each in (floor, lora_param, parametrize, full)
+    each.__name__: each for each in (floor, lora_param, bare, parametrize, full)
 }
 WAYS |= {each.__name__: each for each in (peft, loralib) if importlib.util.find_spec(each.__name__)}
 """The ways that can be compared here; every ratio is to the first."""

@@ -3,6 +3,7 @@
 from .dense import DenseDelta
 from .dora import DoRA
 from .lora import LoRAParametrization
+from .pair import Pair
 from .protocol import Delta
 from .statistics import StatisticsDelta
 
@@ -11,4 +12,4 @@ KINDS: dict[str, type[Delta]] = {
 }
 """By what `register_lora(kind=...)`, state dicts and files call them."""
 
-__all__ = ["KINDS", "Delta", "DenseDelta", "DoRA", "LoRAParametrization", "StatisticsDelta"]
+__all__ = ["KINDS", "Delta", "DenseDelta", "DoRA", "LoRAParametrization", "Pair", "StatisticsDelta"]

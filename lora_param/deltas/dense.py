@@ -17,8 +17,6 @@ class DenseDelta(Delta):
     towards the original.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> layer = torch.nn.Linear(3, 2)
         >>> register_lora(layer, kind="dense", target="bias")
         ['bias']

@@ -38,8 +38,6 @@ class DoRA(Pair):
         y + h (y - b) + (1 + h) scale (x A^T) B^T
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> layer = torch.nn.Linear(20, 10)
         >>> register_lora(layer, rank=2, kind="dora")
         ['weight']

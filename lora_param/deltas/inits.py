@@ -1,7 +1,5 @@
 """Where a pair of factors starts: from a draw alone, or from the weight that it adapts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -9,17 +7,13 @@ import torch
 from torch import Tensor
 
 from ..errors import LoRAError
-from ..lowrank import range_of
+from ..lowrank import factorised
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
 Start: TypeAlias = Callable[[Tensor, int, float, "torch.Generator | None"], Factors]
 """`(matrix view, rank, scale, generator)` to `(B0, A0)`."""
 
 Init: TypeAlias = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"] | Start
-
-OVERSAMPLED, EXACT = 8, 512
-"""How many more columns than the rank are drawn for an approximate decomposition, and up to which
-smaller side of a matrix it is exact."""
 
 
 def kaiming(A: Tensor, B: Tensor, generator: torch.Generator | None) -> None:
@@ -51,15 +45,10 @@ DRAWS = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}
 def pissa(W: Tensor, rank: int, scale: float, generator: torch.Generator | None) -> Factors:
     """Return `U sqrt(S / s), sqrt(S / s) V^T` of the largest singular values.
 
-    Source: Meng et al., "PiSSA", arXiv:2404.02948, section 3; for large matrices the randomized
-    decomposition of Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    Source: Meng et al., "PiSSA", arXiv:2404.02948, section 3.
     """
-    width = rank + OVERSAMPLED
-    if min(W.shape[-2:]) <= max(EXACT, width):
-        return _halves(W, slice(rank), scale)
-    Q = range_of(W, width, 2, generator)
-    B, A = _halves(Q.mT @ W, slice(rank), scale)
-    return Q @ B, A
+    root, product = abs(scale) ** 0.5, factorised(W, rank)
+    return product.B / root, product.A / root
 
 
 def milora(W: Tensor, rank: int, scale: float, generator: torch.Generator | None) -> Factors:
@@ -67,7 +56,9 @@ def milora(W: Tensor, rank: int, scale: float, generator: torch.Generator | None
 
     Source: Wang et al., "MiLoRA", arXiv:2406.09044, section 3.
     """
-    return _halves(W, slice(min(W.shape[-2:]) - rank, None), scale)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (S[..., -rank:] / abs(scale)).sqrt()
+    return U[..., -rank:] * root[..., None, :], root[..., None] * Vh[..., -rank:, :]
 
 
 def olora(W: Tensor, rank: int, scale: float, generator: torch.Generator | None) -> Factors:
@@ -82,13 +73,6 @@ def olora(W: Tensor, rank: int, scale: float, generator: torch.Generator | None)
 
 STARTS: dict[str, Start] = {"pissa": pissa, "milora": milora, "olora": olora}
 """By name, what starts from the weight."""
-
-
-def _halves(W: Tensor, chosen: slice, scale: float) -> Factors:
-    """Split some of a matrix's singular values between its two sides."""
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[..., chosen] / abs(scale)).sqrt()
-    return U[..., chosen] * root[..., None, :], root[..., None] * Vh[..., chosen, :]
 
 
 @torch.no_grad()

@@ -46,7 +46,6 @@ class LoRAParametrization(Pair):
         AdapterError: `adapter` is no usable name.
 
     Example:
-        >>> import torch
         >>> from torch.nn.utils.parametrize import register_parametrization
         >>> layer = torch.nn.Linear(20, 10)
         >>> lora = LoRAParametrization(10, 20, rank=2, alpha=4)

@@ -1,7 +1,5 @@
 """What a pair's numbers can be: rank, alpha, scaling and dropout."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from numbers import Integral, Real

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, LoRAError, StateDictError
+from ..offloaded import train_nothing
 from ..ops import autocasts
 from ..quantised import dense
 from ..rows import Rows
@@ -177,6 +178,8 @@ class Delta(Switched):
         """Return the adapted weight, in the weight's shape and dtype, also inside autocast."""
         if not self.now().on:
             return weight
+        if "_hf_hook" in self.__dict__:
+            train_nothing(self)
         weight = dense(weight)
         if autocasts(weight):
             with torch.autocast(weight.device.type, enabled=False):

@@ -18,8 +18,6 @@ class StatisticsDelta(Delta):
     which stays as it is. A base that is loaded before `S` has moved is copied anew.
 
     Example:
-        >>> import torch
-        >>> from lora_param import register_lora
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
         >>> register_lora(model, rank=1)
         ['0.weight']

@@ -1,7 +1,7 @@
 """Adapter files: saved and loaded, looked into, converted, merged and combined."""
 
-from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
-from .combination import combine_files, extract_checkpoint, extract_lora, resize_file
+from .checkpoint import check_checkpoint, combine_files, convert_file, merge_checkpoint, resize_file
+from .extraction import extract_checkpoint, extract_lora
 from .files import load_lora, save_lora
 from .summary import FileSummary, UpdateSummary, file_summary, plot_summary
 

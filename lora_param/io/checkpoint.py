@@ -1,28 +1,29 @@
-"""Adapters and checkpoints, both as files: whether they belong together, their sum, conversion."""
+"""Adapters and checkpoints, both as files: held together, merged, converted, combined, resized."""
 
-from __future__ import annotations
-
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..combine import Fit, Method, combine, resized
 from ..deltas import Delta
-from ..errors import FileError
+from ..errors import FileError, LoRAError, shortened
 from ..frozen import bytes_of, digest, digest_of
+from ..lowrank import Rank, check_rank_or_share
 from ..progress import progress
 from ..rows import Rows
-from .bases import open_both
-from .formats import write_adapter
-from .tensors import About, AnyPath, OpenFile, check_apart, check_name, shortened, write_blobs
+from .formats import AdapterFile, open_adapter, open_both, write_adapter
+from .outline import Outline, outline_of_tensors
+from .tensors import About, AnyPath, OpenFile, check_apart, check_name, write_blobs
 
 BLOCK = 2**22
 """Bytes of a tensor that are merged at a time."""
 
+NATIVE = "convert it to native with --base first"
 OTHER_BASE = "give the base that the adapter was trained on, or --any-base"
 
 
@@ -168,6 +169,77 @@ def convert_file(
     return [weight.name for weight in deltas]
 
 
+def combine_files(
+    files: Mapping[AnyPath, float],
+    out: AnyPath,
+    *,
+    method: Method = "sum",
+    rank: Rank | None = None,
+    density: float | None = None,
+) -> list[Fit]:
+    """Combine adapters' files as `combine_lora` does adapters, and write one of our own.
+
+    Each has the strength that is given times that at which it was saved.
+
+    Raises:
+        FileError: A file doesn't say what its weights are, or they are of different bases.
+        AdapterError: A kind doesn't add.
+        LoRAError: An option is out of range.
+    """
+    check_apart(Path(out), *map(Path, files))
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_adapter(Path(path))) for path in files]
+        weights, about = _common(opened)
+        terms = [
+            (weight, delta, strength * delta.strength)
+            for file, strength in zip(opened, files.values(), strict=True)
+            for weight, delta in file.fit(weights).items()
+        ]
+        deltas, fits = combine(terms, method, rank, density)
+        write_adapter("native", Path(out), deltas, weights, about)
+    return fits
+
+
+def _common(files: list[AdapterFile]) -> tuple[Outline, About]:
+    """Return what files say of the one base that they have, or raise a `FileError`."""
+    base, shapes, layers = dict[str, str](), dict[str, Any](), dict[str, Any]()
+    for file in files:
+        file.check_said(file.outline, NATIVE)
+        about = file.about
+        if other := [n for n, digest in about.base.items() if base.get(n, digest) != digest]:
+            reason = "is of another base than those in front of it"
+            raise FileError(f"{file.path}: {reason}: {shortened(other)}")
+        base |= about.base
+        shapes |= about.shapes
+        layers |= about.layers
+    first = files[0].about
+    name = first.model if all(each.about.model == first.model for each in files) else ""
+    about = About("combined", name, first.cls, base, shapes, layers)
+    return outline_of_tensors(shapes, layers), about
+
+
+def resize_file(path: AnyPath, out: AnyPath, rank: Rank) -> list[Fit]:
+    """Give a file's pairs another rank as `resize_lora` does an adapter's, and write our own file.
+
+    Raises:
+        FileError: The file doesn't say what its weights are.
+        LoRAError: The rank is out of range, or there is no pair.
+    """
+    rank = check_rank_or_share(rank)
+    check_apart(Path(out), Path(path))
+    with open_adapter(Path(path)) as file:
+        file.check_said(file.outline, NATIVE)
+        deltas, fits = file.fit(file.outline), list[Fit]()
+        for weight, delta in progress(list(deltas.items()), "resizing"):
+            if "rank" in delta.numbers:
+                deltas[weight], fit = resized(weight, delta, rank)
+                fits.append(fit)
+        if not fits:
+            raise LoRAError(f"{path}: there is no pair of factors to resize")
+        write_adapter("native", Path(out), deltas, file.outline, file.about)
+    return fits
+
+
 def _twins(tensors: Mapping[str, Tensor], adapted: Set[str], about: About) -> list[str]:
     """List the tensors that have the bits of an adapted one, and aren't known for others."""
     # A file that knows its base's class was saved beside the model, and has all its names.
@@ -210,10 +282,8 @@ def _with_updates(weight: Tensor, begin: int, deltas: list[Delta]) -> Tensor:
     for delta in deltas:
         rows, first, last = delta.rows, begin, end
         if rows is not None and delta.dim == 0:
-            numbers = [*rows]
-            first, last = bisect_left(numbers, begin), bisect_left(numbers, end)
-            inside = [number - begin for number in numbers[first:last]]
-            if not inside:
+            first, last = (sum(row < place for row in rows) for place in (begin, end))
+            if not (inside := [row - begin for row in rows if begin <= row < end]):
                 continue
             rows = Rows.of(inside, len(weight))
         block = delta.block(first, last)

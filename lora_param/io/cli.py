@@ -1,7 +1,5 @@
 """The command line: looks into adapter files, converts, checks, merges and combines them."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
@@ -17,8 +15,8 @@ from ..combine import Fit
 from ..errors import LoRAError
 from ..lowrank import Rank
 from ..summary import aligned, show_alpha
-from .checkpoint import check_checkpoint, convert_file, merge_checkpoint
-from .combination import combine_files, extract_checkpoint, resize_file
+from .checkpoint import check_checkpoint, combine_files, convert_file, merge_checkpoint, resize_file
+from .extraction import extract_checkpoint
 from .formats import WRITTEN
 from .summary import FileSummary, UpdateSummary, file_summary, plot_summary
 from .tensors import AnyPath
@@ -33,8 +31,7 @@ def info(*, file: Path, base: Path | None, plot: Path | None, json: bool, **opti
     if plot:
         plot_summary(summary, plot)
     totals = {"weights": len(summary.weights), "parameters": summary.parameters}
-    said = dumps(asdict(summary) | {"totals": totals}, indent=2) if json else _table(summary)
-    print(said)
+    print(dumps(asdict(summary) | {"totals": totals}, indent=2) if json else _table(summary))
 
 
 def _table(summary: FileSummary) -> str:

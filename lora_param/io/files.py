@@ -1,7 +1,5 @@
 """Adapter files: save one adapter of a model, and load it into another."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +12,7 @@ from .. import checks
 from ..chains import type_before
 from ..deltas import Delta, StatisticsDelta
 from ..deltas.protocol import check_adapter, tensors_of
-from ..errors import AdapterError, FileError, LoRAError
+from ..errors import AdapterError, FileError, LoRAError, shortened
 from ..frozen import digest_of
 from ..progress import progress
 from ..register import install
@@ -22,11 +20,10 @@ from ..sharding import alike, mesh_of
 from ..state import load_deltas
 from ..undo import all_or_nothing, keep_entries, set_flags
 from ..walk import Walk
-from ..watch import check_saved
 from ..weight import Weight
 from .formats import AdapterFile, Deltas, faults_of, open_adapter, write_adapter
-from .outline import Outline, outline_of_model
-from .tensors import About, AnyPath, check_strings, shortened
+from .outline import Outline
+from .tensors import About, AnyPath, check_strings
 
 
 def save_lora(
@@ -64,8 +61,6 @@ def save_lora(
     Every rank of a sharded model calls it, and the first one writes.
 
     Example:
-        >>> model = torch.nn.Linear(3, 2)
-        >>> _ = register_lora(model, rank=1)
         >>> save_lora(model, "adapter.safetensors", metadata={"license": "MIT"})
         >>> load_lora(torch.nn.Linear(3, 2), "adapter.safetensors", base="ignore")
         ['weight']
@@ -81,7 +76,7 @@ def save_lora(
         raise LoRAError(f"nothing was saved: {shortened(faults)}")
     name = getattr(model, "name_or_path", "")  # a pretrained model's, of transformers or diffusers
     cls = type_before(getattr(model, "_orig_mod", model))
-    weights = outline_of_model(found)
+    weights = Outline(found, live=True)
     taken = weights.tensors if mesh and options.get("base") is None else {}
     about = About(
         names[0],
@@ -93,7 +88,7 @@ def save_lora(
     with alike(mesh) as first:
         if first:
             write_adapter(format, Path(path), dict(pairs), weights, about, **options)
-    check_saved(found, pairs)
+    checks.warn_of_saved(found, pairs)
 
 
 def load_lora(
@@ -149,7 +144,7 @@ def load_lora(
             checks.check_model(found, "load_lora", need)
             if trainable:
                 checks.check_trainable(found)
-            weights = outline_of_model(found)
+            weights = Outline(found, live=True)
             deltas = file.fit(weights, "" if own else adapter, **options)
         if base != "ignore" and (doubt := _doubt(file.about, weights)):
             if base == "require":
@@ -181,11 +176,11 @@ def _attachable(deltas: Deltas, adapter: str, trainable: bool) -> list[tuple[Wei
     for weight, delta in progress(list(deltas.items()), "loading"):
         if (device := weight.like.device).type == "meta":
             raise LoRAError(f"{weight.name} is on the meta device; load when the model has values")
+        checks.check_space([weight], delta.numbers.get("dropout", 0.0))
         tensors = {part: t.to(device, copy=True) for part, t in tensors_of(delta).items()}
         copy = delta.made_of(tensors, delta.numbers).requires_grad_(trainable)
         copy.adapter = adapter
         pairs.append((weight, copy))
-    checks.check_droppable([weight for weight, delta in pairs if delta.numbers.get("dropout")])
     return pairs
 
 

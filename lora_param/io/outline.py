@@ -1,11 +1,13 @@
-"""A model's outline: what a format knows of its weights, from a model, a checkpoint or a file."""
+"""What is known of a model: its outline, from itself, a checkpoint or an adapter's file."""
 
-from __future__ import annotations
-
+import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 
 from ..activation import acts
 from ..chains import type_before
-from ..errors import TargetError
-from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, Shape, layer_of
+from ..errors import FileError, TargetError, shortened
+from ..layers import CONV1D, CONVOLUTIONS, TABLE, UNLISTED, Layer, layer_of
 from ..rows import split_rows
-from ..walk import Walk
+from ..walk import WRAPPERS, Walk
 from ..weight import Weight, join
+from .tensors import OpenFile, Tensors, open_file, read_json
 
 Facts = Mapping[str, Any]
 
@@ -81,22 +84,27 @@ def drops(weight: Weight) -> bool:
     return able and ("_facts" in weight.module.__dict__ or acts(weight.module, weight.tensor))
 
 
-@dataclass(frozen=True)
 class Outline:
     """What is known of a model's modules and weights, by path and name in model order.
 
     Where there is no model, modules without a forward and children stand in for its own, on the
     meta device where only shapes are known. Of an `unknown` model every name may be one of its own:
-    nothing is known but what a file says.
+    nothing is known but what a file says. `live` is whether it is a model's, and no file's.
     """
 
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    weights: Mapping[str, Weight] = field(default_factory=dict)
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # buffers too, if with values
-    shared: frozenset[str] = frozenset()  # paths of modules that it has in several places
-    unknown: bool = False
-    live: bool = False  # whether it is a model's, and no file's
+    def __init__(self, walk: Walk, *, live: bool = False, unknown: bool = False) -> None:
+        self.walk, self.live, self.unknown = walk, live, unknown
+        self.modules = dict(walk.modules)
+        known = (w for w in walk.weights + walk.moving if live or w.original is not None)
+        self.weights = {weight.name: weight for weight in known}
+        # Buffers too, if with values.
+        self.tensors = {w.name: each for w, each in walk.tensors if live or not each.is_meta}
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """Paths of modules that the model has in several places."""
+        slots = Counter(id(child) for each in self.walk.owners for child in each._modules.values())
+        return {path for path, module in self.modules.items() if slots[id(module)] > 1}
 
     def weight(self, name: str) -> Weight | None:
         """Return a weight or a block of its rows; `None` if there is none."""
@@ -118,25 +126,12 @@ class Outline:
         return next(filter(None, found), None)
 
 
-UNKNOWN = Outline(unknown=True)
+UNKNOWN = Outline(Walk(nn.Module()), unknown=True)
 """The outline of a model of which there is nothing but the adapter's file."""
 
 
-def outline_of_model(walk: Walk) -> Outline:
-    """Take the outline of a model."""
-    slots = Counter(id(child) for owner in walk.owners for child in owner._modules.values())
-    return Outline(
-        dict(walk.modules),
-        {weight.name: weight for weight in walk.weights + walk.moving},
-        {weight.name: tensor for weight, tensor in walk.parameters},
-        {weight.name: tensor for weight, tensor in walk.tensors},
-        frozenset(path for path, module in walk.modules if slots[id(module)] > 1),
-        live=True,
-    )
-
-
 def outline_of_tensors(
-    tensors: Mapping[str, Tensor] | Mapping[str, Shape], facts: Mapping[str, Facts]
+    tensors: Tensors | Mapping[str, Sequence[int]], facts: Mapping[str, Facts]
 ) -> Outline:
     """Make the outline of the model whose tensors, or whose tensors' shapes, these are.
 
@@ -149,19 +144,12 @@ def outline_of_tensors(
             own.setdefault(parent, {})
         value = said if isinstance(said, Tensor) else torch.empty(said, device="meta")
         own[path][tensor] = value
-    modules = {path: _stand_in(path, inside, facts) for path, inside in own.items()}
-    modules[""]._modules.update({path: each for path, each in modules.items() if path})
-    weights = {
-        join(path, tensor): Weight(path, modules[path], tensor)
-        for path, inside in own.items()
-        for tensor in inside
-    }
-    values = {name: each for name, each in tensors.items() if isinstance(each, Tensor)}
-    parameters = {name: each for name, each in values.items() if not weights[name].is_buffer}
-    return Outline(modules, weights, parameters, values)
+    model, *inner = (_stand_in(path, inside, facts) for path, inside in own.items())
+    model._modules.update(zip([*own][1:], inner, strict=True))
+    return Outline(Walk(model))
 
 
-def _stand_in(path: str, own: Mapping[str, Tensor], facts: Mapping[str, Facts]) -> nn.Module:
+def _stand_in(path: str, own: Tensors, facts: Mapping[str, Facts]) -> nn.Module:
     """Make a module of what is said of one, or of what its tensors' shapes look like."""
     given = facts.get(path, {})
     said = {name: given[name] for name in given if isinstance(given[name], FACTS.get(name, ()))}
@@ -182,7 +170,99 @@ def _stand_in(path: str, own: Mapping[str, Tensor], facts: Mapping[str, Facts]) 
     nn.Module.__init__(module)
     moving = layer_of(cls).moving
     for name, tensor in own.items():
-        table: Any = module._buffers if name in moving else module._parameters
-        table[name] = tensor
+        if name in moving:
+            module._buffers[name] = tensor
+        else:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     module.__dict__.update({**said, "_facts": said})
     return module
+
+
+INDEX = ".index.json"
+FILES = (f"*{INDEX}", "*.safetensors", "*.bin", "*.pt")
+"""What a folder's checkpoint can be called, the first kind of which there is one."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """An open checkpoint: in which file each tensor is, and the model's name for it, by its key."""
+
+    path: Path
+    files: Mapping[str, OpenFile]
+    names: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Raise where two keys have the same name."""
+        if twice := [name for name, count in Counter(self.names.values()).items() if count > 1]:
+            rule = f"more than one tensor is {shortened(twice)}; keep one of them"
+            raise FileError(f"{self.path}: {rule}")
+
+    def with_prefix(self, prefix: str) -> "Base":
+        """Return it with a prefix taken from its names, or given to them."""
+        return replace(self, names=_with_prefix(self.names, prefix))
+
+    def prefix_for(self, adapted: Set[str]) -> str:
+        """Return the prefix with which, or without, most adapted weights have one of its names."""
+        names, first = self.names.values(), next(iter(adapted), "")
+        choices = {first.removesuffix(name) for name in names if first.endswith(f".{name}")}
+        choices |= {n.removesuffix(first) for n in names if first and n.endswith(f".{first}")}
+
+        def count(prefix: str) -> int:
+            return len(adapted & {*_with_prefix(self.names, prefix).values()})
+
+        return max(["", *sorted(choices)], key=count)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the model's names, read when they are used."""
+        return {name: self.files[key].tensors[key] for key, name in self.names.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The strings of its first file, of a pickle those that transformers asks for."""
+        first = next(iter(self.files.values()), None)
+        return first.metadata if first and not first.fault else {"format": "pt"}
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[Base]:
+    """Open a checkpoint for a block: a file, an index of shards, or a folder with one of these."""
+    with ExitStack() as stack:
+        files: dict[str, OpenFile] = {}
+        for shard in _shards(path):
+            opened = stack.enter_context(open_file(shard))
+            names = opened.tensors if opened.fault else opened.entries
+            files |= dict.fromkeys(names, opened)
+        yield Base(path, files, {key: plain_name(key) for key in files})
+
+
+def plain_name(key: str) -> str:
+    """Return the plain model's name of a key of a state dict."""
+    plain = join(*(part for part in key.split(".") if part not in WRAPPERS))
+    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain)
+
+
+def _shards(path: Path) -> list[Path]:
+    """List the files of a checkpoint."""
+    if path.is_dir():
+        found = next(filter(None, (sorted(path.glob(pattern)) for pattern in FILES)), [])
+        if len(found) != 1:
+            listed = ", ".join(each.name for each in found) or ", ".join(FILES)
+            count = "several" if found else "none"
+            raise FileError(f"{path}: has {count} of {listed}; name a file")
+        path = found[0]
+    if not path.name.endswith(INDEX):
+        return [path]
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
+        raise FileError(f"{path}: no index of shards")
+    if strange := [name for name in names.values() if Path(name).name != name]:
+        raise FileError(f"{path}: {strange[0]!r:.80} is no file beside it")
+    return [path.with_name(name) for name in dict.fromkeys(names.values())]
+
+
+def _with_prefix(names: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Take a prefix from the names that have it, or where none has it give it to all."""
+    if any(name.startswith(prefix) for name in names.values()):
+        return {key: name.removeprefix(prefix) for key, name in names.items()}
+    return {key: prefix + name for key, name in names.items()}

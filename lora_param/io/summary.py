@@ -1,7 +1,5 @@
 """What an adapter's file holds, in numbers and as a picture."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from ..errors import FileError, LoRAError
 from ..layers import Shape
 from ..progress import progress
 from ..weight import Weight
-from .bases import open_both
+from .formats import open_both
+from .formats.peft_whole import NEW
 from .tensors import AnyPath, explained
 
 
@@ -90,7 +89,8 @@ def _measured(weight: Weight, delta: Delta, base_norm: float | None) -> UpdateSu
         shape = tuple(next(iter(tensors.values())).shape)
         if "lora_B" in tensors:
             shape = (*tensors["lora_B"].shape[:-1], tensors["lora_A"].shape[-1])
-    values = delta.singular_values(shape)
+    # What new values add to a weight can't be known without it.
+    values = torch.zeros(0) if delta.origin == NEW else delta.singular_values(shape)
     if not values.norm().isfinite():
         raise FileError(f"{name}: its update isn't finite")
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)

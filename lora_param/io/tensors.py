@@ -1,7 +1,5 @@
 """Files as they lie on a disk: opened and read once, and written whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
@@ -24,12 +22,13 @@ from ..frozen import bytes_of
 AnyPath = str | os.PathLike[str]
 
 Config = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
 
 
 class Content(NamedTuple):
     """What a file is going to hold, and a folder of PEFT's: a config, and a card if it has none."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Tensors
     metadata: Mapping[str, str]
     config: Config | None = None
     card: str = ""
@@ -95,7 +94,7 @@ class About:
     model: str = ""  # what the base is called on a hub
     cls: str = ""  # the base's class
     base: Mapping[str, str] = field(default_factory=dict)  # its fingerprint
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # its parameters'
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)  # its parameters'
     layers: Mapping[str, Config] = field(default_factory=dict)  # facts of the adapted modules
     metadata: Mapping[str, str] = field(default_factory=dict)  # strings of whoever saved it
 
@@ -117,7 +116,7 @@ class OpenFile:
     fault: str  # for which it is no safetensors file
 
     @cached_property
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Tensors:
         """Its tensors: a safetensors file's, mapped, or those in a pickled state dict."""
         if self.fault and self.path.suffix == ".safetensors":
             raise FileError(f"{self.path}: {self.fault}")
@@ -225,7 +224,7 @@ def write_content(path: Path, content: Content) -> None:
             file.write(card.encode())
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Write tensors of the dtypes in `CODES` to a safetensors file, whole or not at all."""
     # Readers view the bytes in place, so every tensor has to begin at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -303,12 +302,6 @@ def check_strings(name: str, given: Any) -> Mapping[str, str]:
     if any(type(t) is not str or t.encode("utf-8", "ignore").decode() != t for t in texts):
         raise LoRAError(f"{name} must map strings to strings, got {given!r:.80}")
     return dict(given)
-
-
-def shortened(items: Sequence[str]) -> str:
-    """Join the first few of many."""
-    more = f"; and {len(items) - 8:,} more" if len(items) > 8 else ""
-    return "; ".join(items[:8]) + more
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,32 +1,28 @@
 """The formats of adapter files: a row each in one table, and the file that is read by a row."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checks import check_weights
-from ...combine import overlapping
-from ...deltas import KINDS, Delta
-from ...deltas.pair import Pair
+from ...deltas import KINDS, Delta, Pair
 from ...deltas.protocol import FLOATS, show_dtypes, tensors_of
-from ...errors import FileError, LoRAError
+from ...errors import FileError, LoRAError, shortened
 from ...progress import progress
+from ...rows import split_rows
 from ...state import NUMBERS
 from ...targets import nearest
-from ...weight import Weight
-from ..outline import UNKNOWN, Outline, outline_of_tensors
-from ..tensors import About, Config, OpenFile, open_file, shortened, write_content
+from ...weight import Weight, overlapping
+from ..outline import UNKNOWN, Base, Outline, open_checkpoint, outline_of_tensors
+from ..tensors import About, AnyPath, Config, OpenFile, open_file, write_content
 from . import diffusers, kohya, loralib, native, peft
 from .factors import joined, warn_of_statistics
-from .peft_whole import NewValues
 
 Deltas = dict[Weight, Delta]
 """An adapter: its deltas by their weights."""
@@ -107,6 +103,15 @@ class AdapterFile:
             raise FileError(f"{self.path}: {shortened(faults)}")
         return dict(pairs)
 
+    def adapted(self, options: Mapping[str, Any]) -> set[str]:
+        """Return the adapted weights' names, as far as the file says them without a model."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the same are given when it is read for good
+                return {split_rows(name)[0] for name in self.parse(UNKNOWN, **options)}
+        except LoRAError:
+            return set()
+
     def fit(self, weights: Outline, adapter: str = "", /, **options: Any) -> Deltas:
         """Read the deltas and hold them against a model's weights, if known, in model order.
 
@@ -124,28 +129,18 @@ class AdapterFile:
                 f"{shortened(missing)}; the nearest to the first are {near}"
                 f"{'' if weights.live else '; where only a prefix differs, give it with --prefix'}"
             )
+        fitting = {weight: deltas[name] for name, weight in found.items()}
         if weights.unknown:
-            return {found[name]: delta for name, delta in deltas.items()}
-        for name, delta in deltas.items():
-            deltas[name] = delta.added_to(found[name]) if isinstance(delta, NewValues) else delta
-        check_weights([w for name, w in found.items() if not deltas[name].of_buffers], adapter)
-        order = {name: place for place, name in enumerate(weights.weights)}
-        pairs = overlapping(found.values())
-        faults = [f"{one.name} and {other.name} overlap" for one, other in pairs]
-        fitting, lowered = Deltas(), dict[str, Delta]()
-        places = {
-            n: (order[w.whole.name], w.rows.parts if w.rows else ()) for n, w in found.items()
-        }
-        for name in sorted(found, key=lambda name: places[name]):
-            weight, delta = found[name], deltas[name]
-            if fault := _misfit(delta, weight):
-                faults.append(f"{name}: {fault}")
-                continue
+            return fitting
+        check_weights([w for w, delta in fitting.items() if not delta.of_buffers], adapter)
+        faults = [f"{a.name} and {b.name} overlap" for a, b in overlapping(found.values())]
+        faults += [f"{w.name}: {fault}" for w, d in fitting.items() if (fault := _misfit(d, w))]
+        lowered = dict[str, Delta]()
+        for weight, delta in {} if faults else fitting.items():
             if isinstance(delta, Pair) and delta.rank > (limit := min(weight.view[-2:])):
-                delta = lowered[name] = delta.lowered(limit)
+                fitting[weight] = lowered[weight.name] = delta = delta.lowered(limit)
             delta.rows, delta.dim = weight.rows, weight.dim
-            fitting[weight] = delta
-        if lowered and not faults:
+        if lowered:
             faults += faults_of(lowered)
         if faults:
             raise FileError(f"{self.path}: the shapes don't fit the model's: {shortened(faults)}")
@@ -155,7 +150,9 @@ class AdapterFile:
                 f"rounding: {shortened([*lowered])}",
                 stacklevel=3,
             )
-        return fitting
+        order = {name: place for place, name in enumerate(weights.weights)}
+        places = {w: (order[w.whole.name], w.rows.parts if w.rows else ()) for w in fitting}
+        return {weight: fitting[weight] for weight in sorted(fitting, key=lambda w: places[w])}
 
 
 @contextmanager
@@ -172,6 +169,26 @@ def open_adapter(path: Path) -> Iterator[AdapterFile]:
         describe = getattr(rows[0].module, "describe", None)
         said = describe(file) if describe else ({}, About(metadata=file.strings))
         yield AdapterFile(path, rows[0], file, *said)
+
+
+@contextmanager
+def open_both(
+    path: AnyPath, base: AnyPath | None, prefix: str | None, options: Mapping[str, Any]
+) -> Iterator[tuple[AdapterFile, Base, Outline, Deltas]]:
+    """Open an adapter's file and the base that it was trained on; yield the deltas as they fit it.
+
+    Where the model's names begin with a `prefix` that the checkpoint's lack, or the other way
+    round, it is found or given. Without a base an outline is what the file itself says.
+    """
+    with ExitStack() as stack:
+        file, found = stack.enter_context(open_adapter(Path(path))), Base(Path(), {}, {})
+        weights = file.outline
+        if base is not None:
+            found = stack.enter_context(open_checkpoint(Path(base)))
+            seen = found.prefix_for(file.adapted(options)) if prefix is None else prefix
+            found = found.with_prefix(seen)
+            weights = outline_of_tensors(found.tensors, file.about.layers)
+        yield file, found, weights, file.fit(weights, **options)
 
 
 def _check_no_state_dict(file: OpenFile) -> None:

@@ -1,7 +1,5 @@
 """What foreign formats share: keys to modules, factors to the matrix view, all faults in a list."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections import defaultdict
@@ -12,15 +10,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization
-from ...deltas.pair import Pair
-from ...errors import FileError
+from ...deltas import Delta, DenseDelta, DoRA, LoRAParametrization, Pair
+from ...errors import FileError, shortened
 from ...layers import Shape
 from ...lowrank import summed
 from ...targets import nearest
 from ...weight import Weight
 from ..outline import Outline, Unknown, class_name, is_plain
-from ..tensors import shortened
+from ..tensors import Tensors
 
 Factors = dict[str, dict[str, Tensor]]
 """By a module's name in a file: its tensors `"A"`, `"B"` and `"alpha"`."""
@@ -42,13 +39,13 @@ def refuse(complaints: Iterable[str], deed: str = "loaded") -> None:
 
 
 def collect(
-    make: Callable[[Item], Result], items: Iterable[Item], deed: str = "loaded"
+    make: Callable[[Item], Iterable[Result]], items: Iterable[Item], deed: str = "loaded"
 ) -> list[Result]:
-    """Make something of each item, or raise one `FileError` that lists what is wrong with all."""
-    results, complaints = [], []
+    """List what each item makes, or raise one `FileError` that lists what is wrong with all."""
+    results, complaints = list[Result](), list[str]()
     for item in items:
         try:
-            results.append(make(item))
+            results += make(item)
         except (RuntimeError, ValueError) as error:
             named = isinstance(error, FileError)
             complaints.append(f"{error}" if named else f"{item}: {error}")
@@ -80,8 +77,7 @@ def warn_of_statistics(format: str, names: Sequence[str]) -> None:
     """Warn of the statistics that a format has no place for."""
     reason = f"{format}'s files have no place for a norm's statistics"
     fix = "train the whole norms too, or keep a native file"
-    more = f" and {len(names) - 3:,} more" * bool(names[3:])
-    warnings.warn(f"{reason}: left out are {', '.join(names[:3])}{more}; {fix}", stacklevel=6)
+    warnings.warn(f"{reason}: left out are {shortened(names, 3, ', ')}; {fix}", stacklevel=6)
 
 
 def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
@@ -90,12 +86,12 @@ def matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
 
 
 def group_factors(
-    tensors: Mapping[str, Tensor], *patterns: str
+    tensors: Tensors, *patterns: str, prefix: str = ""
 ) -> tuple[Factors, dict[str, Tensor]]:
     """Sort tensors by the patterns' groups `name` and `role`; return the rest by key."""
     factors: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
-    for key, tensor in tensors.items():
+    for key, tensor in ((k, t) for k, t in tensors.items() if k.startswith(prefix)):
         match = next((m for pattern in patterns if (m := re.fullmatch(pattern, key))), None)
         role = ROLES.get(match["role"], match["role"]) if match else ""
         if match and role not in factors[match["name"] or ""]:
@@ -145,7 +141,7 @@ def _trim(shape: Shape) -> Shape:
     return shape
 
 
-def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> Iterator[str]:
+def tensors_of_another_base(tensors: Tensors, weights: Outline) -> Iterator[str]:
     """Complain of a base's tensors in a file, unless the model has the same."""
     for key, tensor in {} if weights.unknown else tensors.items():
         own = weights.tensors.get(key)
@@ -153,7 +149,7 @@ def tensors_of_another_base(tensors: Mapping[str, Tensor], weights: Outline) -> 
             yield f"{key} is neither a factor nor equal to the model's"
 
 
-def both_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def both_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Return a layer's factors, or raise a `ValueError` for one that is missing or no matrix."""
     for role in "AB":
         if (factor := tensors.get(role)) is None:
@@ -169,7 +165,7 @@ def check_plain(weight: Weight) -> None:
         raise ValueError(f"is a {class_name(weight.module)}, not a linear or convolution")
 
 
-def plain(weight: Weight, tensors: Mapping[str, Tensor]) -> Pair:
+def plain(weight: Weight, tensors: Tensors) -> Pair:
     """Return the update of a linear or convolution layer; no alpha, or 0, means the rank."""
     (A, B), alpha = both_factors(tensors), tensors.get("alpha", torch.zeros(()))
     if alpha.numel() != 1 or alpha.is_complex():

@@ -1,17 +1,15 @@
 """loralib's state dicts, read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import FileError
+from ...errors import FileError, shortened
 from ...layers import CONV1D, Shape
 from ...weight import Weight, join
 from ..outline import LINEARS, Outline, class_name
-from ..tensors import PICKLED, PICKLES, Config, OpenFile, shortened
+from ..tensors import PICKLED, PICKLES, Config, OpenFile, Tensors
 from . import factors as shared
 
 KEYS = (r"(?:(?P<name>.+)\.)?lora_(?P<role>[AB])",)
@@ -24,7 +22,7 @@ def recognises(file: OpenFile) -> bool:
 
 
 def parse(
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     config: Config,
     weights: Outline,
     *,
@@ -50,19 +48,23 @@ def parse(
     shared.refuse(shared.tensors_of_another_base(base, weights))
     found = shared.all_found(places, weights)
 
-    def read(name: str) -> list[shared.Named]:
+    def read(name: str) -> Iterator[shared.Named]:
         weight, (A, B) = found[name], shared.both_factors(factors[name])
-        blocks = [(weight, A, B)]
-        if weight.shape is not None and weight.layer.kind in (*LINEARS, CONV1D):
+        rank, kind, shape = float(B.shape[1]), weight.layer.kind, weight.shape
+        if shape is None or kind is nn.Embedding:
+            blocks = [(weight, A, B)]
+        elif kind in (*LINEARS, CONV1D):
             blocks = list(_slices(weight, A, B, enable_lora))
-        pairs = list[shared.Named]()
+        elif kind is nn.Conv2d:  # the rank over its own view
+            blocks, rank = [(weight, *_convolution_factors(shape, A, B))], rank / shape[-1]
+        else:
+            cls = class_name(weight.module)
+            raise ValueError(f"is a {cls}, for which loralib has no layer that works")
         for block, a, b in blocks:
-            down, up, rank = _layer_factors(block, a, b)
-            numbers = alpha * len(down) / rank, weight.layer.transposed
-            pairs.append((block.name, shared.of_layer(block, down, up, *numbers)))
-        return pairs
+            scaled = alpha * len(a) / rank
+            yield block.name, shared.of_layer(block, a, b, scaled, weight.layer.transposed)
 
-    return [pair for pairs in shared.collect(read, factors) for pair in pairs]
+    return shared.collect(read, factors)
 
 
 def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:
@@ -71,16 +73,6 @@ def _name_in_base(key: str, found: Mapping[str, Weight | None]) -> str:
     outer = f".{owner}".removesuffix(".conv").removeprefix(".")
     weight = found.get(outer)
     return join(outer, tensor) if weight and weight.path == outer else key
-
-
-def _layer_factors(weight: Weight, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return a layer's factors, and the rank that alpha is divided by."""
-    kind, shape = weight.layer.kind, weight.shape
-    if shape is None or kind in (nn.Embedding, *LINEARS, CONV1D):
-        return A, B, B.shape[1]
-    if kind is nn.Conv2d:
-        return *_convolution_factors(shape, A, B), B.shape[1] / shape[-1]
-    raise ValueError(f"is a {class_name(weight.module)}, for which loralib has no layer that works")
 
 
 def _convolution_factors(shape: Shape, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Our own file: safetensors whose metadata say what each delta is, and of which base."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -27,7 +25,6 @@ KEY, VERSION = "lora_param", 1
 STRING_FIELDS = ("library", "adapter", "model", "class", "sha256")
 STRINGS = "metadata"
 """Under what a record that was read has the strings of whoever saved it."""
-
 
 SPEC = {"kind": str, "numbers": dict, "rows": str}
 
@@ -69,11 +66,9 @@ def describe(file: OpenFile) -> tuple[Config, About]:
         )
     if faults:
         raise FileError(f"{file.path}: damaged metadata: {', '.join(faults[:10])}")
-    shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    adapter, model, cls, base = (record[name] for name in ("adapter", "model", "class", "base"))
-    return record | {STRINGS: strings}, About(
-        adapter, model, cls, base, shapes, record["layers"], strings
-    )
+    names = ("adapter", "model", "class", "base", "shapes", "layers")
+    said: Any = [*map(record.get, names), strings]
+    return record | {STRINGS: strings}, About(*said)
 
 
 def _faults(record: Mapping[str, Any]) -> Iterator[str]:

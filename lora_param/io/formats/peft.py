@@ -1,7 +1,5 @@
 """PEFT: a folder of `adapter_model.safetensors` and `adapter_config.json`, read and written."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -11,17 +9,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...deltas import Delta, DoRA
-from ...deltas.pair import Pair
+from ...deltas import Delta, DoRA, Pair
 from ...errors import FileError
 from ...layers import CONV1D, UNLISTED, layer_of
-from ...weight import Weight, join, tensor_names
+from ...weight import Weight, join
 from ..outline import Outline, Unknown, drops, facts_of, kind_name
-from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile
+from ..tensors import CONFIG, PICKLED, About, Config, Content, OpenFile, Tensors
 from . import factors as shared
 from .peft_config import costly_patterns, dropout, load_config, rank_and_alpha, scaling
 from .peft_places import Place, place_of_weight, places_of_names, refusals, warn
-from .peft_whole import NO_LAYERS, add_biases, check_heads, new_values, render_whole
+from .peft_whole import NO_LAYERS, changes, new_values, render_whole
 
 Placed = tuple[Place, Pair]
 
@@ -32,7 +29,6 @@ KEYS = (
     r"base_model\.model\.(?P<name>.+)\.lora_B\.(?P<role>bias)",
     r"base_model\.model\.(?P<name>.+)\.(?P<role>lora_magnitude_vector)",
 )
-READ_TWICE = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
 
 
 def recognises(file: OpenFile) -> bool:
@@ -53,7 +49,7 @@ def describe(file: OpenFile) -> tuple[Config, About]:
 
 
 def parse(
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     config: Config,
     weights: Outline,
     *,
@@ -69,7 +65,6 @@ def parse(
     factors, rest = shared.group_factors(tensors, *KEYS)
     rest = {key.removeprefix(PREFIX): tensor for key, tensor in rest.items()}
     new, base = new_values(rest, config, weights)
-    check_heads(new, config, weights)
     foreign = shared.tensors_of_another_base(base, weights)
     shared.refuse([*foreign, *costly_patterns(config, factors)])
     if weights.unknown and config.get("target_parameters") and config.get("rank_pattern"):
@@ -79,26 +74,23 @@ def parse(
     conv1d = any(layer_of(type(each)).kind == CONV1D for each in weights.modules.values())
     vague = bool(config.get("fan_in_fan_out")) or conv1d
 
-    def read(name: str) -> Pair:
+    def read(name: str) -> Iterator[tuple[str, Pair]]:
         place, (A, B) = found[name], shared.both_factors(factors[name])
         embedded = f"{PREFIX}{name}.lora_embedding_A" in tensors
         transposed = embedded or _is_transposed(place, A, config, vague)
-        twice = mha_out_proj != "once" and place.kind == "out_proj"
-        return _pair(place, factors[name] | {"B": B * 2 if twice else B}, config, transposed)
+        if place.kind == "out_proj" and mha_out_proj != "once":
+            B = B * 2
+        yield name, _pair(place, factors[name] | {"B": B}, config, transposed)
 
-    pairs = dict(zip(found, shared.collect(read, found), strict=True))
-    biases = {
-        name: own["bias"] * pairs[name].scale for name, own in factors.items() if "bias" in own
-    }
-    add_biases(new, biases, config, weights)
-    twice = READ_TWICE if mha_out_proj is None else ""
-    warn(found.values(), weights, twice, dropout(config))
-    return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *new.items()]
+    pairs = dict(shared.collect(read, found))
+    biases = {n: own["bias"] * pairs[n].scale for n, own in factors.items() if "bias" in own}
+    added = list(changes(new, biases, config, weights))
+    twice = 'so does what was read; mha_out_proj="twice" agrees to that, "once" mends it'
+    warn(found.values(), weights, "" if mha_out_proj else twice, dropout(config))
+    return [*((found[name].weight.name, pair) for name, pair in pairs.items()), *added]
 
 
-def _pair(
-    place: Place, tensors: Mapping[str, Tensor], config: Config, transposed: bool | None
-) -> Pair:
+def _pair(place: Place, tensors: Tensors, config: Config, transposed: bool | None) -> Pair:
     """Make a pair of factors that are said to be transposed or not, or raise a `ValueError`."""
     A, B, lengths = tensors["A"], tensors["B"], tensors.get("lora_magnitude_vector")
     idle = place.kind == "alone" and not B.any()
@@ -118,9 +110,8 @@ def _pair(
     if transposed is None:
         where = place.weight.name
         raise FileError(f"{where}: which side of a square matrix is which can't be known")
-    numbers: dict[str, Any] = {"scaling": scaling(config)}
-    if drops(place.weight):
-        numbers["dropout"] = dropout(config)
+    able = drops(place.weight)
+    numbers: dict[str, Any] = {"scaling": scaling(config), "dropout": able * dropout(config)}
     if lengths is not None:
         sizes = [1] * len(place.weight.shape or A.shape)
         sizes[bool(transposed)] = -1
@@ -143,12 +134,7 @@ def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Co
         (place_of_weight(weight, weights, parameters), pair.plain("lora" if mixed else None))
         for weight, pair in pairs.items()
     ]
-    complaints = [
-        fault
-        for place, pair in placed
-        for fault in refusals(place, written=True, dora=isinstance(pair, DoRA))
-    ]
-    shared.refuse([*complaints, *_unsayable(placed, weights)], "written")
+    shared.refuse(_unsayable(placed, weights), "written")
     placed = [*_with_whole_attentions(placed, weights)]
     places = [place for place, _ in placed]
     warn(places, weights, "the file holds half of it")
@@ -157,15 +143,15 @@ def render(deltas: Mapping[Weight, Delta], weights: Outline, about: About) -> Co
     plain, said = render_whole(whole, weights, wrapped, about)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in plain.items()}
     for place, delta in placed:
-        infix = "embedding_" if place.weight.layer.kind is nn.Embedding else ""
-        for role, factor in zip("AB", _factors_in_file(place, delta), strict=True):
-            key = f"{PREFIX}{place.name}.lora_{infix}{role}"
-            tensors[key if infix else f"{key}.weight"] = factor.contiguous()
+        name = f"{PREFIX}{place.name}."
+        ends = ("lora_A.weight", "lora_B.weight")
+        if place.weight.layer.kind is nn.Embedding:
+            ends = ("lora_embedding_A", "lora_embedding_B")
+        for end, factor in zip(ends, _factors_in_file(place, delta), strict=True):
+            tensors[name + end] = factor.contiguous()
         if isinstance(delta, DoRA):
-            m = delta.magnitude.detach().flatten()
-            ones = [1] * (delta.magnitude.ndim - 2)
-            key = f"{PREFIX}{place.name}.lora_magnitude_vector"
-            tensors[key] = m.view(1, -1, *ones) if ones else m
+            m, kernel = delta.magnitude.detach().flatten(), [1] * (delta.magnitude.ndim - 2)
+            tensors[f"{name}lora_magnitude_vector"] = m.view(1, -1, *kernel) if kernel else m
     config = {"base_model_name_or_path": about.model or None, **_config(placed, weights), **said}
     return Content(tensors, {"format": "pt", **about.metadata}, config, _card(about.model))
 
@@ -179,12 +165,13 @@ def _card(base: str) -> str:
 
 
 def _unsayable(placed: Sequence[Placed], weights: Outline) -> Iterator[str]:
-    """Yield what PEFT's config can't say."""
+    """Yield what PEFT has no place for, and what its config can't say."""
+    for place, pair in placed:
+        yield from refusals(place, written=True, dora=isinstance(pair, DoRA))
     targets = {place.weight.name for place, _ in placed if place.kind == "parameter"}
-    for path, module in weights.modules.items() if targets else ():
-        for name in (join(path, tensor) for tensor in tensor_names(module)):
-            if not _tails(name).isdisjoint(targets):
-                yield f"{name}: PEFT would adapt it too, because a target's name is its end"
+    for name in weights.weights if targets else ():
+        if not _tails(name).isdisjoint(targets):
+            yield f"{name}: PEFT would adapt it too, because a target's name is its end"
     if targets and any(place.weight.layer.kind == CONV1D for place, _ in placed):
         yield f"{min(targets)}: PEFT can't adapt it in one file with a Conv1D"
     others = [place.weight.name for place, pair in placed if not isinstance(pair, DoRA)]

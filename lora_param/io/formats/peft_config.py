@@ -1,7 +1,5 @@
 """PEFT's `adapter_config.json`: which fields decide the numbers, and which can't be honoured."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Collection, Iterator

@@ -1,7 +1,5 @@
 """Where PEFT keeps an update: the names of its wrappers, and what it can't wrap."""
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator

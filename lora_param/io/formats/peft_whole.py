@@ -1,7 +1,5 @@
 """What PEFT trains whole: `modules_to_save`, biases and the rows of tokens, read and written."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -11,14 +9,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from ...deltas import Delta, DenseDelta, StatisticsDelta
-from ...deltas.protocol import Shape, tensors_of
+from ...deltas import Delta, StatisticsDelta
+from ...deltas.protocol import tensors_of
 from ...errors import FileError, TargetError
 from ...rows import Rows
 from ...sharding import is_sharded, whole
 from ...weight import Weight, join
 from ..outline import LINEARS, Outline, class_name
-from ..tensors import About, Config
+from ..tensors import About, Config, Tensors
 from . import factors as shared
 
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -35,37 +33,11 @@ TASKS = {
 }
 """By how a class's name ends: PEFT's name for its task, and what it then saves unasked."""
 
+NEW = "values"
+"""The origin of a delta that holds what a tensor becomes, because the tensor isn't known."""
+
 CONTAINERS = ("ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Module")
 """Classes that PEFT can't wrap, and what a checkpoint's modules are called."""
-
-
-class NewValues(Delta):
-    """What a tensor or a block of its rows becomes, `V`: a delta once the tensor is known."""
-
-    kind = "values"
-    options = ()
-    V: Tensor
-
-    def __init__(self, values: Tensor, rows: Rows | None = None) -> None:
-        super().__init__("default", None)
-        self.register_buffer("V", values.detach())
-        self.__dict__.update(rows=rows, of_buffers=not values.is_floating_point())  # of any dtype
-
-    def misfit(self, shape: Shape, view: Shape) -> str | None:
-        """Say that they are of another shape, if they are."""
-        got = tuple(self.V.shape)
-        return None if got == shape else f"its new values are {got}, should be {shape}"
-
-    def added_to(self, weight: Weight) -> Delta:
-        """Return what is added to a weight that is known, of a buffer what stands in its place."""
-        old = weight.like
-        if old.is_meta or self.rows != weight.rows or old.shape != self.V.shape:
-            return self
-        if weight.is_buffer:
-            return StatisticsDelta.restore({"S": self.V.to(old.dtype)}, {})
-        delta = DenseDelta.restore({"D": difference(self.V, whole(old))}, {})
-        delta.rows = self.rows
-        return delta
 
 
 def difference(new: Tensor, old: Tensor) -> Tensor:
@@ -89,14 +61,14 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def new_values(
-    tensors: Mapping[str, Tensor], config: Config, weights: Outline
-) -> tuple[dict[str, Delta], dict[str, Tensor]]:
+    tensors: Tensors, config: Config, weights: Outline
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tell what of a file's plain tensors is trained from what is the base's, by plain names."""
     saved, biased = tuple(config.get("modules_to_save") or ()), config.get("bias", "none") != "none"
     said = config.get("trainable_token_indices")
     if said and not any(TOKENS in key for key in tensors):
         raise FileError(f"trainable_token_indices={said!r:.60}, of which no rows are in the file")
-    new, base = dict[str, Delta](), dict[str, Tensor]()
+    new, base, missing = dict[str, Tensor](), dict[str, Tensor](), dict[str, None]()
     for key, tensor in tensors.items():
         if key.endswith(f".{TOKENS}"):
             new |= [_tokens(key.removesuffix(f".{TOKENS}"), tensor, config, weights)]
@@ -105,21 +77,14 @@ def new_values(
         if plain != key and plain in tensors:  # a bias once more, under the adapter's name
             continue
         name = re.sub(r"(\.base_layer)+\.|\.(modules_to_save|original_module)\.", ".", key)
-        inside = any(path.endswith(saved) for path in _parents(name.rpartition(".")[0]) if saved)
+        heads = [path for path in _parents(name.rpartition(".")[0]) if path.endswith(saved)]
         still = name in weights.tensors and weights.weight(name) is None  # nothing can train it
-        trained = inside or (biased and name.endswith(".bias"))
+        trained = heads or (biased and name.endswith(".bias"))
         if trained and not still and ".original_module." not in key:
-            new[name] = NewValues(tensor)  # of a head's bias there are two copies
+            new[name] = tensor  # of a head's bias there are two copies
+            missing |= {head: None for head in heads if head not in weights.modules}
         else:
             base[name] = tensor
-    return new, base
-
-
-def check_heads(new: Collection[str], config: Config, weights: Outline) -> None:
-    """Raise if a model has none of the modules that were trained whole."""
-    saved = tuple(config.get("modules_to_save") or " ")
-    heads = [p for name in new for p in _parents(name.rpartition(".")[0]) if p.endswith(saved)]
-    missing = {head: None for head in heads if head not in weights.modules}
     if missing and not weights.unknown:
         mapping, task = config.get("auto_mapping"), config.get("task_type")
         cls = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
@@ -128,9 +93,10 @@ def check_heads(new: Collection[str], config: Config, weights: Outline) -> None:
             f"{', '.join(missing)}: trained whole by modules_to_save, and this model has no such "
             f"module; load it on a model that has, {cls or auto or 'of its own class'}"
         )
+    return new, base
 
 
-def _tokens(path: str, tensor: Tensor, config: Config, weights: Outline) -> tuple[str, NewValues]:
+def _tokens(path: str, tensor: Tensor, config: Config, weights: Outline) -> tuple[str, Tensor]:
     """Read the new rows of tokens, in any order, as those of a block."""
     said = config.get("trainable_token_indices")
     if isinstance(said, Mapping):
@@ -141,7 +107,7 @@ def _tokens(path: str, tensor: Tensor, config: Config, weights: Outline) -> tupl
         raise FileError(fault)
     name = join(path, "weight")
     if (weight := weights.weight(name)) is None:
-        return name, NewValues(tensor)  # of a model that has no such weight
+        return name, tensor  # of a model that has no such weight
     if not weights.unknown and not _has_tokens(weight, weights):
         raise FileError(f"{name}: {OF_TOKENS}")
     try:
@@ -149,7 +115,7 @@ def _tokens(path: str, tensor: Tensor, config: Config, weights: Outline) -> tupl
     except TargetError as error:
         raise FileError(f"{fault}: {error!s:.200}") from None
     order = torch.tensor(tokens, device=tensor.device).argsort()
-    return f"{name}[{rows}]", NewValues(tensor[order], rows)
+    return f"{name}[{rows}]", tensor[order]
 
 
 def _has_tokens(weight: Weight, weights: Outline) -> bool:
@@ -179,19 +145,42 @@ def _render_tokens(
     return tensors, {"trainable_token_indices": dict(tokens)} if tokens else {}
 
 
-def add_biases(
-    new: dict[str, Delta], biases: Mapping[str, Tensor], config: Config, weights: Outline
-) -> None:
-    """Add the updates' own biases, by paths, to the layers'."""
+def changes(
+    new: Tensors, biases: Tensors, config: Config, weights: Outline
+) -> Iterator[shared.Named]:
+    """Yield what new values and the updates' own biases, by paths, add to the weights."""
+    values = dict(new)
     for path, bias in biases.items():
-        if weights.weight(join(path, "bias")) is None:
+        name = join(path, "bias")
+        if weights.weight(name) is None:
             raise FileError(f"{path}: lora_bias adds to the layer's bias, and it has none")
-        name, update = join(path, "bias"), shared.dense(bias)
-        values = new.get(name)
-        new[name] = NewValues(values.V + update.D) if isinstance(values, NewValues) else update
+        if name in values:
+            values[name] = values[name] + bias
+        else:
+            yield name, shared.dense(bias)
     if biases and not config.get("lora_bias"):
         reason = "lora_B.bias is read; PEFT drops it: lora_bias=False"
-        warnings.warn(f"{', '.join(biases)}: {reason}", stacklevel=5)
+        warnings.warn(f"{', '.join(biases)}: {reason}", stacklevel=6)
+    yield from shared.collect(
+        lambda name: [(name, _change(values[name], weights.weight(name)))], values
+    )
+
+
+def _change(new: Tensor, weight: Weight | None) -> Delta:
+    """Return what gives a weight new values; of one that isn't known the values themselves."""
+    known = weight is not None and weight.like is not None and not weight.like.is_meta
+    if weight is None or not known:
+        as_buffer = StatisticsDelta.restore({"S": new}, {})
+        delta = shared.dense(new) if new.is_floating_point() else as_buffer
+        delta.origin = NEW
+    elif (old := weight.like).shape != new.shape:
+        raise ValueError(f"its new values are {(*new.shape,)}, should be {(*old.shape,)}")
+    elif weight.is_buffer:
+        delta = StatisticsDelta.restore({"S": new.to(old.dtype)}, {})
+    else:
+        delta = shared.dense(difference(new, whole(old)))
+    delta.rows = weight.rows if weight else None
+    return delta
 
 
 def render_whole(
@@ -205,7 +194,7 @@ def render_whole(
     new = {name: _value(*pair) for name, pair in whole.items() if name not in moving}
     modules = list(_whole_modules(new, weights))
     inside = tuple(f"{path}." for path in modules)
-    saved = [name for name in weights.tensors if name.startswith(inside or " ")]
+    saved = [name for name in weights.tensors if name.startswith(inside)]
     new |= {name: _value(*moving[name]) for name in saved if name in moving}
     tensors = {name: new.get(name, weights.tensors[name]) for name in saved}
     if left := sorted(moving.keys() - tensors.keys()):
@@ -251,11 +240,11 @@ def _value(weight: Weight, delta: Delta) -> Tensor:
 def _whole_modules(names: Collection[str], weights: Outline) -> Iterator[str]:
     """Yield the outermost modules all of whose parameters are trained whole."""
     left: Counter[str] = Counter()
-    for name in weights.parameters:
-        left.update(dict.fromkeys(_parents(name.rpartition(".")[0]), name not in names))
+    for weight, _ in weights.walk.parameters:
+        left.update(dict.fromkeys(_parents(weight.path), weight.name not in names))
     found: tuple[str, ...] = ()
     for path, module in weights.modules.items():
-        able = path and class_name(module) not in CONTAINERS and not path.startswith(found or " ")
+        able = path and class_name(module) not in CONTAINERS and not path.startswith(found)
         if able and path in left and not left[path]:
             found += (f"{path}.",)
             yield path
