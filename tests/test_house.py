@@ -52,7 +52,7 @@ def test_the_library_grows_no_longer_than_it_is() -> None:
     lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     core = sum(length for name, length in lengths.items() if not name.startswith("io"))
     assert core <= 6892
-    assert sum(lengths.values()) <= 10629
+    assert sum(lengths.values()) <= 10631
 
 
 def test_imports_run_in_no_circle() -> None:
