@@ -138,7 +138,7 @@ def _read(module: nn.Module, name: str, layer: Layer, routing: Routing | None, x
         return None
     if not torch.is_grad_enabled():
         if plan.rank and _pays_kernels(plan, weight, x):
-            return summed(weight, plan)
+            return None if routing else summed(weight, plan)  # which has no routed strengths
         if not _has_learnt(plan, weight):
             return None
     read = weight.detach().as_subclass(Projection)

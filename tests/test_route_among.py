@@ -92,6 +92,22 @@ def test_a_projection_out_has_each_rows_bias_where_what_is_in_front_acts_on_no_r
     assert not torch.allclose(together[1], alone[1])
 
 
+@pytest.mark.parametrize("rows", [[{"a": 0.5}, None], [{"a": 0.5}] * 2])
+def test_an_attention_in_inference_has_each_rows_strength(rows: list[Any]) -> None:
+    attention, x = (
+        nn.MultiheadAttention(4, 2, batch_first=True).double().eval(),
+        torch.randn(2, 3, 4),
+    )
+    register_lora(attention, rank=1, adapter="a")
+    shake(attention)
+    compute = lambda x: attention(x, x, x)[0]  # noqa: E731
+    with torch.no_grad():
+        with lora_selected(attention, {"a": 0.5}):
+            alone = compute(x.double())
+        with lora_routed(attention, rows):
+            close(compute(x.double())[0], alone[0])
+
+
 def test_a_block_is_of_one_task() -> None:
     layer, x = linear(), torch.randn(2, 6).double()
     plain = layer(x)
