@@ -51,6 +51,7 @@ WORDS = {
     "use_rslora": 'write scaling="rslora"',
     "use_dora": 'write kind="dora"',
     "peft_config": "write rank=, alpha=, dropout= and target= as it has them",
+    "all-linear": "leave it out: by default every such layer is adapted",
 }
 """PEFT's options that aren't like ours: our word for the same value, or what to do instead."""
 
@@ -79,5 +80,5 @@ def _fixes(args: Sequence[Any], options: Mapping[str, Any], names: Sequence[str]
         ours = WORDS.get(word) or "".join(near) or f"choose one of {', '.join(names[1:])}"
         fix = f"write {ours}={value!r:.60}" if ours in names else ours
         if isinstance(value, str) and value == "all-linear":
-            fix = "leave it out: by default every such layer is adapted"
+            fix = WORDS[value]
         yield f"for {word}={value!r:.60} {fix}"

@@ -73,7 +73,7 @@ def lora_selected(
 
 
 def enable_lora(model: nn.Module, adapter: str | None = None) -> None:
-    """Switch the adapter of that name on, or all. Each has the strength that it had.
+    """Switch the adapter of that name on, or all: as strong, and as trained, as when last selected.
 
     Raises:
         AdapterError: There is no such adapter.

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import TargetError
+from .errors import WORDS, TargetError
 from .layers import UNLISTED, layer_of, listed_tensors
 from .rows import Said, split_rows
 from .walk import Walk
@@ -244,6 +244,8 @@ def _unmatched(
         return f"{none}; name the weights, for example {nearest('', weights)}"
     if not isinstance(selector, str):
         return f"{said} matches no weight; there are {nearest('', weights)}"
+    if selector == "all-linear":
+        return f"{said} matches no weight; {WORDS[selector]}"
     parts = [weight.path.split(".") for weight in weights.values()]
     parents = [".".join(each[:end]) for each in parts for end in range(1, len(each))]
     if any(_glob(selector, parent) for parent in parents):

@@ -172,6 +172,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a g
 
 
 @on_cuda
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single")
 @pytest.mark.parametrize("kind", ["lora", "dora", "dense"])
 def test_a_graph_of_cuda_replays_what_it_captured(kind: str) -> None:
     for case in CASES:

@@ -81,6 +81,11 @@ def test_an_option_of_another_name_is_told_ours(options: dict[str, Any], fix: st
     assert list(model.state_dict()) == list(plain().state_dict())
 
 
+def test_a_target_in_pefts_words_is_told_to_leave_it_out() -> None:
+    with pytest.raises(TargetError, match='"all-linear" matches no weight; leave it out'):
+        register_lora(plain(), target="all-linear")
+
+
 POSITIONAL: list[tuple[Any, str]] = [
     (8, "for 8 write perhaps rank=8"),
     ("q_proj", "for 'q_proj' write perhaps target='q_proj'"),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_param import lora_disabled, register_lora
+from lora_param import lora_disabled, lora_merged, merge_lora, register_lora
 
 from .cases import shake
-from .test_quantised import MODELS, meaning
+from .test_quantised import MODELS, bitsandbytes, meaning
 
 EPS = torch.finfo(torch.float32).eps
 OUT, IN, RANK, TOKENS, SCALE = 256, 64, 4, 5, 2.0
@@ -64,3 +64,13 @@ def test_outputs_and_gradients_are_exact_but_for_float32s_rounding(layer: nn.Mod
     terms = OUT + RANK + 3  # as many as the longest of the sums has, and its factors
     for one, exact, size in zip(got, results(W, b, *parts), sizes, strict=True):
         assert ((one - exact).abs() <= terms * EPS * size).all()
+
+
+def test_a_merged_weight_of_8_bits_has_the_dtype_of_the_models_others() -> None:
+    packed = bitsandbytes("Linear8bitLt", has_fp16_weights=False)[0]  # type: ignore[index]
+    model = nn.Sequential(nn.LayerNorm(IN, dtype=torch.bfloat16), packed)
+    register_lora(model, rank=RANK)
+    with lora_merged(model, dequantize=True):
+        assert packed.weight.dtype is torch.bfloat16
+    merge_lora(model, dequantize=True)
+    assert packed.weight.dtype is torch.bfloat16

@@ -25,6 +25,7 @@ from lora_param import (
     lora_disabled,
     lora_merged,
     lora_parameters,
+    lora_routed,
     lora_state_dict,
     lora_summary,
     merge_lora,
@@ -33,7 +34,6 @@ from lora_param import (
     save_lora,
     select_lora,
 )
-from lora_param.io import files
 from lora_param.sharding import whole
 
 from .cases import shake
@@ -249,22 +249,6 @@ def test_what_one_rank_cannot_read_fails_on_all(ranks: Ranks, path: Path) -> Non
     ranks(fails_to_load_together, path)
 
 
-def fails_by_no_error_of_ours(path: Path) -> None:
-    model = sharded(adapted())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "write_adapter", raises_memory_error)
-        with pytest.raises(LoRAError, match="MemoryError"):
-            save_lora(model, path)
-
-
-def raises_memory_error(*args: Any, **options: Any) -> None:
-    raise MemoryError
-
-
-def test_whatever_fails_on_the_first_rank_leaves_none_waiting(ranks: Ranks, path: Path) -> None:
-    ranks(fails_by_no_error_of_ours, path)
-
-
 # The structure
 
 
@@ -272,6 +256,7 @@ def changes_no_structure() -> None:
     model = sharded(adapted())
     verbs: list[Any] = [merge_lora, remove_lora, lambda m: register_lora(m, adapter="b")]
     verbs += [lambda m: lora_merged(m).__enter__()]
+    verbs += [lambda m: lora_routed(m, ["default", None]).__enter__()]
     for verb in verbs:
         with pytest.raises(LoRAError, match=r"shards: .*; call this before sharding, or on an uns"):
             verb(model)
@@ -282,22 +267,6 @@ def changes_no_structure() -> None:
 
 def test_what_fsdp_shards_keeps_its_parameters(ranks: Ranks) -> None:
     ranks(changes_no_structure)
-
-
-def is_merged_elsewhere(path: Path) -> None:
-    model = sharded(adapted())
-    trained(model, halved=True, steps=2)
-    save_lora(model, path)
-    plain, base = net(), base_state_dict(model)
-    plain.load_state_dict({name: whole(each) for name, each in base.items()})
-    load_lora(plain, path, base="require")
-    merge_lora(plain)
-    x = torch.randn(2, 6)
-    torch.testing.assert_close(plain(x), model(x))
-
-
-def test_what_fsdp_has_trained_is_merged_on_an_unsharded_model(ranks: Ranks, path: Path) -> None:
-    ranks(is_merged_elsewhere, path)
 
 
 def is_taken_apart(verb: str) -> None:

@@ -128,6 +128,9 @@ def test_lightning_trains_resumes_and_saves(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(lora_parameters(self.model), lr=0.1)
 
+        def on_save_checkpoint(self, checkpoint: Any) -> None:
+            save_lora(self.model, tmp_path / "beside.safetensors")
+
     loader = torch.utils.data.DataLoader(examples(), batch_size=2)  # type: ignore[arg-type]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -141,6 +144,8 @@ def test_lightning_trains_resumes_and_saves(tmp_path: Path) -> None:
     trainer(2).fit(whole, loader)
     (first := trainer(1)).fit(half, loader)
     first.save_checkpoint(tmp_path / "half.ckpt")
+    load_lora(beside := llama(), tmp_path / "beside.safetensors", base="require")
+    assert_trained_alike(half.model, beside, base)
     other = Module()
     trainer(2).fit(other, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=False)
     assert_trained_alike(whole.model, other.model, base)

@@ -28,7 +28,7 @@ def attach(weight: Weight, delta: LoRAParametrization | DenseDelta) -> None:
 def with_block(kind: str = "lora") -> tuple[nn.Linear, nn.Linear, Weight]:
     torch.manual_seed(0)
     layer = nn.Linear(6, 8).requires_grad_(False)
-    plain, block = copy.deepcopy(layer), Weight("", layer, "weight", Rows.read("2:5"))
+    plain, block = copy.deepcopy(layer), Weight("", layer, "weight", Rows.of("2:5", 8))
     delta = LoRAParametrization(3, 6, 2, adapter="q") if kind == "lora" else DenseDelta((3, 6))
     attach(block, delta)
     shake(layer)
@@ -57,14 +57,14 @@ def test_a_block_knows_its_rows_of_all_that_a_weight_knows() -> None:
     assert torch.equal(block.value, layer.weight[2:5])
     assert block.view == (3, 6)
     assert block.deltas == [layer.parametrizations.weight[0]]
-    assert Weight("", layer, "weight", Rows.read("0:2")).deltas == []
+    assert Weight("", layer, "weight", Rows.of("0:2", 8)).deltas == []
 
 
 def test_blocks_that_overlap_are_refused_under_one_name() -> None:
     layer, _, _ = with_block()
-    check_weights([Weight("", layer, "weight", Rows.read("5:8"))], "q")
+    check_weights([Weight("", layer, "weight", Rows.of("5:8", 8))], "q")
     with pytest.raises(AdapterError, match=r'weight\[4:6\]: there is an adapter "q"'):
-        check_weights([Weight("", layer, "weight", Rows.read("4:6"))], "q")
+        check_weights([Weight("", layer, "weight", Rows.of("4:6", 8))], "q")
 
 
 def test_a_block_is_merged_and_removed_like_a_weight() -> None:

@@ -215,8 +215,10 @@ def _load(file: AdapterFile, own: Deltas, deltas: Deltas, trainable: bool) -> No
             load_deltas({f"{w.name}.{adapter}.": each for w, each in own.items()}, state, undo)
             for delta in own.values():  # one that a selection doesn't train waits for another
                 keep_entries(undo, (delta.__dict__, ["_resting"]))
+                delta.__dict__.pop("_resting", None)
                 rests, parameters = not delta.switch.trained, dict(delta.named_parameters())
-                delta.__dict__["_resting"] = tuple(parameters) if rests and trainable else ()
+                if rests and trainable:
+                    delta.__dict__["_resting"] = tuple(parameters)
                 set_flags(undo, [*parameters.values()], trainable and not rests)
     except LoRAError as error:
         raise FileError(f'{file.path}: can\'t go into the adapter "{adapter}": {error}') from None
