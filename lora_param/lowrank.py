@@ -63,7 +63,7 @@ def factorised(matrix: Tensor, rank: Rank) -> Product:
         algorithms 4.4 and 5.1.
     """
     total, side = matrix.double().square().sum().item(), min(matrix.shape[-2:])
-    count = rank + 8 if isinstance(rank, int) else side // 32
+    count = rank + rank // 4 + 8 if isinstance(rank, int) else side // 32
     while side >= LARGE and 4 * count <= side:
         Q = _range_of(matrix, count)
         U, S, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)

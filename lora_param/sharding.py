@@ -89,10 +89,8 @@ def lay_out(module: nn.Module, weight: Any, along: Callable[[str, int], int | No
             dims = [along(name, p.dim) if p.is_shard() else None for p in weight.placements]
             cut = [None if dim is None or tensor.shape[dim] == 1 else dim for dim in dims]
             placements = [Replicate() if dim is None else Shard(dim) for dim in cut]
-            laid, own = (
-                spread(tensor.detach(), weight, placements),
-                isinstance(tensor, nn.Parameter),
-            )
+            laid = spread(tensor.detach(), weight, placements)
+            own = isinstance(tensor, nn.Parameter)
             table[name] = nn.Parameter(laid, tensor.requires_grad) if own else laid
 
 

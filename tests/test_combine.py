@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -229,6 +230,13 @@ def test_a_method_by_entries_is_dense_or_truncated(method: Any, rank: int | None
     whole, low = update(model, "whole"), update(model, "low")
     assert ((whole - low).norm() / whole.norm()).item() == pytest.approx(fit.error, abs=1e-12)
     assert (fit.error > 0.01) == (rank is not None)
+
+
+def test_a_large_matrix_of_a_flat_spectrum_is_factorised_well_within_a_hundredth() -> None:
+    matrix, rank = torch.randn(520, 520), 96
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    nearest = math.sqrt(squares[rank:].sum() / squares.sum())
+    assert factorised(matrix, rank).error < 1.006 * nearest
 
 
 def test_a_large_matrix_is_factorised_by_its_range_with_the_true_error() -> None:
