@@ -79,6 +79,7 @@ FORGERIES: dict[str, tuple[Forgery, str]] = {
     "shape": (lambda r, t: r["shapes"].update({"0.weight": [5, 7]}), "aren't of the shape said"),
     "shape text": (lambda r, t: r["shapes"].update({"0.weight": ["5"]}), "shapes of 0.weight"),
     "adapter": (lambda r, t: r.update(adapter="a.b"), "string without dots, got 'a.b'"),
+    "a name of rows that aren't said": (lambda r, t: (r["weights"].update({"0.weight[0:2]": r["weights"].pop("0.weight")}), t.update({k.replace("0.weight", "0.weight[0:2]"): t.pop(k) for k in [*t] if k.startswith("0.weight.")})), r"its rows are \[:\], by its name \[0:2\]"),
     "rows by another name": (lambda r, t: r["weights"]["0.weight"].update(rows="0:2"), r"its rows are \[0:2\], by its name \[:\]"),
     "missing": (lambda r, t: t.pop(A), "missing: 0.weight.lora_A"),
     "extra": (lambda r, t: t.update(x=torch.ones(1)), "unexpected: x"),

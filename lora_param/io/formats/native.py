@@ -112,8 +112,8 @@ def _name(key: str, rows: str | None) -> str:
     """Return a weight's name, in whose key a number can stand for long rows."""
     numbered = re.fullmatch(r"(.*)\[\d+\]", key, re.DOTALL) if rows else None
     name = f"{numbered[1]}[{rows}]" if numbered else key
-    if rows and (own := split_rows(name)[1]) != rows:
-        raise ValueError(f"its rows are [{rows:.80}], by its name [{own or ':'}]")
+    if (own := split_rows(name)[1]) != rows:
+        raise ValueError(f"its rows are [{rows or ':':.80}], by its name [{own or ':'}]")
     return name
 
 
