@@ -146,7 +146,7 @@ def _is_summed(plan: Plan, weight: Tensor, run: Any) -> bool:
     if plan.space != "weight":
         trained = torch.is_grad_enabled() and not weight.requires_grad
         once, each = _saved(weight.shape, plan.rank, run.__class__, trained)
-        if once + positions * each <= 0:
+        if positions == 1 or once + positions * each <= 0:  # a vector meets factors quickly
             return False
         for delta in itertools.chain(*plan.acting) if trained else ():
             flags = {each.requires_grad for each in delta._parameters.values() if each is not None}

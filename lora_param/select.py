@@ -153,7 +153,9 @@ def _switches(walk: Walk, adapters: Selection, trainable: str | Iterable[str] | 
     """Pair every delta of a model with what a selection makes of it, or raise."""
     strengths = strengths_of(adapters)
     acting = {name: strength for name, strength in strengths.items() if strength != 0}
-    trained = acting if trainable is None else strengths_of(trainable)
+    trained = acting
+    if trainable is not None:
+        trained = {name: own for name, own in strengths_of(trainable).items() if own}
     for name in (None, *strengths, *trained):
         found = deltas_called(walk, name)
         asked = trainable is not None and name in trained

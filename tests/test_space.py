@@ -47,7 +47,8 @@ def linear(fan_in: int, fan_out: int, rank: int, **options: Any) -> nn.Module:
 # pays for narrow layers and many positions; in training for high ranks alone, because it costs a
 # product as large as the layer's own.
 BORDER = {
-    "narrow, one token": (lambda: linear(64, 64, 4), (1, 64), True, True),
+    "narrow, one token": (lambda: linear(64, 64, 4), (1, 64), False, False),
+    "narrow, two tokens": (lambda: linear(64, 64, 4), (2, 64), True, True),
     "narrow, of high rank, one token": (lambda: linear(64, 64, 64), (1, 64), False, False),
     "wide, one token": (lambda: linear(1024, 1024, 4), (1, 1024), False, False),
     "many tokens of low rank": (lambda: linear(256, 256, 4), (1024, 256), True, False),
@@ -79,7 +80,7 @@ def test_the_weight_counts_that_others_parametrizations_make(
     dim: int | None, sums: list[Tensor]
 ) -> None:
     for width, pays in ((64, True), (1024, False)):
-        layer, x = weight_norm(nn.Linear(width, width), dim=dim), torch.randn(1, width)
+        layer, x = weight_norm(nn.Linear(width, width), dim=dim), torch.randn(2, width)
         register_lora(layer, rank=4)
         del sums[:]
         layer(x)
