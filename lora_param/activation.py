@@ -90,20 +90,15 @@ def computed(run: Any, weight: Tensor, plan: Plan) -> Any:
     """Return the output of a layer at work with its deltas; `None` for one in weight space."""
     run.weight, run.acting = weight, plan.acting
     if run.in_place and plan.rank and run.routing is None and _is_summed(plan, weight, run):
-        return run.result(run.base(summed(weight, plan)))
+        for delta in itertools.chain(*plan.acting):
+            weight = delta.sum(weight)
+        return run.result(run.base(weight))
     if plan.space == "weight":
         return None
     y = run.base(weight)
     for first, *others in plan.acting:
         y = first.act(y, run.x, run, others)
     return run.result(y)
-
-
-def summed(weight: Tensor, plan: Plan) -> Tensor:
-    """Return a weight with its deltas, within rounding, where their rank is all that it costs."""
-    for delta in itertools.chain(*plan.acting):
-        weight = delta.sum(weight)
-    return weight
 
 
 def acts(module: nn.Module, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import FrameType, FunctionType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 as everybody calls it
 from torch.utils._pytree import tree_map_only
 
-from .activation import Plan, acting, computed, summed
+from .activation import Plan, acting, computed
 from .chains import chains_of, type_before
 from .deltas.protocol import Delta
 from .groups import SHAPE
@@ -138,7 +139,11 @@ def _read(module: nn.Module, name: str, layer: Layer, routing: Routing | None, x
         return None
     if not torch.is_grad_enabled():
         if plan.rank and _pays_kernels(plan, weight, x):
-            return None if routing else summed(weight, plan)  # which has no routed strengths
+            if routing:  # whose strengths a sum doesn't have
+                return None
+            for delta in itertools.chain(*plan.acting):
+                weight = delta.sum(weight)
+            return weight
         if not _has_learnt(plan, weight):
             return None
     read = weight.detach().as_subclass(Projection)
