@@ -123,8 +123,9 @@ def attended(
     for each in seen.get("tensor_args", ()):  # of what it asks, before a kernel gets it
         if chain in _formed and each is _formed[chain]():
             return each
-    plain = isinstance(x, Tensor) and not x.is_nested
-    value = _read(module, name, layer, routing, x) if plain else None  # type: ignore[arg-type]
+    value = None
+    if isinstance(x, Tensor) and not x.is_nested:
+        value = _read(module, name, layer, routing, x)
     if type(value) is not Projection:
         _formed[chain] = ref(value := form(module, chain) if value is None else value)
     return value
@@ -155,8 +156,8 @@ def _pays_kernels(plan: Plan, weight: Tensor, x: Tensor) -> bool:
     """Say whether a sum pays in inference, which torch's kernels of several layers can take."""
     if any(delta.training for delta in plan.dropping):
         return False
-    width = x.shape[-1]
-    return width <= KERNEL + 2 * (x.numel() // width) and is_exact(weight, weight)
+    width, tokens = x.shape[-1:].numel(), x.shape[:-1].numel()
+    return width <= KERNEL + 2 * tokens and is_exact(weight, weight)
 
 
 def _has_learnt(plan: Plan, weight: Tensor) -> bool:

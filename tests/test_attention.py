@@ -169,6 +169,13 @@ def test_inference_forms_sums_for_a_kernel_where_tokens_are_many(
             torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(5, 2, 0), ()])
+def test_an_input_that_torch_refuses_is_refused_by_torch(shape: tuple[int, ...]) -> None:
+    layer, x = adapted(nn.MultiheadAttention(8, 2).eval()), torch.randn(shape)
+    with torch.no_grad(), pytest.raises(AssertionError, match=r"embedding dimension|-D"):
+        layer(x, x, x)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("target", [None, "layers.1.*", "*out_proj"])
