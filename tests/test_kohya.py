@@ -106,6 +106,24 @@ def test_a_layers_bias_is_trained_beside_its_pair(tmp_path: Path) -> None:
     assert torch.equal(base(x), model(x))
 
 
+def test_what_is_trained_whole_is_a_difference_of_a_layer_or_a_norm(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"layer": nn.Linear(4, 3), "norm": nn.LayerNorm(3)})
+    model = copy.deepcopy(base)
+    register_lora(model, target=(), train="*")
+    shake(model)
+    save_lora(model, tmp_path / "lora.safetensors", format="kohya")
+    names = {"layer.diff": "layer.weight", "layer.diff_b": "layer.bias"}
+    names |= {"norm.w_norm": "norm.weight", "norm.b_norm": "norm.bias"}
+    held = load_file(tmp_path / "lora.safetensors")
+    assert held.keys() == {f"lycoris_{name}" for name in names}
+    load_lora(base, tmp_path / "lora.safetensors")
+    for name, weight in names.items():
+        path, tensor = weight.split(".")
+        new, old = getattr(base[path], tensor), base[path].parametrizations[tensor].original
+        assert torch.equal(new, getattr(model[path], tensor))
+        assert torch.equal(new, old + held[f"lycoris_{name}"])
+
+
 def test_a_pair_and_a_bias_go_into_the_adapter_that_there_is(tmp_path: Path) -> None:
     model = UNet()
     register_lora(model, rank=2, target="to_q", train="*.to_q.bias")
